@@ -1,0 +1,40 @@
+//! The commands of the control plane: each is carried out wholly or not at all.
+
+use crate::export::ExportOptions;
+use crate::iothread::{IoThreadOptions, IoThreadUpdate};
+use crate::node::NodeOptions;
+
+#[derive(Debug)]
+pub enum Command {
+    AddNode(NodeOptions),
+    RemoveNode {
+        name: String,
+    },
+    ResizeNode {
+        name: String,
+        size: u64,
+    },
+    FlushNode {
+        name: String,
+    },
+    AddExport(ExportOptions),
+    RemoveExport {
+        id: String,
+    },
+    AddIoThread(IoThreadOptions),
+    UpdateIoThread {
+        name: String,
+        update: IoThreadUpdate,
+    },
+    RemoveIoThread {
+        name: String,
+    },
+}
+
+/// What a command that succeeded made or changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    Done,
+    /// A node was added, with the children that were given in place: all their names, itself first.
+    Nodes(Vec<String>),
+}

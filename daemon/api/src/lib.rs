@@ -1,0 +1,27 @@
+//! What vdiskd can be told: commands, their options and their errors.
+//!
+//! Options have QAPI's names (`BlockdevOptions`, `BlockExportOptions` of QEMU's QMP reference). They
+//! arrive as a map, nested or with dotted keys (`cache.direct`), and unknown names, wrong types and
+//! values out of range are refused by name. D-Bus (and any later front) only translates to these types.
+
+mod command;
+mod error;
+mod export;
+mod fields;
+mod iothread;
+mod node;
+mod size;
+
+pub use command::{Command, Reply};
+pub use error::{Error, ErrorKind, Result};
+pub use export::{
+    ExportKind, ExportOptions, MAX_QUEUE_SIZE, MAX_QUEUES, QueuePlacement, SocketAddress,
+    VhostUserBlkOptions,
+};
+pub use fields::{Map, Value, expand_dotted};
+pub use iothread::{IoThreadOptions, IoThreadUpdate};
+pub use node::{
+    CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking, NodeOptions,
+    NodeRef, NullOptions, RawOptions,
+};
+pub use size::{format_size, parse_size};

@@ -1,0 +1,362 @@
+//! Options of block nodes (QAPI `BlockdevOptions`).
+
+use crate::error::{Error, Result};
+use crate::fields::{Fields, Map, Value, expand_dotted};
+
+/// The drivers, by name.
+pub const DRIVERS: [&str; 4] = ["file", "host_device", "null-co", "raw"];
+
+/// What a discard request does to the storage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discard {
+    /// Nothing.
+    #[default]
+    Ignore,
+    /// Frees the blocks.
+    Unmap,
+}
+
+/// Whether writes are searched for zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetectZeroes {
+    #[default]
+    Off,
+    /// Zeroes are written by an efficient zero write.
+    On,
+    /// As `On`, and the blocks are freed (needs `discard=unmap`).
+    Unmap,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Bypass the host's page cache (O_DIRECT).
+    pub direct: bool,
+    /// Ignore flush requests: data may be lost when the host fails.
+    pub no_flush: bool,
+}
+
+/// Image locks as QEMU takes them (OFD locks).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// Lock where the file system can.
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+/// A child: another node by name, or its options in place.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NodeRef {
+    Name(String),
+    Options(Box<NodeOptions>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileOptions {
+    pub filename: String,
+    pub locking: Locking,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct RawOptions {
+    pub file: NodeRef,
+    /// First byte of the child that is used.
+    pub offset: u64,
+    /// Bytes of the child that are used; the rest if not given.
+    pub size: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NullOptions {
+    pub size: u64,
+    pub latency_ns: u64,
+    /// Reads give zeroes; otherwise they leave the buffer as it is.
+    pub read_zeroes: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum DriverOptions {
+    File(FileOptions),
+    HostDevice(FileOptions),
+    Raw(RawOptions),
+    NullCo(NullOptions),
+}
+
+impl DriverOptions {
+    pub fn name(&self) -> &'static str {
+        match self {
+            DriverOptions::File(_) => "file",
+            DriverOptions::HostDevice(_) => "host_device",
+            DriverOptions::Raw(_) => "raw",
+            DriverOptions::NullCo(_) => "null-co",
+        }
+    }
+}
+
+/// The options of a node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeOptions {
+    /// None lets the daemon make up a name (for a node in place of a child).
+    pub node_name: Option<String>,
+    pub read_only: bool,
+    /// Fall back to read-only if the image cannot be opened for writing.
+    pub auto_read_only: bool,
+    /// Open read-only although another process writes, without consistency.
+    pub force_share: bool,
+    pub discard: Discard,
+    pub detect_zeroes: DetectZeroes,
+    pub cache: CacheOptions,
+    pub driver: DriverOptions,
+    /// The options as they were given, nested.
+    pub given: Map,
+}
+
+/// Names become part of object paths and of messages: letters, digits, `-`, `.` and `_`, and a letter
+/// first (as in QEMU).
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
+    let ok = name.len() <= 127
+        && name.starts_with(|c: char| c.is_ascii_alphabetic())
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
+    if ok {
+        Ok(())
+    } else {
+        Err(Error::invalid(format!(
+            "{what} '{name}' is not a valid name: use at most 127 letters, digits, '-', '.' and '_', with a letter first"
+        )))
+    }
+}
+
+impl NodeOptions {
+    /// Reads the options of a node that must have a name.
+    pub fn from_map(map: Map) -> Result<NodeOptions> {
+        let options = NodeOptions::read(expand_dotted(map)?)?;
+        if options.node_name.is_none() {
+            return Err(Error::invalid(
+                "node: option 'node-name' is missing: give the new node a name",
+            ));
+        }
+        Ok(options)
+    }
+
+    fn read(map: Map) -> Result<NodeOptions> {
+        let given = map.clone();
+        let mut f = Fields::new("node", map);
+        let node_name = f.string("node-name")?;
+        if let Some(name) = &node_name {
+            check_name("node-name", name)?;
+            f.set_what(format!("node '{name}'"));
+        }
+        let driver = f.required_string("driver")?;
+        let read_only = f.boolean("read-only")?.unwrap_or(false);
+        let auto_read_only = f.boolean("auto-read-only")?.unwrap_or(false);
+        let force_share = f.boolean("force-share")?.unwrap_or(false);
+        let discard = f
+            .choice(
+                "discard",
+                &[
+                    ("ignore", Discard::Ignore),
+                    ("off", Discard::Ignore),
+                    ("unmap", Discard::Unmap),
+                    ("on", Discard::Unmap),
+                ],
+            )?
+            .unwrap_or_default();
+        let detect_zeroes = f
+            .choice(
+                "detect-zeroes",
+                &[
+                    ("off", DetectZeroes::Off),
+                    ("on", DetectZeroes::On),
+                    ("unmap", DetectZeroes::Unmap),
+                ],
+            )?
+            .unwrap_or_default();
+        let cache = match f.object("cache")? {
+            None => CacheOptions::default(),
+            Some(map) => {
+                let mut c = Fields::new(format!("{}, cache", f.what()), map);
+                let cache = CacheOptions {
+                    direct: c.boolean("direct")?.unwrap_or(false),
+                    no_flush: c.boolean("no-flush")?.unwrap_or(false),
+                };
+                c.finish()?;
+                cache
+            }
+        };
+        if detect_zeroes == DetectZeroes::Unmap && discard != Discard::Unmap {
+            return Err(f.error(
+                "detect-zeroes",
+                "is 'unmap', which frees blocks: set discard=unmap as well",
+            ));
+        }
+        if force_share && !read_only {
+            return Err(f.error(
+                "force-share",
+                "is on for a writable node: set read-only as well",
+            ));
+        }
+        let driver = match driver.as_str() {
+            "file" => DriverOptions::File(file_options(&mut f)?),
+            "host_device" => DriverOptions::HostDevice(file_options(&mut f)?),
+            "raw" => DriverOptions::Raw(RawOptions {
+                offset: f.size("offset")?.unwrap_or(0),
+                size: f.size("size")?,
+                file: node_ref(&mut f, "file")?,
+            }),
+            "null-co" => DriverOptions::NullCo(NullOptions {
+                size: f.size("size")?.unwrap_or(1 << 30),
+                latency_ns: f.integer("latency-ns", 0..=60_000_000_000)?.unwrap_or(0),
+                read_zeroes: f.boolean("read-zeroes")?.unwrap_or(false),
+            }),
+            other => {
+                return Err(Error::new(
+                    crate::ErrorKind::NotSupported,
+                    format!(
+                        "{}: unknown driver '{other}': there are {}",
+                        f.what(),
+                        DRIVERS.join(", ")
+                    ),
+                ));
+            }
+        };
+        f.set_what(format!("{} (driver {})", f.what(), driver.name()));
+        f.finish()?;
+        Ok(NodeOptions {
+            node_name,
+            read_only,
+            auto_read_only,
+            force_share,
+            discard,
+            detect_zeroes,
+            cache,
+            driver,
+            given,
+        })
+    }
+}
+
+fn file_options(f: &mut Fields) -> Result<FileOptions> {
+    Ok(FileOptions {
+        filename: f.required_string("filename")?,
+        locking: f
+            .choice(
+                "locking",
+                &[
+                    ("auto", Locking::Auto),
+                    ("on", Locking::On),
+                    ("off", Locking::Off),
+                ],
+            )?
+            .unwrap_or_default(),
+    })
+}
+
+fn node_ref(f: &mut Fields, key: &'static str) -> Result<NodeRef> {
+    match f.value(key) {
+        Some(Value::String(name)) => Ok(NodeRef::Name(name)),
+        Some(Value::Object(map)) => NodeOptions::read(map)
+            .map(|o| NodeRef::Options(Box::new(o)))
+            .map_err(|e| e.context(format_args!("{}, {key}", f.what()))),
+        Some(v) => Err(f.error(
+            key,
+            format_args!("is {v}: give a node name, or a dictionary of options"),
+        )),
+        None => Err(f.error(
+            key,
+            "is missing: give a node name, or a dictionary of options",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(v: Value) -> Result<NodeOptions> {
+        match v {
+            Value::Object(m) => NodeOptions::from_map(m),
+            _ => panic!("not a map"),
+        }
+    }
+
+    #[test]
+    fn qapi_options_are_read() {
+        let o = read(json!({
+            "driver": "raw", "node-name": "disk0", "offset": "1M",
+            "file.driver": "file", "file.filename": "/x", "file.cache.direct": "on",
+            "file.locking": "off", "discard": "unmap", "detect-zeroes": "unmap",
+        }))
+        .unwrap();
+        let DriverOptions::Raw(raw) = &o.driver else {
+            panic!()
+        };
+        assert_eq!((raw.offset, raw.size), (1 << 20, None));
+        let NodeRef::Options(file) = &raw.file else {
+            panic!()
+        };
+        assert!(file.cache.direct);
+        let DriverOptions::File(f) = &file.driver else {
+            panic!()
+        };
+        assert_eq!((f.filename.as_str(), f.locking), ("/x", Locking::Off));
+    }
+
+    #[test]
+    fn every_mistake_names_object_and_value() {
+        for (options, parts) in [
+            (
+                json!({"driver": "file", "filename": "/x"}),
+                vec!["node-name"],
+            ),
+            (
+                json!({"driver": "qcow9", "node-name": "a"}),
+                vec!["'a'", "qcow9", "raw"],
+            ),
+            (
+                json!({"driver": "file", "node-name": "a"}),
+                vec!["'a'", "filename"],
+            ),
+            (
+                json!({"driver": "file", "node-name": "a", "filename": "/x", "bogus": 1}),
+                vec!["'a'", "'bogus'", "locking"],
+            ),
+            (
+                json!({"driver": "file", "node-name": "a", "filename": 7}),
+                vec!["'a'", "filename", "7"],
+            ),
+            (
+                json!({"driver": "null-co", "node-name": "a", "size": "many"}),
+                vec!["'a'", "size", "many"],
+            ),
+            (
+                json!({"driver": "null-co", "node-name": "1 a"}),
+                vec!["1 a", "letter"],
+            ),
+            (
+                json!({"driver": "null-co", "node-name": "a", "cache": {"write": 1}}),
+                vec!["cache", "write", "no-flush"],
+            ),
+            (
+                json!({"driver": "raw", "node-name": "a", "file": {"driver": "file"}}),
+                vec!["'a'", "file", "filename"],
+            ),
+            (
+                json!({"driver": "null-co", "node-name": "a", "detect-zeroes": "unmap"}),
+                vec!["discard=unmap"],
+            ),
+            (
+                json!({"driver": "null-co", "node-name": "a", "force-share": true}),
+                vec!["read-only"],
+            ),
+        ] {
+            let e = read(options.clone()).unwrap_err();
+            for part in parts {
+                assert!(e.message.contains(part), "{options} gave: {e}");
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Open files, known to every I/O thread by a small number.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use crate::thread;
+
+/// How many files the registered file table of an io_uring holds; files beyond it are used by number.
+pub(crate) const FIXED_FILES: u32 = 1024;
+
+/// An open file or block device.
+///
+/// I/O threads register the file with their ring at first use and keep it open until [`IoFile::close`]:
+/// that (not the drop of the last reference elsewhere) is what gives it back.
+#[derive(Debug)]
+pub struct IoFile {
+    fd: OwnedFd,
+    id: u32,
+    direct: bool,
+}
+
+static IDS: Mutex<Ids> = Mutex::new(Ids {
+    free: Vec::new(),
+    next: 0,
+});
+
+struct Ids {
+    free: Vec<u32>,
+    next: u32,
+}
+
+impl IoFile {
+    /// Takes over `fd`; `direct` says whether it was opened with O_DIRECT.
+    pub fn new(fd: OwnedFd, direct: bool) -> Arc<IoFile> {
+        let mut ids = IDS.lock().unwrap_or_else(|e| e.into_inner());
+        let id = ids.free.pop().unwrap_or_else(|| {
+            ids.next += 1;
+            ids.next - 1
+        });
+        Arc::new(IoFile { fd, id, direct })
+    }
+
+    /// A number that no other open file has; small numbers are used again.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    pub(crate) fn raw(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// Makes every I/O thread let go of the file. To be called when no request on it is in flight.
+    pub async fn close(self: Arc<Self>) {
+        let id = self.id;
+        for thread in thread::all() {
+            let _ = thread.run(move |r| r.forget_file(id)).await;
+        }
+    }
+}
+
+impl Drop for IoFile {
+    fn drop(&mut self) {
+        IDS.lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .free
+            .push(self.id);
+    }
+}
+
+impl AsFd for IoFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

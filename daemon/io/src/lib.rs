@@ -1,0 +1,35 @@
+//! I/O threads: the data plane of vdiskd.
+//!
+//! Each [`IoThread`] is one OS thread with one engine (an io_uring, or a fallback where io_uring is not
+//! allowed), a `!Send` executor, timers, an inbox for work from other threads, and adaptive busy
+//! polling for each [`Source`] (a virtqueue, typically) that lives on it.
+//!
+//! Two ways lead to storage:
+//! * the fast path: a [`Source`] submits with [`Reactor::submit_for_source`], without a future and
+//!   without an allocation, and is told the result through [`Source::complete`];
+//! * the slow path: a future on the executor awaits [`Reactor::submit`], which owns its buffers until
+//!   the kernel is done with them, even if the future is dropped meanwhile.
+//!
+//! Short reads and writes, reads beyond the end of a file and `EINTR`/`EAGAIN` are handled here, once:
+//! whoever submits sees a whole transfer or an error.
+
+mod buffer;
+mod engine;
+mod executor;
+mod file;
+mod op;
+mod poll_window;
+mod reactor;
+mod stats;
+mod thread;
+mod timer;
+
+pub use buffer::{AlignedBuf, IoVecs, segments_aligned};
+pub use engine::{EngineChoice, EngineError, EngineKind};
+pub use file::IoFile;
+pub use op::{Fallocate, OpKind};
+pub use poll_window::DEFAULT_POLL_MAX;
+pub use reactor::{FixedBuffers, Reactor, Source, SourceId};
+pub use stats::{Counter, ThreadStats, ThreadStatsSnapshot};
+pub use thread::{IoThread, IoThreadConfig, IoThreadError, StartError};
+pub use timer::Sleep;

@@ -1,0 +1,68 @@
+//! What an engine can be asked to do.
+
+/// A range operation of fallocate(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallocate {
+    /// Frees the blocks; reads give zeroes (`FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE`).
+    PunchHole,
+    /// Keeps or allocates the blocks; reads give zeroes (`FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE`).
+    ZeroRange,
+}
+
+impl Fallocate {
+    pub(crate) fn mode(self) -> i32 {
+        match self {
+            Fallocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Fallocate::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+        }
+    }
+}
+
+/// The kind of an operation on a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpKind {
+    /// Reads into the buffers; beyond the end of the file they are filled with zeroes.
+    Read,
+    /// Writes the buffers.
+    Write,
+    /// Writes the buffers and completes only when the data is durable (`RWF_DSYNC`).
+    WriteDurable,
+    /// fdatasync(2).
+    Sync,
+    Fallocate(Fallocate),
+    /// `BLKDISCARD` on a block device: frees the range, whose content is then undefined.
+    BlockDiscard,
+    /// `BLKZEROOUT` on a block device.
+    BlockZeroOut,
+}
+
+impl OpKind {
+    /// Not something that a ring does: goes to a thread pool with every engine.
+    pub(crate) fn is_ioctl(self) -> bool {
+        matches!(self, OpKind::BlockDiscard | OpKind::BlockZeroOut)
+    }
+
+    /// Moves bytes through buffers.
+    pub(crate) fn is_transfer(self) -> bool {
+        matches!(self, OpKind::Read | OpKind::Write | OpKind::WriteDurable)
+    }
+}
+
+/// An operation as engines see it: everything by value or by pointer that outlives it.
+#[derive(Clone, Copy)]
+pub(crate) struct RawOp {
+    pub kind: OpKind,
+    pub fd: i32,
+    /// Slot in the ring's registered file table.
+    pub fixed_file: Option<u32>,
+    /// Index of the registered buffer that holds the (single) segment.
+    pub fixed_buffer: Option<u16>,
+    /// O_DIRECT is set on the file.
+    pub direct: bool,
+    pub iov: *mut libc::iovec,
+    pub iov_count: u32,
+    /// Byte offset in the file.
+    pub offset: u64,
+    /// Bytes still to transfer, or the length of the range.
+    pub len: u64,
+}

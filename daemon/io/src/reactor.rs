@@ -1,0 +1,936 @@
+//! The loop of an I/O thread.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use crate::buffer::IoVecs;
+use crate::engine::{Engine, Event, Wait};
+use crate::executor::Executor;
+use crate::file::{FIXED_FILES, IoFile};
+use crate::op::{OpKind, RawOp};
+use crate::poll_window::PollWindow;
+use crate::stats::ThreadStats;
+use crate::thread::{self, Message, Shared};
+use crate::timer::{Sleep, Timers};
+
+/// How many memory segments can be registered for fixed reads and writes.
+pub(crate) const FIXED_BUFFERS: u16 = 256;
+
+/// The largest buffer that an io_uring takes (1 GiB).
+const FIXED_BUFFER_MAX: usize = 1 << 30;
+
+/// How often an operation that the kernel wants repeated (`EINTR`, `EAGAIN`) is repeated.
+const MAX_RETRIES: u8 = 64;
+
+/// The watch of the thread's own eventfd.
+const WATCH_INBOX: u32 = u32::MAX;
+
+/// Something that brings requests: a virtqueue.
+///
+/// All methods are called on the source's I/O thread, never while another of them runs.
+pub trait Source {
+    /// Takes everything that is available; true if there was anything.
+    fn poll(&self) -> bool;
+
+    /// An operation submitted with [`Reactor::submit_for_source`] has ended.
+    fn complete(&self, token: u32, result: io::Result<()>);
+
+    /// The end of a turn in which the source was polled with success, completed something or was
+    /// [touched](Reactor::touch): publish the results and signal the guest once.
+    fn finish_batch(&self);
+
+    /// Switches the other side's notifications on or off. Switching on returns true if work arrived
+    /// before the switch took effect (and may have gone unannounced).
+    fn set_notifications(&self, on: bool) -> bool;
+}
+
+/// Names a source on its thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceId {
+    index: u32,
+    /// Tells a source from an earlier one at the same index.
+    generation: u32,
+}
+
+struct SourceState {
+    source: Rc<dyn Source>,
+    id: SourceId,
+    kick: RefCell<Option<(u32, OwnedFd)>>,
+    window: Cell<PollWindow>,
+    last_work: Cell<Instant>,
+    active: Cell<bool>,
+    touched: Cell<bool>,
+    removed: Cell<bool>,
+}
+
+enum Owner {
+    Source {
+        id: SourceId,
+        token: u32,
+    },
+    Task(Option<Waker>),
+    /// The future was dropped: only the buffers wait for the kernel.
+    Nobody,
+}
+
+struct Op {
+    raw: RawOp,
+    owner: Owner,
+    retries: u8,
+    result: Option<io::Result<()>>,
+    /// Holds the buffers of a task's operation and the open file.
+    _iov: Option<IoVecs>,
+    _file: Option<Arc<IoFile>>,
+}
+
+enum OpSlot {
+    Free { next: u32 },
+    Used(Op),
+}
+
+const NO_SLOT: u32 = u32::MAX;
+
+struct Ops {
+    slots: Vec<OpSlot>,
+    free: u32,
+    used: usize,
+}
+
+impl Ops {
+    fn insert(&mut self, op: Op) -> u32 {
+        self.used += 1;
+        if self.free == NO_SLOT {
+            self.slots.push(OpSlot::Used(op));
+            return self.slots.len() as u32 - 1;
+        }
+        let key = self.free;
+        if let OpSlot::Free { next } = self.slots[key as usize] {
+            self.free = next;
+        }
+        self.slots[key as usize] = OpSlot::Used(op);
+        key
+    }
+
+    fn get(&mut self, key: u32) -> Option<&mut Op> {
+        match self.slots.get_mut(key as usize) {
+            Some(OpSlot::Used(op)) => Some(op),
+            _ => None,
+        }
+    }
+
+    fn remove(&mut self, key: u32) {
+        self.used -= 1;
+        self.slots[key as usize] = OpSlot::Free { next: self.free };
+        self.free = key;
+    }
+}
+
+struct FileEntry {
+    file: Arc<IoFile>,
+    fixed: Option<u32>,
+}
+
+struct FixedRange {
+    start: usize,
+    len: usize,
+    slot: u16,
+}
+
+/// The loop of one I/O thread and everything on it.
+pub struct Reactor {
+    shared: Arc<Shared>,
+    engine: RefCell<Engine>,
+    executor: Executor,
+    timers: Rc<Timers>,
+    ops: RefCell<Ops>,
+    files: RefCell<Vec<Option<FileEntry>>>,
+    fixed: RefCell<Vec<FixedRange>>,
+    sources: RefCell<Vec<Option<Rc<SourceState>>>>,
+    /// The sources that are polled in each turn.
+    active: RefCell<Vec<Rc<SourceState>>>,
+    touched: RefCell<Vec<Rc<SourceState>>>,
+    watches: RefCell<HashMap<u32, Rc<SourceState>>>,
+    next_id: Cell<u32>,
+    now: Cell<Instant>,
+    stopping: Cell<bool>,
+    events: RefCell<Vec<Event>>,
+}
+
+impl Reactor {
+    pub(crate) fn new(shared: Arc<Shared>, engine: Engine) -> Rc<Reactor> {
+        Rc::new(Reactor {
+            executor: Executor::new(shared.clone()),
+            engine: RefCell::new(engine),
+            timers: Rc::default(),
+            ops: RefCell::new(Ops {
+                slots: Vec::new(),
+                free: NO_SLOT,
+                used: 0,
+            }),
+            files: RefCell::default(),
+            fixed: RefCell::default(),
+            sources: RefCell::default(),
+            active: RefCell::default(),
+            touched: RefCell::default(),
+            watches: RefCell::default(),
+            next_id: Cell::new(0),
+            now: Cell::new(Instant::now()),
+            stopping: Cell::new(false),
+            events: RefCell::default(),
+            shared,
+        })
+    }
+
+    /// The reactor of the calling thread, if it is an I/O thread.
+    pub fn current() -> Option<Rc<Reactor>> {
+        thread::current()
+    }
+
+    pub(crate) fn is_shared(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
+
+    pub(crate) fn push_ready(&self, task: u32) {
+        self.executor.push_ready(task);
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stopping.set(true);
+    }
+
+    /// The time at the start of this turn of the loop: cheap, and at most a turn old.
+    pub fn now(&self) -> Instant {
+        self.now.get()
+    }
+
+    pub fn stats(&self) -> &ThreadStats {
+        &self.shared.stats
+    }
+
+    /// Runs a future on this thread.
+    pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
+        self.executor.spawn(Box::pin(future));
+    }
+
+    pub fn sleep_until(&self, at: Instant) -> Sleep {
+        Sleep::new(self.timers.clone(), at)
+    }
+
+    pub fn sleep(&self, duration: Duration) -> Sleep {
+        self.sleep_until(Instant::now() + duration)
+    }
+
+    // Sources.
+
+    /// Adds a source; it is polled once soon, and then whenever its kick descriptor is signalled.
+    pub fn add_source(&self, source: Rc<dyn Source>, kick: Option<OwnedFd>) -> SourceId {
+        let index = {
+            let mut sources = self.sources.borrow_mut();
+            let free = sources.iter().position(Option::is_none);
+            free.unwrap_or_else(|| {
+                sources.push(None);
+                sources.len() - 1
+            })
+        };
+        let id = SourceId {
+            index: index as u32,
+            generation: self.next_id(),
+        };
+        let state = Rc::new(SourceState {
+            source,
+            id,
+            kick: RefCell::new(None),
+            window: Cell::default(),
+            last_work: Cell::new(self.now.get()),
+            active: Cell::new(false),
+            touched: Cell::new(false),
+            removed: Cell::new(false),
+        });
+        self.sources.borrow_mut()[index] = Some(state.clone());
+        if let Some(fd) = kick {
+            self.watch_kick(&state, fd);
+        }
+        self.activate(&state);
+        id
+    }
+
+    /// Removes a source. Operations of it that are still in flight end unreported.
+    pub fn remove_source(&self, id: SourceId) {
+        let Some(state) = self.source(id) else {
+            return;
+        };
+        self.sources.borrow_mut()[id.index as usize] = None;
+        state.removed.set(true);
+        self.active.borrow_mut().retain(|s| s.id != id);
+        self.touched.borrow_mut().retain(|s| s.id != id);
+        self.unwatch_kick(&state);
+    }
+
+    /// Exchanges the kick descriptor of a source.
+    pub fn set_kick(&self, id: SourceId, kick: Option<OwnedFd>) {
+        if let Some(state) = self.source(id) {
+            self.unwatch_kick(&state);
+            if let Some(fd) = kick {
+                self.watch_kick(&state, fd);
+            }
+            self.activate(&state);
+        }
+    }
+
+    /// Has the source polled in the next turn.
+    pub fn schedule(&self, id: SourceId) {
+        if let Some(state) = self.source(id) {
+            self.activate(&state);
+        }
+    }
+
+    /// Calls [`Source::finish_batch`] at the end of this turn.
+    pub fn touch(&self, id: SourceId) {
+        if let Some(state) = self.source(id) {
+            self.mark_touched(&state);
+        }
+    }
+
+    fn source(&self, id: SourceId) -> Option<Rc<SourceState>> {
+        match self.sources.borrow().get(id.index as usize) {
+            Some(Some(state)) if state.id == id => Some(state.clone()),
+            _ => None,
+        }
+    }
+
+    fn next_id(&self) -> u32 {
+        let id = self.next_id.get();
+        // Watches of the last 2^32 sources cannot still be reported.
+        self.next_id.set((id + 1) % WATCH_INBOX);
+        id
+    }
+
+    fn watch_kick(&self, state: &Rc<SourceState>, fd: OwnedFd) {
+        let watch = self.next_id();
+        self.engine
+            .borrow_mut()
+            .watch(watch, fd.as_raw_fd(), &self.shared.stats);
+        self.watches.borrow_mut().insert(watch, state.clone());
+        *state.kick.borrow_mut() = Some((watch, fd));
+    }
+
+    fn unwatch_kick(&self, state: &SourceState) {
+        if let Some((watch, fd)) = state.kick.borrow_mut().take() {
+            self.watches.borrow_mut().remove(&watch);
+            self.engine
+                .borrow_mut()
+                .unwatch(watch, fd.as_raw_fd(), &self.shared.stats);
+        }
+    }
+
+    fn mark_touched(&self, state: &Rc<SourceState>) {
+        if !state.touched.replace(true) {
+            self.touched.borrow_mut().push(state.clone());
+        }
+    }
+
+    fn activate(&self, state: &Rc<SourceState>) {
+        if !state.removed.get() && !state.active.replace(true) {
+            state.source.set_notifications(false);
+            self.active.borrow_mut().push(state.clone());
+        }
+    }
+
+    // Operations.
+
+    /// Starts an operation for a source; [`Source::complete`] reports its end.
+    ///
+    /// # Safety
+    /// `iov` must point to `iov_count` segments (at least one for reads and writes), which, like the
+    /// memory they describe, stay valid until the end is reported, and which nobody else touches
+    /// meanwhile: they are changed when a transfer comes in parts.
+    #[expect(clippy::too_many_arguments)]
+    pub unsafe fn submit_for_source(
+        &self,
+        id: SourceId,
+        token: u32,
+        file: &Arc<IoFile>,
+        kind: OpKind,
+        iov: *mut libc::iovec,
+        iov_count: u32,
+        offset: u64,
+        len: u64,
+    ) {
+        let raw = RawOp {
+            kind,
+            fd: file.raw(),
+            fixed_file: self.fixed_file(file),
+            // SAFETY: the caller vouches for the segments.
+            fixed_buffer: unsafe { self.fixed_buffer(iov, iov_count) },
+            direct: file.is_direct(),
+            iov,
+            iov_count,
+            offset,
+            len,
+        };
+        self.start(Op {
+            raw,
+            owner: Owner::Source { id, token },
+            retries: 0,
+            result: None,
+            _iov: None,
+            _file: None,
+        });
+    }
+
+    /// Starts a read or a write of the whole of `iov`; resolves when all of it is transferred.
+    /// Dropping the future asks the kernel to give up; the buffers live until it has.
+    pub fn submit(
+        self: &Rc<Self>,
+        file: &Arc<IoFile>,
+        kind: OpKind,
+        mut iov: IoVecs,
+        offset: u64,
+    ) -> Completion {
+        let count = iov.segments().len() as u32;
+        let len = iov.len() as u64;
+        if len == 0 {
+            return Completion {
+                reactor: self.clone(),
+                key: None,
+            };
+        }
+        let ptr = iov.as_mut_ptr();
+        let raw = RawOp {
+            kind,
+            fd: file.raw(),
+            fixed_file: self.fixed_file(file),
+            // SAFETY: `iov` holds the segments.
+            fixed_buffer: unsafe { self.fixed_buffer(ptr, count) },
+            direct: file.is_direct(),
+            iov: ptr,
+            iov_count: count,
+            offset,
+            len,
+        };
+        self.start_task(raw, file, Some(iov))
+    }
+
+    /// Starts an operation without buffers, such as [`OpKind::Sync`] or [`OpKind::Fallocate`].
+    pub fn submit_range(
+        self: &Rc<Self>,
+        file: &Arc<IoFile>,
+        kind: OpKind,
+        offset: u64,
+        len: u64,
+    ) -> Completion {
+        debug_assert!(!kind.is_transfer());
+        let raw = RawOp {
+            kind,
+            fd: file.raw(),
+            fixed_file: self.fixed_file(file),
+            fixed_buffer: None,
+            direct: file.is_direct(),
+            iov: std::ptr::null_mut(),
+            iov_count: 0,
+            offset,
+            len,
+        };
+        self.start_task(raw, file, None)
+    }
+
+    fn start_task(
+        self: &Rc<Self>,
+        raw: RawOp,
+        file: &Arc<IoFile>,
+        iov: Option<IoVecs>,
+    ) -> Completion {
+        let key = self.start(Op {
+            raw,
+            owner: Owner::Task(None),
+            retries: 0,
+            result: None,
+            _iov: iov,
+            _file: Some(file.clone()),
+        });
+        Completion {
+            reactor: self.clone(),
+            key: Some(key),
+        }
+    }
+
+    fn start(&self, op: Op) -> u32 {
+        let raw = split_segments(op.raw);
+        let key = self.ops.borrow_mut().insert(op);
+        self.shared.stats.operations.add(1);
+        self.engine.borrow_mut().push(key, &raw, &self.shared.stats);
+        key
+    }
+
+    fn fixed_file(&self, file: &Arc<IoFile>) -> Option<u32> {
+        let id = file.id();
+        if let Some(Some(entry)) = self.files.borrow().get(id as usize)
+            && Arc::ptr_eq(&entry.file, file)
+        {
+            return entry.fixed;
+        }
+        if id >= FIXED_FILES {
+            return None;
+        }
+        let fixed = self
+            .engine
+            .borrow_mut()
+            .register_file(id, file.raw())
+            .then_some(id);
+        let mut files = self.files.borrow_mut();
+        if files.len() <= id as usize {
+            files.resize_with(id as usize + 1, || None);
+        }
+        files[id as usize] = Some(FileEntry {
+            file: file.clone(),
+            fixed,
+        });
+        fixed
+    }
+
+    pub(crate) fn forget_file(&self, id: u32) {
+        let entry = self
+            .files
+            .borrow_mut()
+            .get_mut(id as usize)
+            .and_then(Option::take);
+        if let Some(FileEntry { fixed: Some(_), .. }) = entry {
+            self.engine.borrow_mut().register_file(id, -1);
+        }
+    }
+
+    /// # Safety
+    /// `iov` points to `count` segments.
+    unsafe fn fixed_buffer(&self, iov: *mut libc::iovec, count: u32) -> Option<u16> {
+        let fixed = self.fixed.borrow();
+        if count != 1 || fixed.is_empty() {
+            return None;
+        }
+        // SAFETY: there is one segment.
+        let v = unsafe { *iov };
+        let at = v.iov_base as usize;
+        fixed
+            .iter()
+            .find(|f| at >= f.start && at - f.start <= f.len && v.iov_len <= f.len - (at - f.start))
+            .map(|f| f.slot)
+    }
+
+    /// Registers memory (a guest's) with the ring, so that transfers need not look its pages up.
+    /// The pages stay pinned until the result is dropped. None if the engine cannot or the kernel
+    /// will not (`RLIMIT_MEMLOCK`): transfers then work without.
+    ///
+    /// # Safety
+    /// The memory must stay mapped for as long as the result lives.
+    pub unsafe fn register_buffers(
+        self: &Rc<Self>,
+        ranges: &[(*mut u8, usize)],
+    ) -> Option<FixedBuffers> {
+        let mut registered = FixedBuffers {
+            reactor: self.clone(),
+            slots: Vec::new(),
+        };
+        for &(base, len) in ranges {
+            let mut at = 0;
+            while at < len {
+                let n = (len - at).min(FIXED_BUFFER_MAX);
+                let start = base.wrapping_add(at);
+                let slot = {
+                    let fixed = self.fixed.borrow();
+                    (0..FIXED_BUFFERS).find(|s| fixed.iter().all(|f| f.slot != *s))?
+                };
+                let vec = libc::iovec {
+                    iov_base: start.cast(),
+                    iov_len: n,
+                };
+                // SAFETY: the caller keeps the memory mapped; dropping `registered` undoes this.
+                if !unsafe { self.engine.borrow_mut().register_buffer(slot, vec) } {
+                    return None;
+                }
+                self.fixed.borrow_mut().push(FixedRange {
+                    start: start as usize,
+                    len: n,
+                    slot,
+                });
+                registered.slots.push(slot);
+                at += n;
+            }
+        }
+        Some(registered)
+    }
+
+    fn done(&self, key: u32, result: i32) {
+        let mut ops = self.ops.borrow_mut();
+        let Some(op) = ops.get(key) else {
+            return;
+        };
+        let outcome = match step(op, result) {
+            Step::Again(raw) => {
+                drop(ops);
+                self.engine.borrow_mut().push(key, &raw, &self.shared.stats);
+                return;
+            }
+            Step::End(outcome) => outcome,
+        };
+        match &mut op.owner {
+            Owner::Source { id, token } => {
+                let (id, token) = (*id, *token);
+                ops.remove(key);
+                drop(ops);
+                if let Some(state) = self.source(id) {
+                    state.source.complete(token, outcome);
+                    state.last_work.set(self.now.get());
+                    self.mark_touched(&state);
+                    if !state.window.get().get(self.shared.poll_max()).is_zero() {
+                        self.activate(&state);
+                    }
+                }
+            }
+            Owner::Task(waker) => {
+                let waker = waker.take();
+                op.result = Some(outcome);
+                drop(ops);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+            }
+            Owner::Nobody => ops.remove(key),
+        }
+    }
+
+    // The loop.
+
+    pub(crate) fn run(&self) {
+        self.engine.borrow_mut().watch(
+            WATCH_INBOX,
+            self.shared.event().as_raw_fd(),
+            &self.shared.stats,
+        );
+        let stats = &self.shared.stats;
+        loop {
+            stats.turns.add(1);
+            let mut worked = self.shared.has_pending() && self.run_inbox();
+            worked |= self.executor.run_ready();
+            worked |= self.poll_sources();
+            self.engine.borrow_mut().enter(Wait::No, stats);
+            worked |= self.reap();
+            self.finish_batches();
+            let before = self.now.get();
+            self.now.set(Instant::now());
+            let spent = (self.now.get() - before).as_nanos() as u64;
+            worked |= self.timers.fire(self.now.get());
+            if worked {
+                stats.working_ns.add(spent);
+                continue;
+            }
+            stats.polling_ns.add(spent);
+            self.retire_idle_sources();
+            if self.active.borrow().is_empty() && !self.executor.has_ready() {
+                if self.stopping.get() && self.ops.borrow().used == 0 {
+                    break;
+                }
+                self.sleep_in_kernel();
+            }
+        }
+    }
+
+    fn run_inbox(&self) -> bool {
+        let messages = self.shared.take_inbox();
+        let any = !messages.is_empty();
+        if any {
+            // Calls see this thread as current; the Rc in thread-local storage is ours.
+            let this = thread::current();
+            for message in messages {
+                match (message, &this) {
+                    (Message::Call(f), Some(this)) => f(this),
+                    (Message::Call(_), None) => {}
+                    (Message::Wake(task), _) => self.executor.push_ready(task),
+                }
+            }
+        }
+        any
+    }
+
+    fn poll_sources(&self) -> bool {
+        let mut any = false;
+        let mut at = 0;
+        loop {
+            // Not borrowed while polling: a source may remove itself or schedule another.
+            let Some(state) = self.active.borrow().get(at).cloned() else {
+                break;
+            };
+            if state.source.poll() {
+                any = true;
+                self.shared.stats.poll_hits.add(1);
+                state.last_work.set(self.now.get());
+                self.mark_touched(&state);
+            }
+            at += 1;
+        }
+        any
+    }
+
+    fn finish_batches(&self) {
+        loop {
+            let Some(state) = self.touched.borrow_mut().pop() else {
+                break;
+            };
+            state.touched.set(false);
+            state.source.finish_batch();
+        }
+    }
+
+    /// Stops polling the sources whose windows have passed without work.
+    fn retire_idle_sources(&self) {
+        let now = self.now.get();
+        let max = self.shared.poll_max();
+        let mut at = 0;
+        loop {
+            let Some(state) = self.active.borrow().get(at).cloned() else {
+                break;
+            };
+            if now.saturating_duration_since(state.last_work.get()) < state.window.get().get(max) {
+                at += 1;
+                continue;
+            }
+            if state.source.set_notifications(true) {
+                // Work arrived meanwhile: it is polled in the next turn.
+                state.source.set_notifications(false);
+                at += 1;
+                continue;
+            }
+            self.shared.stats.poll_misses.add(1);
+            state.active.set(false);
+            self.active.borrow_mut().retain(|s| s.id != state.id);
+        }
+    }
+
+    fn sleep_in_kernel(&self) {
+        if !self.shared.prepare_sleep() {
+            return;
+        }
+        let before = Instant::now();
+        let timeout = self
+            .timers
+            .next_deadline()
+            .map(|at| at.saturating_duration_since(before));
+        self.engine
+            .borrow_mut()
+            .enter(Wait::For(timeout), &self.shared.stats);
+        self.shared.woke();
+        let now = Instant::now();
+        self.now.set(now);
+        self.shared
+            .stats
+            .sleeping_ns
+            .add((now - before).as_nanos() as u64);
+        self.reap();
+        self.finish_batches();
+    }
+
+    fn reap(&self) -> bool {
+        let mut events = self.events.take();
+        self.engine.borrow_mut().reap(&mut events);
+        let any = !events.is_empty();
+        for event in events.drain(..) {
+            match event {
+                Event::Done { key, result } => self.done(key, result),
+                Event::Ready { watch } => self.ready(watch, false),
+                Event::ReadyOnce { watch } => self.ready(watch, true),
+            }
+        }
+        self.events.replace(events);
+        any
+    }
+
+    fn ready(&self, watch: u32, again: bool) {
+        if watch == WATCH_INBOX {
+            if again {
+                self.engine.borrow_mut().watch(
+                    WATCH_INBOX,
+                    self.shared.event().as_raw_fd(),
+                    &self.shared.stats,
+                );
+            }
+            return;
+        }
+        let state = self.watches.borrow().get(&watch).cloned();
+        let Some(state) = state else {
+            return;
+        };
+        self.shared.stats.events.add(1);
+        if again && let Some((_, fd)) = &*state.kick.borrow() {
+            self.engine
+                .borrow_mut()
+                .watch(watch, fd.as_raw_fd(), &self.shared.stats);
+        }
+        if !state.active.get() {
+            let now = self.now.get();
+            let mut window = state.window.get();
+            window.woken_after(
+                now.saturating_duration_since(state.last_work.get()),
+                self.shared.poll_max(),
+            );
+            state.window.set(window);
+            self.activate(&state);
+        }
+    }
+
+    /// How many tasks and operations there are: zero on an idle thread.
+    pub fn load(&self) -> (usize, usize) {
+        (self.executor.len(), self.ops.borrow().used)
+    }
+}
+
+enum Step {
+    Again(RawOp),
+    End(io::Result<()>),
+}
+
+/// Engines take at most IOV_MAX segments at a time.
+fn split_segments(mut raw: RawOp) -> RawOp {
+    raw.iov_count = raw.iov_count.min(libc::UIO_MAXIOV as u32);
+    raw
+}
+
+/// What to do after a part of an operation ended with `result`.
+fn step(op: &mut Op, result: i32) -> Step {
+    if result == -libc::EINTR || result == -libc::EAGAIN {
+        op.retries += 1;
+        if op.retries <= MAX_RETRIES && !matches!(op.owner, Owner::Nobody) {
+            return Step::Again(split_segments(op.raw));
+        }
+    }
+    if result < 0 {
+        return Step::End(Err(io::Error::from_raw_os_error(-result)));
+    }
+    let raw = &mut op.raw;
+    if !raw.kind.is_transfer() {
+        return Step::End(Ok(()));
+    }
+    let is_read = raw.kind == OpKind::Read;
+    let n = (result as u64).min(raw.len);
+    raw.len -= n;
+    if raw.len == 0 {
+        return Step::End(Ok(()));
+    }
+    if n == 0 && !is_read {
+        return Step::End(Err(io::Error::from_raw_os_error(libc::ENOSPC)));
+    }
+    raw.offset += n;
+    advance(raw, n as usize);
+    // Nothing more, or (with O_DIRECT, which reads whole blocks) less than a block: the end of the file.
+    if is_read && (n == 0 || (raw.direct && !n.is_multiple_of(512))) {
+        zero_rest(raw);
+        return Step::End(Ok(()));
+    }
+    Step::Again(split_segments(*raw))
+}
+
+fn advance(raw: &mut RawOp, mut n: usize) {
+    while raw.iov_count > 0 {
+        // SAFETY: `iov` points to `iov_count` segments that belong to this operation.
+        let first = unsafe { &mut *raw.iov };
+        if n < first.iov_len {
+            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
+            first.iov_len -= n;
+            return;
+        }
+        n -= first.iov_len;
+        raw.iov = raw.iov.wrapping_add(1);
+        raw.iov_count -= 1;
+    }
+}
+
+fn zero_rest(raw: &RawOp) {
+    for i in 0..raw.iov_count as usize {
+        // SAFETY: as in `advance`; the segments are valid memory until the operation's end.
+        unsafe {
+            let v = *raw.iov.add(i);
+            std::ptr::write_bytes(v.iov_base.cast::<u8>(), 0, v.iov_len);
+        }
+    }
+}
+
+/// The end of an operation; see [`Reactor::submit`].
+pub struct Completion {
+    reactor: Rc<Reactor>,
+    /// None for an operation that had nothing to do.
+    key: Option<u32>,
+}
+
+impl Future for Completion {
+    type Output = io::Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(key) = self.key else {
+            return Poll::Ready(Ok(()));
+        };
+        let reactor = self.reactor.clone();
+        let mut ops = reactor.ops.borrow_mut();
+        let Some(op) = ops.get(key) else {
+            return Poll::Ready(Ok(()));
+        };
+        match op.result.take() {
+            Some(result) => {
+                ops.remove(key);
+                self.key = None;
+                Poll::Ready(result)
+            }
+            None => {
+                op.owner = Owner::Task(Some(cx.waker().clone()));
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        let Some(key) = self.key else { return };
+        let mut ops = self.reactor.ops.borrow_mut();
+        let Some(op) = ops.get(key) else { return };
+        if op.result.is_some() {
+            ops.remove(key);
+            return;
+        }
+        op.owner = Owner::Nobody;
+        drop(ops);
+        self.reactor
+            .engine
+            .borrow_mut()
+            .cancel(key, &self.reactor.shared.stats);
+    }
+}
+
+/// Memory registered with a ring; see [`Reactor::register_buffers`].
+pub struct FixedBuffers {
+    reactor: Rc<Reactor>,
+    slots: Vec<u16>,
+}
+
+impl Drop for FixedBuffers {
+    fn drop(&mut self) {
+        let nothing = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        for &slot in &self.slots {
+            self.reactor.fixed.borrow_mut().retain(|f| f.slot != slot);
+            // SAFETY: an empty registration refers to no memory.
+            unsafe {
+                self.reactor
+                    .engine
+                    .borrow_mut()
+                    .register_buffer(slot, nothing)
+            };
+        }
+    }
+}
