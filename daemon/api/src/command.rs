@@ -10,9 +10,11 @@ pub enum Command {
     RemoveNode {
         name: String,
     },
+    /// `size` is in bytes; making a node smaller needs `shrink`.
     ResizeNode {
         name: String,
         size: u64,
+        shrink: bool,
     },
     FlushNode {
         name: String,

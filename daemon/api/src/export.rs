@@ -185,7 +185,7 @@ fn vhost_user_blk(f: &mut Fields, listener: Option<OwnedFd>) -> Result<VhostUser
     }
     let queue_size = f
         .integer("queue-size", 4..=MAX_QUEUE_SIZE.into())?
-        .unwrap_or(256) as u16;
+        .unwrap_or(128) as u16;
     if !queue_size.is_power_of_two() {
         return Err(f.error(
             "queue-size",
@@ -307,7 +307,7 @@ mod tests {
         let ExportKind::VhostUserBlk(v) = &o.kind;
         assert_eq!(
             (v.num_queues, v.queue_size, v.logical_block_size),
-            (1, 256, 512)
+            (1, 128, 512)
         );
         let o = with(
             json!({"num-queues": 4, "socket-mode": "0660", "logical-block-size": "4k",

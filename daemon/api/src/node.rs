@@ -129,10 +129,18 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     }
 }
 
+#[derive(Clone, Default)]
+struct Inherited {
+    read_only: bool,
+    auto_read_only: bool,
+    discard: Discard,
+    cache: CacheOptions,
+}
+
 impl NodeOptions {
     /// Reads the options of a node that must have a name.
     pub fn from_map(map: Map) -> Result<NodeOptions> {
-        let options = NodeOptions::read(expand_dotted(map)?)?;
+        let options = NodeOptions::read(expand_dotted(map)?, None)?;
         if options.node_name.is_none() {
             return Err(Error::invalid(
                 "node: option 'node-name' is missing: give the new node a name",
@@ -141,7 +149,8 @@ impl NodeOptions {
         Ok(options)
     }
 
-    fn read(map: Map) -> Result<NodeOptions> {
+    /// `parent` is what a child in place takes over where it does not say otherwise.
+    fn read(map: Map, parent: Option<&Inherited>) -> Result<NodeOptions> {
         let given = map.clone();
         let mut f = Fields::new("node", map);
         let node_name = f.string("node-name")?;
@@ -150,8 +159,11 @@ impl NodeOptions {
             f.set_what(format!("node '{name}'"));
         }
         let driver = f.required_string("driver")?;
-        let read_only = f.boolean("read-only")?.unwrap_or(false);
-        let auto_read_only = f.boolean("auto-read-only")?.unwrap_or(false);
+        let defaults = parent.cloned().unwrap_or_default();
+        let read_only = f.boolean("read-only")?.unwrap_or(defaults.read_only);
+        let auto_read_only = f
+            .boolean("auto-read-only")?
+            .unwrap_or(defaults.auto_read_only);
         let force_share = f.boolean("force-share")?.unwrap_or(false);
         let discard = f
             .choice(
@@ -163,7 +175,7 @@ impl NodeOptions {
                     ("on", Discard::Unmap),
                 ],
             )?
-            .unwrap_or_default();
+            .unwrap_or(defaults.discard);
         let detect_zeroes = f
             .choice(
                 "detect-zeroes",
@@ -175,12 +187,12 @@ impl NodeOptions {
             )?
             .unwrap_or_default();
         let cache = match f.object("cache")? {
-            None => CacheOptions::default(),
+            None => defaults.cache,
             Some(map) => {
                 let mut c = Fields::new(format!("{}, cache", f.what()), map);
                 let cache = CacheOptions {
-                    direct: c.boolean("direct")?.unwrap_or(false),
-                    no_flush: c.boolean("no-flush")?.unwrap_or(false),
+                    direct: c.boolean("direct")?.unwrap_or(defaults.cache.direct),
+                    no_flush: c.boolean("no-flush")?.unwrap_or(defaults.cache.no_flush),
                 };
                 c.finish()?;
                 cache
@@ -198,13 +210,20 @@ impl NodeOptions {
                 "is on for a writable node: set read-only as well",
             ));
         }
+        // The parent decides about discards: its child does what it is told.
+        let inherited = Inherited {
+            read_only,
+            auto_read_only,
+            discard: Discard::Unmap,
+            cache,
+        };
         let driver = match driver.as_str() {
             "file" => DriverOptions::File(file_options(&mut f)?),
             "host_device" => DriverOptions::HostDevice(file_options(&mut f)?),
             "raw" => DriverOptions::Raw(RawOptions {
                 offset: f.size("offset")?.unwrap_or(0),
                 size: f.size("size")?,
-                file: node_ref(&mut f, "file")?,
+                file: node_ref(&mut f, "file", &inherited)?,
             }),
             "null-co" => DriverOptions::NullCo(NullOptions {
                 size: f.size("size")?.unwrap_or(1 << 30),
@@ -254,10 +273,10 @@ fn file_options(f: &mut Fields) -> Result<FileOptions> {
     })
 }
 
-fn node_ref(f: &mut Fields, key: &'static str) -> Result<NodeRef> {
+fn node_ref(f: &mut Fields, key: &'static str, inherited: &Inherited) -> Result<NodeRef> {
     match f.value(key) {
         Some(Value::String(name)) => Ok(NodeRef::Name(name)),
-        Some(Value::Object(map)) => NodeOptions::read(map)
+        Some(Value::Object(map)) => NodeOptions::read(map, Some(inherited))
             .map(|o| NodeRef::Options(Box::new(o)))
             .map_err(|e| e.context(format_args!("{}, {key}", f.what()))),
         Some(v) => Err(f.error(

@@ -101,10 +101,6 @@ impl IoVecs {
         &self.vecs
     }
 
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut libc::iovec {
-        self.vecs.as_mut_ptr()
-    }
-
     /// The part of `len` bytes at `offset`, sharing the memory.
     ///
     /// # Panics

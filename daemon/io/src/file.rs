@@ -76,3 +76,32 @@ impl AsFd for IoFile {
         self.fd.as_fd()
     }
 }
+
+/// `BLKGETSIZE64` of linux/fs.h: writes a 64-bit number of bytes.
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272_u32 as libc::Ioctl;
+
+/// The size of a block device in bytes.
+pub fn block_device_size(fd: BorrowedFd<'_>) -> std::io::Result<u64> {
+    let mut size = 0u64;
+    // SAFETY: the ioctl writes one u64.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64, &raw mut size) };
+    if rc < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(size)
+}
+
+/// Whether `len` bytes can be read from the start of a file opened with O_DIRECT: its block size is the
+/// smallest `len` that works.
+pub fn direct_read_works(fd: BorrowedFd<'_>, len: usize) -> std::io::Result<bool> {
+    let buf = crate::AlignedBuf::new(len, len.max(4096));
+    // SAFETY: the buffer has at least `len` bytes.
+    let n = unsafe { libc::pread(fd.as_raw_fd(), buf.as_mut_ptr().cast(), len, 0) };
+    if n >= 0 {
+        return Ok(true);
+    }
+    match std::io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        e => Err(e),
+    }
+}

@@ -26,10 +26,10 @@ mod timer;
 
 pub use buffer::{AlignedBuf, IoVecs, segments_aligned};
 pub use engine::{EngineChoice, EngineError, EngineKind};
-pub use file::IoFile;
+pub use file::{IoFile, block_device_size, direct_read_works};
 pub use op::{Fallocate, OpKind};
 pub use poll_window::DEFAULT_POLL_MAX;
-pub use reactor::{FixedBuffers, Reactor, Source, SourceId};
+pub use reactor::{FixedBuffers, Kept, Reactor, Source, SourceId};
 pub use stats::{Counter, ThreadStats, ThreadStatsSnapshot};
 pub use thread::{IoThread, IoThreadConfig, IoThreadError, StartError};
 pub use timer::Sleep;

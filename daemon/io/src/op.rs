@@ -59,7 +59,7 @@ pub(crate) struct RawOp {
     pub fixed_buffer: Option<u16>,
     /// O_DIRECT is set on the file.
     pub direct: bool,
-    pub iov: *mut libc::iovec,
+    pub iov: *const libc::iovec,
     pub iov_count: u32,
     /// Byte offset in the file.
     pub offset: u64,

@@ -1,9 +1,11 @@
 //! The loop of an I/O thread.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -47,6 +49,9 @@ pub trait Source {
     /// [touched](Reactor::touch): publish the results and signal the guest once.
     fn finish_batch(&self);
 
+    /// The kick descriptor was signalled while the source was not being polled.
+    fn kicked(&self) {}
+
     /// Switches the other side's notifications on or off. Switching on returns true if work arrived
     /// before the switch took effect (and may have gone unannounced).
     fn set_notifications(&self, on: bool) -> bool;
@@ -86,6 +91,8 @@ struct Op {
     owner: Owner,
     retries: u8,
     result: Option<io::Result<()>>,
+    /// What is left of the segments after a part was transferred.
+    rest: Vec<libc::iovec>,
     /// Holds the buffers of a task's operation and the open file.
     _iov: Option<IoVecs>,
     _file: Option<Arc<IoFile>>,
@@ -162,7 +169,23 @@ pub struct Reactor {
     now: Cell<Instant>,
     stopping: Cell<bool>,
     events: RefCell<Vec<Event>>,
+    kept: RefCell<HashMap<u64, Rc<dyn Any>>>,
+    next_kept: Cell<u64>,
 }
+
+/// Names a value that was left with a reactor; may be sent anywhere.
+pub struct Kept<T> {
+    key: u64,
+    _type: PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for Kept<T> {
+    fn clone(&self) -> Kept<T> {
+        *self
+    }
+}
+
+impl<T> Copy for Kept<T> {}
 
 impl Reactor {
     pub(crate) fn new(shared: Arc<Shared>, engine: Engine) -> Rc<Reactor> {
@@ -185,6 +208,8 @@ impl Reactor {
             now: Cell::new(Instant::now()),
             stopping: Cell::new(false),
             events: RefCell::default(),
+            kept: RefCell::default(),
+            next_kept: Cell::new(0),
             shared,
         })
     }
@@ -226,6 +251,29 @@ impl Reactor {
 
     pub fn sleep(&self, duration: Duration) -> Sleep {
         self.sleep_until(Instant::now() + duration)
+    }
+
+    // Values that belong to the thread.
+
+    /// Leaves a value with this thread, for calls from other threads to find.
+    pub fn keep<T: 'static>(&self, value: Rc<T>) -> Kept<T> {
+        let key = self.next_kept.get();
+        self.next_kept.set(key + 1);
+        self.kept.borrow_mut().insert(key, value);
+        Kept {
+            key,
+            _type: PhantomData,
+        }
+    }
+
+    /// The value, unless it was taken.
+    pub fn kept<T: 'static>(&self, kept: Kept<T>) -> Option<Rc<T>> {
+        self.kept.borrow().get(&kept.key)?.clone().downcast().ok()
+    }
+
+    /// Takes the value back.
+    pub fn take_kept<T: 'static>(&self, kept: Kept<T>) -> Option<Rc<T>> {
+        self.kept.borrow_mut().remove(&kept.key)?.downcast().ok()
     }
 
     // Sources.
@@ -350,8 +398,7 @@ impl Reactor {
     ///
     /// # Safety
     /// `iov` must point to `iov_count` segments (at least one for reads and writes), which, like the
-    /// memory they describe, stay valid until the end is reported, and which nobody else touches
-    /// meanwhile: they are changed when a transfer comes in parts.
+    /// memory they describe, stay valid and unchanged until the end is reported.
     #[expect(clippy::too_many_arguments)]
     pub unsafe fn submit_for_source(
         &self,
@@ -359,7 +406,7 @@ impl Reactor {
         token: u32,
         file: &Arc<IoFile>,
         kind: OpKind,
-        iov: *mut libc::iovec,
+        iov: *const libc::iovec,
         iov_count: u32,
         offset: u64,
         len: u64,
@@ -381,6 +428,7 @@ impl Reactor {
             owner: Owner::Source { id, token },
             retries: 0,
             result: None,
+            rest: Vec::new(),
             _iov: None,
             _file: None,
         });
@@ -392,7 +440,7 @@ impl Reactor {
         self: &Rc<Self>,
         file: &Arc<IoFile>,
         kind: OpKind,
-        mut iov: IoVecs,
+        iov: IoVecs,
         offset: u64,
     ) -> Completion {
         let count = iov.segments().len() as u32;
@@ -403,7 +451,7 @@ impl Reactor {
                 key: None,
             };
         }
-        let ptr = iov.as_mut_ptr();
+        let ptr = iov.segments().as_ptr();
         let raw = RawOp {
             kind,
             fd: file.raw(),
@@ -434,7 +482,7 @@ impl Reactor {
             fixed_file: self.fixed_file(file),
             fixed_buffer: None,
             direct: file.is_direct(),
-            iov: std::ptr::null_mut(),
+            iov: std::ptr::null(),
             iov_count: 0,
             offset,
             len,
@@ -453,6 +501,7 @@ impl Reactor {
             owner: Owner::Task(None),
             retries: 0,
             result: None,
+            rest: Vec::new(),
             _iov: iov,
             _file: Some(file.clone()),
         });
@@ -509,7 +558,7 @@ impl Reactor {
 
     /// # Safety
     /// `iov` points to `count` segments.
-    unsafe fn fixed_buffer(&self, iov: *mut libc::iovec, count: u32) -> Option<u16> {
+    unsafe fn fixed_buffer(&self, iov: *const libc::iovec, count: u32) -> Option<u16> {
         let fixed = self.fixed.borrow();
         if count != 1 || fixed.is_empty() {
             return None;
@@ -766,6 +815,7 @@ impl Reactor {
             return;
         };
         self.shared.stats.events.add(1);
+        state.source.kicked();
         if again && let Some((_, fd)) = &*state.kick.borrow() {
             self.engine
                 .borrow_mut()
@@ -825,38 +875,43 @@ fn step(op: &mut Op, result: i32) -> Step {
         return Step::End(Err(io::Error::from_raw_os_error(libc::ENOSPC)));
     }
     raw.offset += n;
-    advance(raw, n as usize);
+    // SAFETY: the segments belong to this operation until it ends (or to its `rest`, which `remaining`
+    // copies before it is replaced).
+    op.rest = remaining(unsafe { segments(raw) }, n as usize);
+    raw.iov = op.rest.as_ptr();
+    raw.iov_count = op.rest.len() as u32;
     // Nothing more, or (with O_DIRECT, which reads whole blocks) less than a block: the end of the file.
     if is_read && (n == 0 || (raw.direct && !n.is_multiple_of(512))) {
-        zero_rest(raw);
+        for v in &op.rest {
+            // SAFETY: a segment of this operation, which has not ended yet.
+            unsafe { std::ptr::write_bytes(v.iov_base.cast::<u8>(), 0, v.iov_len) };
+        }
         return Step::End(Ok(()));
     }
     Step::Again(split_segments(*raw))
 }
 
-fn advance(raw: &mut RawOp, mut n: usize) {
-    while raw.iov_count > 0 {
-        // SAFETY: `iov` points to `iov_count` segments that belong to this operation.
-        let first = unsafe { &mut *raw.iov };
-        if n < first.iov_len {
-            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
-            first.iov_len -= n;
-            return;
-        }
-        n -= first.iov_len;
-        raw.iov = raw.iov.wrapping_add(1);
-        raw.iov_count -= 1;
-    }
+/// # Safety
+/// The segments must still be valid.
+unsafe fn segments(raw: &RawOp) -> &[libc::iovec] {
+    // SAFETY: `iov` points to `iov_count` segments.
+    unsafe { std::slice::from_raw_parts(raw.iov, raw.iov_count as usize) }
 }
 
-fn zero_rest(raw: &RawOp) {
-    for i in 0..raw.iov_count as usize {
-        // SAFETY: as in `advance`; the segments are valid memory until the operation's end.
-        unsafe {
-            let v = *raw.iov.add(i);
-            std::ptr::write_bytes(v.iov_base.cast::<u8>(), 0, v.iov_len);
+/// The segments without their first `n` bytes.
+fn remaining(segments: &[libc::iovec], mut n: usize) -> Vec<libc::iovec> {
+    let mut rest = Vec::with_capacity(segments.len());
+    for v in segments {
+        let skip = n.min(v.iov_len);
+        n -= skip;
+        if skip < v.iov_len {
+            rest.push(libc::iovec {
+                iov_base: v.iov_base.cast::<u8>().wrapping_add(skip).cast(),
+                iov_len: v.iov_len - skip,
+            });
         }
     }
+    rest
 }
 
 /// The end of an operation; see [`Reactor::submit`].

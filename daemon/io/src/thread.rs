@@ -16,8 +16,10 @@ use crate::poll_window::DEFAULT_POLL_MAX;
 use crate::reactor::Reactor;
 use crate::stats::{ThreadStats, ThreadStatsSnapshot};
 
+type Call = Box<dyn FnOnce(&Rc<Reactor>) + Send>;
+
 pub(crate) enum Message {
-    Call(Box<dyn FnOnce(&Rc<Reactor>) + Send>),
+    Call(Call),
     Wake(u32),
 }
 

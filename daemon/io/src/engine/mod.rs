@@ -140,10 +140,16 @@ impl Engine {
 
     /// Queues an operation; it starts with the next `enter` at the latest.
     pub fn push(&mut self, key: u32, op: &RawOp, stats: &ThreadStats) {
-        match &mut self.backend {
-            Backend::Uring(u) if !op.kind.is_ioctl() => u.push(key, op, stats),
-            Backend::Fallback(f) if f.push(key, op) => {}
-            _ => self.pool.push(key, *op),
+        let taken = match &mut self.backend {
+            Backend::Uring(_) if op.kind.is_ioctl() => false,
+            Backend::Uring(u) => {
+                u.push(key, op, stats);
+                true
+            }
+            Backend::Fallback(f) => f.push(key, op),
+        };
+        if !taken {
+            self.pool.push(key, *op);
         }
     }
 

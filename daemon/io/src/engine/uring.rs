@@ -159,11 +159,7 @@ impl Uring {
                     key,
                     result: cqe.result(),
                 }),
-                TAG_WATCH if cqe.result() < 0 => {
-                    if cqe.result() != -libc::ECANCELED {
-                        out.push(Event::ReadyOnce { watch: key });
-                    }
-                }
+                TAG_WATCH if cqe.result() == -libc::ECANCELED => {}
                 TAG_WATCH if cqueue::more(cqe.flags()) => out.push(Event::Ready { watch: key }),
                 TAG_WATCH => out.push(Event::ReadyOnce { watch: key }),
                 _ => {}

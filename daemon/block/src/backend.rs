@@ -1,0 +1,205 @@
+//! Where requests enter the graph, and how they are held back while it changes.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::Notify;
+use vdisk_io::{IoThread, Reactor};
+
+use crate::node::Node;
+
+/// The root of an export (or a job): its node and the clients that send requests to it.
+pub struct Backend {
+    name: String,
+    node: Mutex<Arc<Node>>,
+    /// Changes with the graph below; what a client remembered under another value is stale.
+    generation: AtomicU64,
+    /// How many drains hold all clients back.
+    drains: AtomicU32,
+    clients: Mutex<Vec<Arc<Shared>>>,
+    next_id: AtomicU32,
+}
+
+/// Names a client of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClientId(u32);
+
+/// What a client shares with those who drain it.
+struct Shared {
+    id: ClientId,
+    thread: IoThread,
+    /// Requests counted. Written by the client's thread only.
+    in_flight: AtomicU32,
+    /// Told when the last request ended during a drain.
+    idle: Notify,
+    resume: Resume,
+}
+
+type Resume = Box<dyn Fn(&Rc<Reactor>) + Send + Sync>;
+
+fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Backend {
+    pub fn new(name: impl Into<String>, node: Arc<Node>) -> Arc<Backend> {
+        Arc::new(Backend {
+            name: name.into(),
+            node: Mutex::new(node),
+            generation: AtomicU64::new(0),
+            drains: AtomicU32::new(0),
+            clients: Mutex::default(),
+            next_id: AtomicU32::new(0),
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn node(&self) -> Arc<Node> {
+        locked(&self.node).clone()
+    }
+
+    /// Adds a client on the calling I/O thread, which must be `thread`. `resume` is called there when a
+    /// drain is over.
+    pub fn attach(
+        self: &Arc<Self>,
+        thread: &IoThread,
+        resume: impl Fn(&Rc<Reactor>) + Send + Sync + 'static,
+    ) -> Client {
+        let id = ClientId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let shared = Arc::new(Shared {
+            id,
+            thread: thread.clone(),
+            in_flight: AtomicU32::new(0),
+            idle: Notify::new(),
+            resume: Box::new(resume),
+        });
+        locked(&self.clients).push(shared.clone());
+        Client {
+            generation: Cell::new(self.generation.load(Ordering::Acquire)),
+            node: RefCell::new(self.node()),
+            backend: self.clone(),
+            shared,
+        }
+    }
+
+    /// Holds new requests back and waits for those in flight. They go on when the guard is dropped.
+    pub async fn drain(self: &Arc<Self>) -> DrainGuard {
+        self.drains.fetch_add(1, Ordering::SeqCst);
+        let guard = DrainGuard {
+            backend: self.clone(),
+        };
+        // A client that comes from now on sees the flag at once.
+        let clients = locked(&self.clients).clone();
+        for c in &clients {
+            // After a round trip the thread has seen the flag: what it counted before is in
+            // `in_flight`, and it counts no more.
+            let _ = c.thread.run(|_| ()).await;
+            loop {
+                let idle = c.idle.notified();
+                if c.in_flight.load(Ordering::SeqCst) == 0 {
+                    break;
+                }
+                idle.await;
+            }
+        }
+        guard
+    }
+}
+
+/// Keeps a backend drained until dropped.
+pub struct DrainGuard {
+    backend: Arc<Backend>,
+}
+
+impl DrainGuard {
+    /// Gives the backend another node.
+    pub fn set_node(&self, node: Arc<Node>) {
+        *locked(&self.backend.node) = node;
+        self.backend.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Makes clients look at the graph anew, for instance at a changed size.
+    pub fn invalidate(&self) {
+        self.backend.generation.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Drop for DrainGuard {
+    fn drop(&mut self) {
+        if self.backend.drains.fetch_sub(1, Ordering::SeqCst) != 1 {
+            return;
+        }
+        for client in locked(&self.backend.clients).iter() {
+            let resume = client.clone();
+            client.thread.post(move |r| (resume.resume)(r));
+        }
+    }
+}
+
+/// One I/O thread's way into a backend; lives on that thread.
+pub struct Client {
+    backend: Arc<Backend>,
+    shared: Arc<Shared>,
+    node: RefCell<Arc<Node>>,
+    generation: Cell<u64>,
+}
+
+impl Client {
+    pub fn id(&self) -> ClientId {
+        self.shared.id
+    }
+
+    /// Whether requests must wait. Asked once before a batch of them is taken.
+    #[inline]
+    pub fn is_drained(&self) -> bool {
+        self.backend.drains.load(Ordering::Relaxed) != 0
+    }
+
+    /// Counts a request. Only while [`Client::is_drained`] is false.
+    #[inline]
+    pub fn begin(&self) {
+        let n = &self.shared.in_flight;
+        n.store(n.load(Ordering::Relaxed) + 1, Ordering::Release);
+    }
+
+    /// A counted request was answered.
+    #[inline]
+    pub fn end(&self) {
+        let counter = &self.shared.in_flight;
+        let n = counter.load(Ordering::Relaxed) - 1;
+        counter.store(n, Ordering::Release);
+        if n == 0 && self.is_drained() {
+            self.shared.idle.notify_waiters();
+        }
+    }
+
+    /// Requests counted and not answered.
+    pub fn in_flight(&self) -> u32 {
+        self.shared.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Runs `f` with the node that requests go to at this moment.
+    #[inline]
+    pub fn with_node<R>(&self, f: impl FnOnce(&Arc<Node>) -> R) -> R {
+        let generation = self.backend.generation.load(Ordering::Relaxed);
+        if generation != self.generation.get() {
+            self.generation.set(generation);
+            *self.node.borrow_mut() = self.backend.node();
+        }
+        f(&self.node.borrow())
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        locked(&self.backend.clients).retain(|c| c.id != self.shared.id);
+        // Whoever waits for requests of this client need not any more.
+        self.shared.in_flight.store(0, Ordering::SeqCst);
+        self.shared.idle.notify_waiters();
+    }
+}

@@ -1,0 +1,381 @@
+//! Drivers `file` (regular files) and `host_device` (block devices).
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use vdisk_api::{Error, FileOptions, NodeOptions, Result};
+use vdisk_io::{Fallocate, IoFile, IoVecs, OpKind, block_device_size};
+
+use super::{
+    Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, locks, reactor,
+};
+use crate::node::{WriteFlags, ZeroFlags};
+use crate::permission::{Permissions, Use};
+
+struct File {
+    file: Arc<IoFile>,
+    filename: String,
+    is_device: bool,
+    no_flush: bool,
+    limits: Limits,
+    /// A flush failed: the kernel has dropped data that it could not write, and a later flush that
+    /// succeeds says nothing about it.
+    flush_failed: AtomicBool,
+    no_zero_range: AtomicBool,
+    no_punch_hole: AtomicBool,
+}
+
+fn open_fd(path: &str, write: bool, direct: bool) -> io::Result<OwnedFd> {
+    let mut flags = libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
+    if direct {
+        flags |= libc::O_DIRECT;
+    }
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(flags)
+        .open(path)
+        .map(OwnedFd::from)
+}
+
+pub(super) fn open(
+    name: &str,
+    node: &NodeOptions,
+    options: &FileOptions,
+    is_device: bool,
+) -> Result<OpenedDriver> {
+    let path = options.filename.as_str();
+    let what = format!("node '{name}': '{path}'");
+    let cannot = |e: &io::Error| Error::io(format_args!("{what} cannot be opened"), e);
+
+    let meta = std::fs::metadata(path).map_err(|e| cannot(&e))?;
+    let kind = meta.file_type();
+    if is_device && !kind.is_block_device() {
+        return Err(Error::invalid(format!(
+            "{what} is not a block device: use driver 'file' for regular files"
+        )));
+    }
+    if !is_device && !kind.is_file() {
+        let (is, remedy) = if kind.is_dir() {
+            ("a directory", "give the path of an image in it")
+        } else if kind.is_block_device() {
+            ("a block device", "use driver 'host_device'")
+        } else {
+            ("not a regular file", "give the path of an image")
+        };
+        return Err(Error::invalid(format!("{what} is {is}: {remedy}")));
+    }
+
+    let direct = node.cache.direct;
+    let mut read_only = node.read_only;
+    let fd = match open_fd(path, !read_only, direct) {
+        Err(e)
+            if node.auto_read_only
+                && !read_only
+                && matches!(
+                    e.raw_os_error(),
+                    Some(libc::EACCES | libc::EPERM | libc::EROFS)
+                ) =>
+        {
+            read_only = true;
+            open_fd(path, false, direct)
+        }
+        other => other,
+    };
+    let fd = fd.map_err(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) if direct => Error::not_supported(format!(
+            "{what}: this file system has no O_DIRECT; set cache.direct=off"
+        )),
+        _ => cannot(&e),
+    })?;
+
+    if !node.force_share {
+        locks::lock(&fd, &what, &image_use(read_only), options.locking)?;
+    }
+
+    let size = if is_device {
+        block_device_size(fd.as_fd()).map_err(|e| cannot(&e))?
+    } else {
+        std::fs::File::from(fd.try_clone().map_err(|e| cannot(&e))?)
+            .metadata()
+            .map_err(|e| cannot(&e))?
+            .len()
+    };
+    let mut limits = Limits {
+        zero_alignment: meta_block_size(&fd),
+        ..Limits::NONE
+    };
+    if direct {
+        (limits.request_alignment, limits.memory_alignment) = direct_alignment(&fd, is_device)
+            .map_err(|e| {
+                Error::io(
+                    format_args!("{what}: cannot find its O_DIRECT block size"),
+                    &e,
+                )
+            })?;
+        if !size.is_multiple_of(limits.request_alignment) {
+            return Err(Error::invalid(format!(
+                "{what} has {size} bytes, which is not a multiple of {}, the block size of its storage: resize it, or set cache.direct=off",
+                limits.request_alignment
+            )));
+        }
+    }
+    Ok(OpenedDriver {
+        driver: Box::new(File {
+            file: IoFile::new(fd, direct),
+            filename: path.to_owned(),
+            is_device,
+            no_flush: node.cache.no_flush,
+            limits,
+            flush_failed: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+            no_punch_hole: AtomicBool::new(false),
+        }),
+        size,
+        read_only,
+    })
+}
+
+/// What an open image means to other processes: one writer, or any number of readers.
+fn image_use(read_only: bool) -> Use {
+    let taken = if read_only {
+        Permissions::CONSISTENT_READ
+    } else {
+        Permissions::CONSISTENT_READ
+            .and(Permissions::WRITE)
+            .and(Permissions::RESIZE)
+    };
+    Use {
+        taken,
+        shared: Permissions::CONSISTENT_READ.and(Permissions::WRITE_UNCHANGED),
+    }
+}
+
+fn meta_block_size(fd: &OwnedFd) -> u64 {
+    let size = rustix::fs::fstat(fd).map_or(0, |s| s.st_blksize as u64);
+    if size.is_power_of_two() {
+        size.clamp(512, 1 << 20)
+    } else {
+        4096
+    }
+}
+
+/// Block size and memory alignment for O_DIRECT, in bytes.
+fn direct_alignment(fd: &OwnedFd, is_device: bool) -> io::Result<(u64, usize)> {
+    if let Ok(stat) = rustix::fs::statx(
+        fd,
+        "",
+        rustix::fs::AtFlags::EMPTY_PATH,
+        rustix::fs::StatxFlags::DIOALIGN,
+    ) && stat.stx_mask & rustix::fs::StatxFlags::DIOALIGN.bits() != 0
+        && stat.stx_dio_offset_align.is_power_of_two()
+        && stat.stx_dio_mem_align.is_power_of_two()
+    {
+        return Ok((
+            u64::from(stat.stx_dio_offset_align).max(512),
+            stat.stx_dio_mem_align as usize,
+        ));
+    }
+    if is_device {
+        let size = rustix::fs::ioctl_blksszget(fd)?;
+        return Ok((u64::from(size).max(512), size as usize));
+    }
+    // Kernels before 6.1 do not say: the smallest read that works shows it.
+    let len = rustix::fs::fstat(fd)?.st_size as u64;
+    for align in [512usize, 1024, 2048, 4096] {
+        if len < align as u64 {
+            break;
+        }
+        if vdisk_io::direct_read_works(fd.as_fd(), align)? {
+            return Ok((align as u64, align));
+        }
+    }
+    Ok((4096, 4096))
+}
+
+fn is_unsupported(e: &io::Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
+    )
+}
+
+fn unsupported() -> io::Error {
+    io::ErrorKind::Unsupported.into()
+}
+
+impl File {
+    async fn range(&self, kind: OpKind, offset: u64, len: u64) -> io::Result<()> {
+        reactor()?.submit_range(&self.file, kind, offset, len).await
+    }
+
+    /// Does `kind` unless it is known not to work here, and learns whether it does.
+    async fn try_range(
+        &self,
+        known_not: &AtomicBool,
+        kind: OpKind,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        if known_not.load(Relaxed) {
+            return Err(unsupported());
+        }
+        let result = self.range(kind, offset, len).await;
+        if result.as_ref().is_err_and(is_unsupported) {
+            known_not.store(true, Relaxed);
+            return Err(unsupported());
+        }
+        result
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        if self.no_flush {
+            return Ok(());
+        }
+        if self.flush_failed.load(Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        let result = self.range(OpKind::Sync, 0, 0).await;
+        if let Err(error) = &result
+            && !self.flush_failed.swap(true, Relaxed)
+        {
+            tracing::error!(
+                image = self.filename,
+                %error,
+                "a flush failed: written data may be lost, and every later flush will fail too"
+            );
+        }
+        result
+    }
+}
+
+impl Driver for File {
+    fn name(&self) -> &'static str {
+        if self.is_device {
+            "host_device"
+        } else {
+            "file"
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    #[inline]
+    fn resolve(&self, _direction: Direction, offset: u64, _len: u64) -> Resolved<'_> {
+        Resolved::Direct {
+            file: &self.file,
+            offset,
+            no_flush: self.no_flush,
+        }
+    }
+
+    fn slow_reason(&self, _direction: Direction) -> Option<SlowReason> {
+        None
+    }
+
+    fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            reactor()?
+                .submit(&self.file, OpKind::Read, iov, offset)
+                .await
+        })
+    }
+
+    fn write(
+        &self,
+        offset: u64,
+        iov: IoVecs,
+        flags: WriteFlags,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let kind = if flags.durable && !self.no_flush {
+                OpKind::WriteDurable
+            } else {
+                OpKind::Write
+            };
+            reactor()?.submit(&self.file, kind, iov, offset).await
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.sync())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        let kind = if self.is_device {
+            OpKind::BlockDiscard
+        } else {
+            OpKind::Fallocate(Fallocate::PunchHole)
+        };
+        Box::pin(self.try_range(&self.no_punch_hole, kind, offset, len))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let zero = if self.is_device {
+                OpKind::BlockZeroOut
+            } else {
+                OpKind::Fallocate(Fallocate::ZeroRange)
+            };
+            let punch = OpKind::Fallocate(Fallocate::PunchHole);
+            let mut result = Err(unsupported());
+            // On a block device a hole is a zero write that may unmap; it keeps reading as zeroes.
+            if flags.may_unmap {
+                result = self
+                    .try_range(&self.no_punch_hole, punch, offset, len)
+                    .await;
+            }
+            if result
+                .as_ref()
+                .is_err_and(|e| e.kind() == io::ErrorKind::Unsupported)
+            {
+                result = self.try_range(&self.no_zero_range, zero, offset, len).await;
+            }
+            result?;
+            if flags.durable {
+                self.sync().await
+            } else {
+                Ok(())
+            }
+        })
+    }
+
+    fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {
+        Box::pin(async move {
+            if self.is_device {
+                // Somebody else resized the device; all we can do is look.
+                let now = block_device_size(self.file.as_fd())?;
+                return if size <= now {
+                    Ok(now)
+                } else {
+                    Err(unsupported())
+                };
+            }
+            rustix::fs::ftruncate(self.file.as_ref(), size)?;
+            Ok(size)
+        })
+    }
+
+    fn filename(&self) -> Option<String> {
+        Some(self.filename.clone())
+    }
+
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            locks::unlock(self.file.as_ref());
+            self.file.clone().close().await;
+        })
+    }
+}

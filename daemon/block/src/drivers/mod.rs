@@ -1,0 +1,171 @@
+//! The drivers: what a node can be made of.
+
+mod file;
+mod locks;
+mod null;
+mod raw;
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use vdisk_api::{DriverOptions, NodeOptions, Result};
+use vdisk_io::{IoFile, IoVecs, Reactor};
+
+use crate::node::{Node, WriteFlags, ZeroFlags};
+
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Read,
+    Write,
+}
+
+/// Where the bytes of a request are.
+pub enum Resolved<'a> {
+    /// At this byte offset of this file, in one piece.
+    Direct {
+        file: &'a Arc<IoFile>,
+        offset: u64,
+        /// Flushes are ignored (`cache.no-flush`): a durable write is an ordinary one.
+        no_flush: bool,
+    },
+    /// Nowhere: reads give zeroes.
+    Zeroes,
+    /// Nowhere: the request is done without touching its buffers.
+    Nothing,
+    /// The slow path must find out.
+    Slow(SlowReason),
+}
+
+/// Why a request, or every request of a kind, takes the slow path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlowReason {
+    /// It reaches beyond the end, or writes to a read-only node: it will fail.
+    Refused,
+    /// It, or its memory, is not aligned to the storage's blocks.
+    Unaligned,
+    /// Guests may write less than a block of the storage.
+    SmallBlocks,
+    DetectZeroes,
+    Latency,
+}
+
+impl fmt::Display for SlowReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SlowReason::Refused => "the request is refused",
+            SlowReason::Unaligned => "the request is not aligned to the storage's blocks",
+            SlowReason::SmallBlocks => {
+                "the logical block size is smaller than the storage's blocks: writes are serialised"
+            }
+            SlowReason::DetectZeroes => "detect-zeroes looks at the data of writes",
+            SlowReason::Latency => "latency-ns delays requests",
+        })
+    }
+}
+
+/// What the storage demands, in bytes; alignments are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Offset and length of every request must be multiples of this.
+    pub request_alignment: u64,
+    /// Buffers must start and end at multiples of this in memory.
+    pub memory_alignment: usize,
+    /// Zero writes and discards of whole multiples of this are efficient.
+    pub zero_alignment: u64,
+}
+
+impl Limits {
+    pub const NONE: Limits = Limits {
+        request_alignment: 1,
+        memory_alignment: 1,
+        zero_alignment: 1,
+    };
+}
+
+/// One kind of node. Requests reach a driver through [`Node`], within bounds and aligned to its limits.
+pub trait Driver: Send + Sync {
+    /// The QAPI name.
+    fn name(&self) -> &'static str;
+
+    fn limits(&self) -> Limits {
+        Limits::NONE
+    }
+
+    /// Where `len` bytes at `offset` are. Must not block, allocate or lock.
+    fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_>;
+
+    /// Why this driver and what is below it send requests of this direction down the slow path.
+    fn slow_reason(&self, direction: Direction) -> Option<SlowReason>;
+
+    fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>>;
+
+    fn write(&self, offset: u64, iov: IoVecs, flags: WriteFlags)
+    -> LocalFuture<'_, io::Result<()>>;
+
+    /// Makes every write that has completed durable.
+    fn flush(&self) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Frees the range if possible; `Unsupported` if not at all.
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Writes zeroes without moving data; `Unsupported` if that cannot be done.
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Changes the size to `size` bytes and returns what it is now.
+    fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>>;
+
+    /// The size in bytes as it follows from the children; None for drivers with a size of their own.
+    fn size_from_children(&self) -> Option<u64> {
+        None
+    }
+
+    /// Clients may write less than a block from now on.
+    fn allow_small_writes(&self) {}
+
+    /// The path or address of what is behind the driver.
+    fn filename(&self) -> Option<String> {
+        None
+    }
+
+    /// Lets go of everything, on no particular thread. No request is in flight.
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {})
+    }
+}
+
+/// The reactor that a driver's future runs on.
+pub(crate) fn reactor() -> io::Result<Rc<Reactor>> {
+    Reactor::current().ok_or_else(|| io::Error::other("block requests run on I/O threads only"))
+}
+
+/// A driver just opened, its size in bytes, and whether it turned out read-only.
+pub(crate) struct OpenedDriver {
+    pub driver: Box<dyn Driver>,
+    pub size: u64,
+    pub read_only: bool,
+}
+
+/// Opens a driver; may block. `children` are in the order of the driver's roles.
+pub(crate) fn open(
+    name: &str,
+    options: &NodeOptions,
+    children: &[Arc<Node>],
+) -> Result<OpenedDriver> {
+    match &options.driver {
+        DriverOptions::File(o) => file::open(name, options, o, false),
+        DriverOptions::HostDevice(o) => file::open(name, options, o, true),
+        DriverOptions::Raw(o) => raw::open(name, options, o, children),
+        DriverOptions::NullCo(o) => Ok(null::open(options, o)),
+    }
+}

@@ -1,0 +1,148 @@
+//! Driver `raw`: a part (or all) of its child, as it is.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vdisk_api::{Error, NodeOptions, RawOptions, Result};
+use vdisk_io::IoVecs;
+
+use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason};
+use crate::node::{Node, WriteFlags, ZeroFlags};
+
+struct Raw {
+    file: Arc<Node>,
+    offset: u64,
+    /// Set if the options name a size, which then does not follow the child's.
+    size: Option<AtomicU64>,
+}
+
+pub(super) fn open(
+    name: &str,
+    node: &NodeOptions,
+    options: &RawOptions,
+    children: &[Arc<Node>],
+) -> Result<OpenedDriver> {
+    let file = children
+        .first()
+        .cloned()
+        .ok_or_else(|| Error::failed(format!("node '{name}': driver raw has no child")))?;
+    let have = file.size();
+    let room = have.checked_sub(options.offset).ok_or_else(|| {
+        Error::invalid(format!(
+            "node '{name}': option 'offset' is {}, beyond the {have} bytes of node '{}'",
+            options.offset,
+            file.name()
+        ))
+    })?;
+    if let Some(size) = options.size
+        && size > room
+    {
+        return Err(Error::invalid(format!(
+            "node '{name}': option 'size' is {size}, but node '{}' has only {room} bytes from offset {}",
+            file.name(),
+            options.offset
+        )));
+    }
+    let alignment = file.limits().request_alignment;
+    if !options.offset.is_multiple_of(alignment) {
+        return Err(Error::invalid(format!(
+            "node '{name}': option 'offset' is {}: give a multiple of {alignment}, the block size of node '{}'",
+            options.offset,
+            file.name()
+        )));
+    }
+    Ok(OpenedDriver {
+        size: options.size.unwrap_or(room),
+        read_only: node.read_only || file.is_read_only(),
+        driver: Box::new(Raw {
+            file,
+            offset: options.offset,
+            size: options.size.map(AtomicU64::new),
+        }),
+    })
+}
+
+impl Driver for Raw {
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn limits(&self) -> Limits {
+        self.file.limits()
+    }
+
+    fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_> {
+        self.file
+            .resolve_range(direction, self.offset + offset, len)
+    }
+
+    fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
+        self.file.slow_reason(direction)
+    }
+
+    fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.file.read(self.offset + offset, iov))
+    }
+
+    fn write(
+        &self,
+        offset: u64,
+        iov: IoVecs,
+        flags: WriteFlags,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.file.write(self.offset + offset, iov, flags))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.file.flush())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.file.discard(self.offset + offset, len))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.file.write_zeroes(self.offset + offset, len, flags))
+    }
+
+    fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {
+        Box::pin(async move {
+            let end = self
+                .offset
+                .checked_add(size)
+                .ok_or_else(|| io::Error::from_raw_os_error(libc::EFBIG))?;
+            match &self.size {
+                // The rest of the child is not ours: the part can only move its end within it.
+                Some(own) => {
+                    if end > self.file.size() {
+                        return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+                    }
+                    own.store(size, Ordering::Relaxed);
+                    Ok(size)
+                }
+                None => Ok(self.file.resize(end).await?.saturating_sub(self.offset)),
+            }
+        })
+    }
+
+    fn size_from_children(&self) -> Option<u64> {
+        match &self.size {
+            Some(_) => None,
+            None => Some(self.file.size().saturating_sub(self.offset)),
+        }
+    }
+
+    fn allow_small_writes(&self) {
+        self.file.allow_small_writes();
+    }
+
+    fn filename(&self) -> Option<String> {
+        self.file.filename()
+    }
+}

@@ -1,0 +1,408 @@
+//! The graph: which nodes there are, what they stand on, and who uses them for what.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vdisk_api::{DriverOptions, Error, Map, NodeOptions, NodeRef, Result};
+
+use crate::backend::Backend;
+use crate::node::Node;
+use crate::permission::{Permissions, Use};
+
+/// Something that uses a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Parent {
+    Node(String),
+    Export(String),
+}
+
+impl std::fmt::Display for Parent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Parent::Node(name) => write!(f, "node '{name}'"),
+            Parent::Export(id) => write!(f, "export '{id}'"),
+        }
+    }
+}
+
+struct User {
+    parent: Parent,
+    wants: Use,
+    backend: Arc<Backend>,
+}
+
+struct Entry {
+    node: Arc<Node>,
+    /// (role, name), in the driver's order.
+    children: Vec<(&'static str, String)>,
+    /// Users that are not nodes.
+    users: Vec<User>,
+    /// Made in place for its parent, and removed with it.
+    implicit: bool,
+    given: Map,
+}
+
+/// A node as it is shown to people.
+#[derive(Clone, Debug)]
+pub struct NodeInfo {
+    pub node: Arc<Node>,
+    pub children: Vec<(&'static str, String)>,
+    pub parents: Vec<Parent>,
+    pub implicit: bool,
+    /// The options it was made with.
+    pub given: Map,
+}
+
+#[derive(Default)]
+pub struct Graph {
+    nodes: BTreeMap<String, Entry>,
+    next_implicit: u64,
+}
+
+struct Step {
+    name: String,
+    options: NodeOptions,
+    children: Vec<(&'static str, Child)>,
+    implicit: bool,
+}
+
+enum Child {
+    Existing(Arc<Node>),
+    /// An earlier step of the same plan.
+    Step(usize),
+}
+
+/// What is to be opened for a new node, children first.
+pub struct Plan {
+    steps: Vec<Step>,
+}
+
+/// Opened nodes that are not part of the graph yet.
+pub struct Opened {
+    entries: Vec<(String, Entry)>,
+}
+
+impl Plan {
+    /// Opens everything; may block. If one fails, those before it are returned for closing.
+    pub fn open(self) -> std::result::Result<Opened, (Error, Opened)> {
+        let mut opened = Opened {
+            entries: Vec::new(),
+        };
+        for step in self.steps {
+            let children: Vec<Arc<Node>> = step
+                .children
+                .iter()
+                .map(|(_, c)| match c {
+                    Child::Existing(node) => node.clone(),
+                    Child::Step(i) => opened.entries[*i].1.node.clone(),
+                })
+                .collect();
+            let node = match Node::open(&step.name, &step.options, &children) {
+                Ok(node) => node,
+                Err(e) => return Err((e, opened)),
+            };
+            let roles = step.children.iter().map(|(role, _)| *role);
+            let entry = Entry {
+                children: roles
+                    .zip(children.iter().map(|c| c.name().to_owned()))
+                    .collect(),
+                node,
+                users: Vec::new(),
+                implicit: step.implicit,
+                given: step.options.given,
+            };
+            opened.entries.push((step.name, entry));
+        }
+        Ok(opened)
+    }
+}
+
+impl Opened {
+    /// Gives up what was opened.
+    pub async fn close(self) {
+        for (_, entry) in self.entries.into_iter().rev() {
+            entry.node.close().await;
+        }
+    }
+}
+
+impl Graph {
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.nodes.keys().map(String::as_str)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.nodes.get(name).ok_or_else(|| {
+            Error::not_found(format!("there is no node '{name}': see the list of nodes"))
+        })
+    }
+
+    pub fn node(&self, name: &str) -> Result<Arc<Node>> {
+        Ok(self.entry(name)?.node.clone())
+    }
+
+    pub fn info(&self, name: &str) -> Result<NodeInfo> {
+        let entry = self.entry(name)?;
+        Ok(NodeInfo {
+            node: entry.node.clone(),
+            children: entry.children.clone(),
+            parents: self.parents(name),
+            implicit: entry.implicit,
+            given: entry.given.clone(),
+        })
+    }
+
+    fn parents(&self, name: &str) -> Vec<Parent> {
+        let nodes = self.parent_nodes(name).map(|n| Parent::Node(n.to_owned()));
+        let users = self
+            .nodes
+            .get(name)
+            .into_iter()
+            .flat_map(|e| e.users.iter().map(|u| u.parent.clone()));
+        nodes.chain(users).collect()
+    }
+
+    fn parent_nodes<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.nodes
+            .iter()
+            .filter(move |(_, e)| e.children.iter().any(|(_, c)| c == name))
+            .map(|(n, _)| n.as_str())
+    }
+
+    /// Plans a new node: names are checked and children found.
+    pub fn plan(&mut self, options: NodeOptions) -> Result<Plan> {
+        let mut plan = Plan { steps: Vec::new() };
+        self.plan_node(options, false, &mut plan)?;
+        Ok(plan)
+    }
+
+    fn plan_node(&mut self, options: NodeOptions, child: bool, plan: &mut Plan) -> Result<usize> {
+        let name = match &options.node_name {
+            Some(name) => name.clone(),
+            None => {
+                self.next_implicit += 1;
+                format!("#block{}", self.next_implicit)
+            }
+        };
+        if self.nodes.contains_key(&name) || plan.steps.iter().any(|s| s.name == name) {
+            return Err(Error::exists(format!(
+                "there is a node '{name}' already: choose another node-name, or remove it first"
+            )));
+        }
+        let mut children = Vec::new();
+        if let DriverOptions::Raw(raw) = &options.driver {
+            children.push(("file", self.plan_child(&name, &raw.file, plan)?));
+        }
+        // Children of the new node may not have taken its name either.
+        if plan.steps.iter().any(|s| s.name == name) {
+            return Err(Error::exists(format!(
+                "node '{name}' and one of its children have the same name: choose another"
+            )));
+        }
+        plan.steps.push(Step {
+            name,
+            options,
+            children,
+            implicit: child,
+        });
+        Ok(plan.steps.len() - 1)
+    }
+
+    fn plan_child(&mut self, parent: &str, child: &NodeRef, plan: &mut Plan) -> Result<Child> {
+        match child {
+            NodeRef::Options(options) => Ok(Child::Step(self.plan_node(
+                (**options).clone(),
+                true,
+                plan,
+            )?)),
+            NodeRef::Name(name) => match self.nodes.get(name) {
+                Some(e) => Ok(Child::Existing(e.node.clone())),
+                None => Err(Error::not_found(format!(
+                    "node '{parent}': its child '{name}' does not exist: add it first, or give its options in place"
+                ))),
+            },
+        }
+    }
+
+    /// Makes opened nodes part of the graph. Returns their names, the one that was asked for first.
+    ///
+    /// The graph must not have changed since the plan was made.
+    pub fn insert(&mut self, opened: Opened) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        for (name, entry) in opened.entries {
+            names.push(name.clone());
+            self.nodes.insert(name, entry);
+        }
+        names.reverse();
+        names
+    }
+
+    /// Takes a node, and the children that were made for it, out of the graph. They are to be closed.
+    pub fn remove(&mut self, name: &str) -> Result<Vec<Arc<Node>>> {
+        let entry = self.entry(name)?;
+        if let Some(parent) = self.parents(name).first() {
+            return Err(Error::in_use(format!(
+                "node '{name}' is used by {parent}: remove that first"
+            )));
+        }
+        if entry.implicit {
+            // Cannot be reached while its parent exists; kept for a clear message if it ever is.
+            return Err(Error::in_use(format!(
+                "node '{name}' belongs to another node and is removed with it"
+            )));
+        }
+        let mut removed = Vec::new();
+        self.take_out(name, &mut removed);
+        Ok(removed)
+    }
+
+    fn take_out(&mut self, name: &str, removed: &mut Vec<Arc<Node>>) {
+        let Some(entry) = self.nodes.remove(name) else {
+            return;
+        };
+        removed.push(entry.node);
+        for (_, child) in entry.children {
+            let orphan = self.nodes.get(&child).is_some_and(|e| e.implicit)
+                && self.parents(&child).is_empty();
+            if orphan {
+                self.take_out(&child, removed);
+            }
+        }
+    }
+
+    // Permissions.
+
+    /// What a node does to its children on behalf of its own users: filters pass everything on.
+    fn wants_of_node(&self, name: &str, extra: Option<(&str, &Use)>) -> Use {
+        let idle = Use {
+            taken: Permissions::NONE,
+            shared: Permissions::ALL,
+        };
+        let Some(entry) = self.nodes.get(name) else {
+            return idle;
+        };
+        let mut all = idle;
+        for user in &entry.users {
+            all = all.merge(user.wants);
+        }
+        for parent in self.parent_nodes(name) {
+            all = all.merge(self.wants_of_node(parent, extra));
+        }
+        if let Some((node, wants)) = extra
+            && node == name
+        {
+            all = all.merge(*wants);
+        }
+        all
+    }
+
+    /// Checks that `user` may use `name` as it wants to, all the way down.
+    fn check(&self, name: &str, user: &Parent, wants: &Use, extra: (&str, &Use)) -> Result<()> {
+        let entry = self.entry(name)?;
+        let refuse = |other: &dyn std::fmt::Display, what: Permissions| {
+            Err(Error::in_use(format!(
+                "{user} needs '{}' on node '{name}' and shares '{}', which {other} does not allow (conflict: {what}): remove one of them, or let both share",
+                wants.taken, wants.shared
+            )))
+        };
+        for other in &entry.users {
+            if let Some(what) = other.wants.conflict(wants) {
+                return refuse(&other.parent, what);
+            }
+        }
+        for parent in self.parent_nodes(name) {
+            if *user == Parent::Node(parent.to_owned()) {
+                continue;
+            }
+            if let Some(what) = self.wants_of_node(parent, None).conflict(wants) {
+                return refuse(&Parent::Node(parent.to_owned()), what);
+            }
+        }
+        for (_, child) in &entry.children {
+            let below = self.wants_of_node(name, Some(extra));
+            self.check(child, &Parent::Node(name.to_owned()), &below, extra)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a user to a node, if everybody else's permissions allow it.
+    pub fn attach(
+        &mut self,
+        name: &str,
+        parent: Parent,
+        wants: Use,
+        backend: Arc<Backend>,
+    ) -> Result<()> {
+        let entry = self.entry(name)?;
+        if wants.taken.contains(Permissions::WRITE) && entry.node.is_read_only() {
+            return Err(Error::invalid(format!(
+                "{parent} wants to write, but node '{name}' is read-only: set writable=false, or add the node without read-only"
+            )));
+        }
+        self.check(name, &parent, &wants, (name, &wants))?;
+        if let Some(entry) = self.nodes.get_mut(name) {
+            entry.users.push(User {
+                parent,
+                wants,
+                backend,
+            });
+        }
+        Ok(())
+    }
+
+    pub fn detach(&mut self, name: &str, parent: &Parent) {
+        if let Some(entry) = self.nodes.get_mut(name) {
+            entry.users.retain(|u| u.parent != *parent);
+        }
+    }
+
+    /// The backends whose requests can reach a node, and the nodes between, it included.
+    pub fn above(&self, name: &str) -> (Vec<Arc<Backend>>, Vec<Arc<Node>>) {
+        let (mut backends, mut nodes) = (Vec::new(), Vec::new());
+        let mut todo = vec![name.to_owned()];
+        while let Some(name) = todo.pop() {
+            let Some(entry) = self.nodes.get(&name) else {
+                continue;
+            };
+            if nodes.iter().any(|n| Arc::ptr_eq(n, &entry.node)) {
+                continue;
+            }
+            nodes.push(entry.node.clone());
+            backends.extend(entry.users.iter().map(|u| u.backend.clone()));
+            todo.extend(self.parent_nodes(&name).map(str::to_owned));
+        }
+        (backends, nodes)
+    }
+
+    /// As [`Graph::above`], for everything that a resize of the node may change: the storage at the
+    /// bottom of it changes with it.
+    pub fn resized_with(&self, name: &str) -> (Vec<Arc<Backend>>, Vec<Arc<Node>>) {
+        let mut bottom = name;
+        while let Some((_, child)) = self.nodes.get(bottom).and_then(|e| e.children.first()) {
+            bottom = child;
+        }
+        self.above(bottom)
+    }
+
+    /// Nodes in an order in which each comes before its children.
+    pub fn top_down(&self) -> Vec<Arc<Node>> {
+        let mut out: Vec<Arc<Node>> = Vec::new();
+        let mut left: Vec<&str> = self.names().collect();
+        while !left.is_empty() {
+            let before = left.len();
+            left.retain(|name| {
+                let waits = self
+                    .parent_nodes(name)
+                    .any(|p| out.iter().all(|n| n.name() != p));
+                if !waits {
+                    out.push(self.nodes[*name].node.clone());
+                }
+                waits
+            });
+            if left.len() == before {
+                break;
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,27 @@
+//! The block graph: nodes with their drivers, the permissions between them, and the requests that run
+//! through them.
+//!
+//! Requests enter at a [`Backend`], through one [`Client`] for each queue. A client first asks the node
+//! to [resolve](Node::resolve) the request, which answers at once where the data is, or that the slow
+//! path is needed: the `async` methods of [`Node`], which run on the client's I/O thread.
+//!
+//! Invariants:
+//! * A request is counted at its client from before it is resolved until it is answered. While a
+//!   backend is drained ([`Backend::drain`]) no request is counted and none starts, so the graph below
+//!   may change.
+//! * A resolved mapping is used at once, within the same counted request.
+//! * Two writes that touch the same storage block are serialised if either of them is smaller than the
+//!   block (see `range_lock`).
+
+mod backend;
+mod drivers;
+mod graph;
+mod node;
+mod permission;
+mod range_lock;
+
+pub use backend::{Backend, Client, ClientId, DrainGuard};
+pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
+pub use graph::{Graph, NodeInfo, Opened, Parent, Plan};
+pub use node::{Node, WriteFlags, ZeroFlags};
+pub use permission::{Permissions, Use};

@@ -1,0 +1,389 @@
+//! A node of the block graph: a driver, with what all drivers have in common.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
+use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
+use vdisk_io::{IoVecs, segments_aligned};
+
+use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
+use crate::range_lock::RangeLock;
+
+/// Bounce buffers have at most about this many bytes, whatever a guest asks for.
+const CHUNK: u64 = 1 << 20;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteFlags {
+    /// Complete only when the data is durable (FUA).
+    pub durable: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// The range may be freed.
+    pub may_unmap: bool,
+    pub durable: bool,
+}
+
+pub struct Node {
+    name: String,
+    driver: Box<dyn Driver>,
+    limits: Limits,
+    read_only: bool,
+    discard: Discard,
+    detect_zeroes: DetectZeroes,
+    /// Bytes.
+    size: AtomicU64,
+    /// Some client may write less than a block: all writes are serialised by `writes`.
+    small_writes: AtomicBool,
+    writes: RangeLock,
+}
+
+/// Cuts a range at multiples of [`CHUNK`]: (offset, length) of each piece.
+fn chunks(mut offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset + len;
+    std::iter::from_fn(move || {
+        let at = offset;
+        let n = (CHUNK - at % CHUNK).min(end - at);
+        offset += n;
+        (n > 0).then_some((at, n))
+    })
+}
+
+fn out_of_range() -> io::Error {
+    io::Error::from_raw_os_error(libc::EINVAL)
+}
+
+impl Node {
+    /// Opens the node's driver; may block.
+    pub(crate) fn open(
+        name: &str,
+        options: &NodeOptions,
+        children: &[Arc<Node>],
+    ) -> Result<Arc<Node>> {
+        let opened = drivers::open(name, options, children)?;
+        let limits = opened.driver.limits();
+        Ok(Arc::new(Node {
+            name: name.to_owned(),
+            limits,
+            read_only: opened.read_only,
+            discard: options.discard,
+            detect_zeroes: options.detect_zeroes,
+            size: AtomicU64::new(opened.size),
+            driver: opened.driver,
+            small_writes: AtomicBool::new(false),
+            writes: RangeLock::default(),
+        }))
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn driver_name(&self) -> &'static str {
+        self.driver.name()
+    }
+
+    pub fn filename(&self) -> Option<String> {
+        self.driver.filename()
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Relaxed)
+    }
+
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub fn discards(&self) -> bool {
+        self.discard == Discard::Unmap
+    }
+
+    /// A client may write blocks of `block_size` bytes.
+    pub fn announce_block_size(&self, block_size: u64) {
+        if block_size < self.limits.request_alignment {
+            self.allow_small_writes();
+        }
+    }
+
+    pub(crate) fn allow_small_writes(&self) {
+        self.small_writes.store(true, Relaxed);
+        self.driver.allow_small_writes();
+    }
+
+    /// Why requests of this direction take the slow path, if all of them do.
+    pub fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
+        if direction == Direction::Write {
+            if self.detect_zeroes != DetectZeroes::Off {
+                return Some(SlowReason::DetectZeroes);
+            }
+            if self.small_writes.load(Relaxed) {
+                return Some(SlowReason::SmallBlocks);
+            }
+        }
+        self.driver.slow_reason(direction)
+    }
+
+    // The fast path.
+
+    /// Where the bytes of a request with these memory segments are.
+    #[inline]
+    pub fn resolve(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        segments: &[libc::iovec],
+    ) -> Resolved<'_> {
+        if self.limits.memory_alignment > 1
+            && !segments_aligned(segments, self.limits.memory_alignment)
+        {
+            return Resolved::Slow(SlowReason::Unaligned);
+        }
+        self.resolve_range(direction, offset, len)
+    }
+
+    #[inline]
+    pub(crate) fn resolve_range(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+    ) -> Resolved<'_> {
+        if self.check(direction, offset, len).is_err() {
+            return Resolved::Slow(SlowReason::Refused);
+        }
+        if (offset | len) & (self.limits.request_alignment - 1) != 0 {
+            return Resolved::Slow(SlowReason::Unaligned);
+        }
+        if direction == Direction::Write {
+            if self.detect_zeroes != DetectZeroes::Off {
+                return Resolved::Slow(SlowReason::DetectZeroes);
+            }
+            if self.small_writes.load(Relaxed) {
+                return Resolved::Slow(SlowReason::SmallBlocks);
+            }
+        }
+        self.driver.resolve(direction, offset, len)
+    }
+
+    #[inline]
+    fn check(&self, direction: Direction, offset: u64, len: u64) -> io::Result<()> {
+        if direction == Direction::Write && self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(out_of_range()),
+        }
+    }
+
+    // The slow path.
+
+    /// The smallest range of whole blocks around a range.
+    fn blocks_around(&self, offset: u64, len: u64) -> Range<u64> {
+        let align = self.limits.request_alignment;
+        let start = offset & !(align - 1);
+        // Cannot overflow: the range ends within the size, which is a multiple of the alignment.
+        start..(offset + len).next_multiple_of(align)
+    }
+
+    fn bounce(&self, len: u64) -> IoVecs {
+        let align = self
+            .limits
+            .memory_alignment
+            .max(self.limits.request_alignment as usize);
+        IoVecs::zeroed(len as usize, align.max(512))
+    }
+
+    pub async fn read(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        let len = iov.len() as u64;
+        self.check(Direction::Read, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let blocks = self.blocks_around(offset, len);
+        if blocks == (offset..offset + len) && iov.is_aligned(self.limits.memory_alignment) {
+            return self.driver.read(offset, iov).await;
+        }
+        for (at, n) in chunks(offset, len) {
+            let blocks = self.blocks_around(at, n);
+            let bounce = self.bounce(blocks.end - blocks.start);
+            self.driver.read(blocks.start, bounce.clone()).await?;
+            iov.slice((at - offset) as usize, n as usize)
+                .copy_from(&bounce.slice((at - blocks.start) as usize, n as usize));
+        }
+        Ok(())
+    }
+
+    pub async fn write(&self, offset: u64, iov: IoVecs, flags: WriteFlags) -> io::Result<()> {
+        let len = iov.len() as u64;
+        self.check(Direction::Write, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        if self.detect_zeroes != DetectZeroes::Off && iov.is_zero() {
+            let zero = ZeroFlags {
+                may_unmap: self.detect_zeroes == DetectZeroes::Unmap,
+                durable: flags.durable,
+            };
+            return self.write_zeroes(offset, len, zero).await;
+        }
+        let blocks = self.blocks_around(offset, len);
+        let _serial = self.serialise(&blocks).await;
+        if blocks == (offset..offset + len) && iov.is_aligned(self.limits.memory_alignment) {
+            return self.driver.write(offset, iov, flags).await;
+        }
+        for (at, n) in chunks(offset, len) {
+            let part = iov.slice((at - offset) as usize, n as usize);
+            self.write_bounced(at, part, flags).await?;
+        }
+        Ok(())
+    }
+
+    /// Holds the blocks of a write if another client may write a part of one.
+    async fn serialise(&self, blocks: &Range<u64>) -> Option<impl Drop + '_> {
+        if self.small_writes.load(Relaxed) {
+            Some(self.writes.lock(blocks.clone()).await)
+        } else {
+            None
+        }
+    }
+
+    /// Writes through a bounce buffer to blocks that the caller holds. The first and the last may be
+    /// covered in part: the rest of them is read first.
+    async fn write_bounced(&self, offset: u64, iov: IoVecs, flags: WriteFlags) -> io::Result<()> {
+        let end = offset + iov.len() as u64;
+        let blocks = self.blocks_around(offset, iov.len() as u64);
+        let align = self.limits.request_alignment;
+        let bounce = self.bounce(blocks.end - blocks.start);
+        if blocks.start < offset {
+            let head = bounce.slice(0, align as usize);
+            self.driver.read(blocks.start, head).await?;
+        }
+        let last = blocks.end - align;
+        if end < blocks.end && (blocks.start == offset || last > blocks.start) {
+            let tail = bounce.slice((last - blocks.start) as usize, align as usize);
+            self.driver.read(last, tail).await?;
+        }
+        bounce
+            .slice((offset - blocks.start) as usize, iov.len())
+            .copy_from(&iov);
+        self.driver.write(blocks.start, bounce, flags).await
+    }
+
+    pub async fn flush(&self) -> io::Result<()> {
+        self.driver.flush().await
+    }
+
+    /// Frees what can be freed of the range; a node that ignores discards does nothing.
+    pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(Direction::Write, offset, len)?;
+        if self.discard == Discard::Ignore {
+            return Ok(());
+        }
+        let align = self.limits.request_alignment;
+        let start = offset.next_multiple_of(align);
+        let end = (offset + len) & !(align - 1);
+        if start >= end {
+            return Ok(());
+        }
+        let _serial = self.serialise(&(start..end)).await;
+        match self.driver.discard(start, end - start).await {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+
+    pub async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.check(Direction::Write, offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let flags = ZeroFlags {
+            may_unmap: flags.may_unmap && self.discard == Discard::Unmap,
+            ..flags
+        };
+        let blocks = self.blocks_around(offset, len);
+        let _serial = self.serialise(&blocks).await;
+        let align = self.limits.request_alignment;
+        let start = offset.next_multiple_of(align);
+        let end = (offset + len) & !(align - 1);
+        if start >= end {
+            return self.write_zero_data(offset, len, flags.durable).await;
+        }
+        self.write_zero_data(offset, start - offset, flags.durable)
+            .await?;
+        match self.driver.write_zeroes(start, end - start, flags).await {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+                self.write_zero_data(start, end - start, flags.durable)
+                    .await?
+            }
+            other => other?,
+        }
+        self.write_zero_data(end, offset + len - end, flags.durable)
+            .await
+    }
+
+    /// Writes zeroes as data, in blocks that the caller holds.
+    async fn write_zero_data(&self, mut offset: u64, len: u64, durable: bool) -> io::Result<()> {
+        let end = offset + len;
+        let zeroes = self.bounce(len.min(CHUNK));
+        while offset < end {
+            let n = (end - offset).min(CHUNK);
+            let part = zeroes.slice(0, n as usize);
+            let blocks = self.blocks_around(offset, n);
+            let flags = WriteFlags { durable };
+            if blocks == (offset..offset + n) {
+                self.driver.write(offset, part, flags).await?;
+            } else {
+                self.write_bounced(offset, part, flags).await?;
+            }
+            offset += n;
+        }
+        Ok(())
+    }
+
+    /// Changes the size to `size` bytes. The caller has drained everything above.
+    pub async fn resize(&self, size: u64) -> io::Result<u64> {
+        if self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        if !size.is_multiple_of(self.limits.request_alignment) {
+            return Err(out_of_range());
+        }
+        let now = self.driver.resize(size).await?;
+        self.size.store(now, Relaxed);
+        tracing::debug!(node = self.name, size = now, "resized");
+        Ok(now)
+    }
+
+    /// A child was resized: takes over the size that follows. The caller has drained everything above.
+    pub fn follow_child(&self) {
+        if let Some(size) = self.driver.size_from_children() {
+            self.size.store(size, Relaxed);
+        }
+    }
+
+    /// Lets go of the storage. No request is in flight, and none may come any more.
+    pub async fn close(&self) {
+        self.driver.close().await;
+    }
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node")
+            .field("name", &self.name)
+            .field("driver", &self.driver_name())
+            .finish()
+    }
+}

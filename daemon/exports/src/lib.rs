@@ -1,0 +1,8 @@
+//! How vdiskd offers its nodes to guests, hosts and applications: one folder for each kind of export.
+
+mod statistics;
+
+pub mod vhost_user;
+pub mod virtio_blk;
+
+pub use statistics::{Histogram, KindCounters, QueueCounters, QueueStats, RequestClass};

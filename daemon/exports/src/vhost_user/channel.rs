@@ -1,0 +1,120 @@
+//! A Unix socket that carries messages with file descriptors.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+use super::message::{HEADER_LEN, Header, MAX_FDS, ProtocolError};
+
+pub struct Channel(UnixStream);
+
+impl Channel {
+    pub fn new(stream: UnixStream) -> Channel {
+        Channel(stream)
+    }
+
+    /// Reads until `buf` is full. Descriptors that come along are added to `fds`.
+    async fn read_full(&self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+        let mut at = 0;
+        while at < buf.len() {
+            self.0.readable().await?;
+            let n = self.0.try_io(Interest::READABLE, || {
+                receive(self.0.as_fd(), &mut buf[at..], fds)
+            });
+            match n {
+                Ok(0) => break,
+                Ok(n) => at += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(at)
+    }
+
+    /// The next message; None when the front-end closed the connection between messages.
+    pub async fn receive(&self) -> Result<Option<(Header, Vec<u8>, Vec<OwnedFd>)>, ProtocolError> {
+        let mut fds = Vec::new();
+        let mut header = [0; HEADER_LEN];
+        match self.read_full(&mut header, &mut fds).await {
+            Ok(0) => return Ok(None),
+            Ok(HEADER_LEN) => {}
+            Ok(_) => return Err(ProtocolError::Truncated),
+            // How a front-end that was killed looks.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            Err(e) => return Err(e.into()),
+        }
+        let header = Header::parse(&header)?;
+        let mut payload = vec![0; header.len];
+        if self.read_full(&mut payload, &mut fds).await? < header.len {
+            return Err(ProtocolError::Truncated);
+        }
+        Ok(Some((header, payload, fds)))
+    }
+
+    pub async fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut at = 0;
+        while at < bytes.len() {
+            self.0.writable().await?;
+            // The descriptor goes with the first byte.
+            let fd = fd.filter(|_| at == 0);
+            let n = self.0.try_io(Interest::WRITABLE, || {
+                transmit(self.0.as_fd(), &bytes[at..], fd)
+            });
+            match n {
+                Ok(n) => at += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn receive(socket: BorrowedFd<'_>, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(buf)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+    )?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    if fds.len() > MAX_FDS {
+        return Err(io::Error::other("more file descriptors than a message has"));
+    }
+    Ok(received.bytes)
+}
+
+/// Sends what fits, with a descriptor.
+pub fn transmit(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds;
+    if let Some(fd) = fd {
+        fds = [fd];
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    let n = rustix::net::sendmsg(
+        socket,
+        &[IoSlice::new(bytes)],
+        &mut control,
+        SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+    )?;
+    Ok(n)
+}

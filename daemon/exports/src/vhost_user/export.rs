@@ -1,0 +1,200 @@
+//! A vhost-user-blk export: its socket, its device, and one front-end after the other.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use vdisk_api::{Error, Result, VhostUserBlkOptions};
+use vdisk_block::{Backend, Direction};
+use vdisk_io::IoThread;
+
+use super::connection::Connection;
+use super::listener::Listener;
+use crate::statistics::{QueueCounters, QueueStats};
+use crate::virtio_blk::{Device, DeviceOptions};
+
+/// Something about an export changed by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExportEvent {
+    /// A front-end came or left.
+    ClientsChanged { id: String },
+}
+
+/// What connections are told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Signals {
+    /// Changes with the device's configuration.
+    pub config: u64,
+    pub stop: bool,
+}
+
+/// What an export shares with its connections.
+pub(super) struct Shared {
+    pub device: Arc<Device>,
+    /// The I/O thread of each queue.
+    pub threads: Vec<IoThread>,
+    pub stats: Vec<Arc<QueueStats>>,
+    pub fixed_buffers: bool,
+    clients: AtomicU32,
+    events: mpsc::UnboundedSender<ExportEvent>,
+}
+
+impl Shared {
+    pub fn id(&self) -> &str {
+        &self.device.options.id
+    }
+
+    fn set_clients(&self, n: u32) {
+        self.clients.store(n, Ordering::Relaxed);
+        let id = self.id().to_owned();
+        let _ = self.events.send(ExportEvent::ClientsChanged { id });
+    }
+}
+
+pub struct VhostUserBlk {
+    shared: Arc<Shared>,
+    socket: Option<PathBuf>,
+    signals: watch::Sender<Signals>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl VhostUserBlk {
+    /// Starts the export. `threads` has the I/O thread of each queue. Must be called within a tokio
+    /// runtime.
+    pub fn start(
+        device: DeviceOptions,
+        options: &VhostUserBlkOptions,
+        backend: Arc<Backend>,
+        threads: Vec<IoThread>,
+        events: mpsc::UnboundedSender<ExportEvent>,
+    ) -> Result<VhostUserBlk> {
+        check_size(&device, &backend)?;
+        let listener = Listener::open(
+            &device.id,
+            &options.addr,
+            options.socket_mode,
+            options.socket_group.as_deref(),
+        )?;
+        backend
+            .node()
+            .announce_block_size(device.logical_block_size.into());
+        let shared = Arc::new(Shared {
+            stats: threads.iter().map(|_| Arc::default()).collect(),
+            threads,
+            fixed_buffers: options.fixed_buffers,
+            device: Arc::new(Device::new(device, backend)),
+            clients: AtomicU32::new(0),
+            events,
+        });
+        let socket = listener.path().map(Path::to_owned);
+        let (signals, watch) = watch::channel(Signals::default());
+        let task = tokio::spawn(serve(shared.clone(), listener, watch));
+        Ok(VhostUserBlk {
+            shared,
+            socket,
+            signals,
+            task: Mutex::new(Some(task)),
+        })
+    }
+
+    pub fn device(&self) -> &Arc<Device> {
+        &self.shared.device
+    }
+
+    /// The socket file, unless a descriptor was passed.
+    pub fn socket(&self) -> Option<&Path> {
+        self.socket.as_deref()
+    }
+
+    /// The I/O thread of each queue.
+    pub fn threads(&self) -> &[IoThread] {
+        &self.shared.threads
+    }
+
+    /// Front-ends connected: 0 or 1.
+    pub fn clients(&self) -> u32 {
+        self.shared.clients.load(Ordering::Relaxed)
+    }
+
+    /// What was counted on each queue.
+    pub fn statistics(&self) -> Vec<QueueCounters> {
+        self.shared.stats.iter().map(|s| s.counters()).collect()
+    }
+
+    /// Whether requests can take the fast path, and if not, why.
+    pub fn slow_reason(&self) -> Option<String> {
+        let node = self.shared.device.backend.node();
+        let read = node.slow_reason(Direction::Read);
+        let write = self
+            .shared
+            .device
+            .options
+            .writable
+            .then(|| node.slow_reason(Direction::Write))
+            .flatten();
+        Some(format!("node '{}': {}", node.name(), read.or(write)?))
+    }
+
+    /// The node's size changed: tell the guest.
+    pub fn config_changed(&self) {
+        self.signals.send_modify(|s| s.config += 1);
+    }
+
+    /// Ends the connection when its requests are answered, and removes the socket.
+    pub async fn stop(&self) {
+        self.signals.send_modify(|s| s.stop = true);
+        let task = self.task.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(task) = task {
+            let _ = task.await;
+        }
+    }
+}
+
+fn check_size(device: &DeviceOptions, backend: &Backend) -> Result<()> {
+    let node = backend.node();
+    let block = u64::from(device.logical_block_size);
+    if node.size().is_multiple_of(block) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "export '{}': node '{}' has {} bytes, which is not a multiple of the logical block size {block}: resize it to {} bytes, or choose a smaller logical-block-size",
+        device.id,
+        node.name(),
+        node.size(),
+        node.size().next_multiple_of(block)
+    )))
+}
+
+async fn serve(shared: Arc<Shared>, listener: Listener, mut signals: watch::Receiver<Signals>) {
+    let mut stop = signals.clone();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            _ = stop.wait_for(|s| s.stop) => return,
+            accepted = listener.socket.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely; the front-end stays in the backlog meanwhile.
+                tracing::error!(export = shared.id(), %error, "cannot accept a front-end");
+                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        tracing::info!(export = shared.id(), "front-end connected");
+        shared.set_clients(1);
+        signals.mark_unchanged();
+        let result = Connection::run(&shared, stream, &mut signals).await;
+        match result {
+            Ok(()) => tracing::info!(export = shared.id(), "front-end disconnected"),
+            Err(error) => {
+                tracing::error!(export = shared.id(), %error, "front-end broke the protocol and was disconnected");
+            }
+        }
+        shared.set_clients(0);
+    }
+}

@@ -1,0 +1,655 @@
+//! A virtio-blk queue on its I/O thread: takes requests, sends them down the fast or the slow path, and
+//! answers them.
+//!
+//! Invariants:
+//! * A request that was taken is answered exactly once: its slot is either in `free` or in flight.
+//! * Its memory stays mapped until then: the slot holds the memory table that it was read under.
+//! * It is marked in the inflight area before it is submitted, and unmarked after its answer was
+//!   published.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+use vdisk_block::{Client, Direction, Resolved, WriteFlags, ZeroFlags};
+use vdisk_io::{IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
+use vdisk_virtio::blk::{
+    Malformed, ParsedRequest, RangeSegment, RequestKind, SECTOR_SIZE, Status, feature,
+    read_segments,
+};
+use vdisk_virtio::{Chain, DirtyLog, GuestMemory, RingAddresses, RingError, SplitRing};
+
+use super::device::Device;
+use super::inflight::InflightQueue;
+use crate::statistics::{QueueStats, RequestClass};
+
+/// The dirty page log, while a migration runs.
+#[derive(Clone)]
+pub struct Logging {
+    pub log: Arc<DirtyLog>,
+    /// Guest-physical address under which changes of the used ring are logged, if they are.
+    pub used_addr: Option<u64>,
+}
+
+/// What a queue starts with.
+pub struct QueueSetup {
+    pub index: u16,
+    pub device: Arc<Device>,
+    pub stats: Arc<QueueStats>,
+    pub memory: Arc<GuestMemory>,
+    pub addresses: RingAddresses,
+    pub size: u16,
+    /// The available index to go on from; with an inflight area it is found out from there.
+    pub next_avail: u16,
+    pub features: u64,
+    pub kick: Option<OwnedFd>,
+    pub call: Option<OwnedFd>,
+    pub err: Option<OwnedFd>,
+    pub inflight: Option<InflightQueue>,
+    pub logging: Option<Logging>,
+}
+
+struct Slot {
+    chain: Chain,
+    class: RequestClass,
+    status: *mut u8,
+    /// Bytes of data.
+    len: u64,
+    /// Bytes that the device writes if all goes well, the status included.
+    written: u32,
+    started: Instant,
+    memory: Rc<GuestMemory>,
+}
+
+struct Inner {
+    ring: SplitRing,
+    memory: Rc<GuestMemory>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    inflight: Option<InflightQueue>,
+    logging: Option<Logging>,
+    /// Heads that an earlier daemon had taken, newest first.
+    resubmit: Vec<u16>,
+}
+
+pub struct Queue {
+    index: u16,
+    device: Arc<Device>,
+    stats: Arc<QueueStats>,
+    reactor: Rc<Reactor>,
+    id: Cell<Option<SourceId>>,
+    client: Client,
+    inner: RefCell<Inner>,
+    /// No new requests are taken: the queue is being stopped, or its ring is malformed.
+    closed: Cell<bool>,
+    broken: Cell<bool>,
+    idle: Notify,
+    this: Weak<Queue>,
+    /// What the end of a drain finds the queue by.
+    kept: Kept<Weak<Queue>>,
+    block_mask: u64,
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.reactor.take_kept(self.kept);
+    }
+}
+
+impl Queue {
+    /// Starts a queue on the calling I/O thread, which is `thread`.
+    pub fn start(
+        thread: &IoThread,
+        reactor: &Rc<Reactor>,
+        setup: QueueSetup,
+    ) -> Result<Rc<Queue>, RingError> {
+        let s = setup;
+        let mut ring = SplitRing::new(
+            &s.memory,
+            s.addresses,
+            s.size,
+            s.next_avail,
+            s.features & feature::EVENT_IDX != 0,
+            s.features & feature::INDIRECT_DESC != 0,
+        )?;
+        let mut inflight = s.inflight;
+        let mut resubmit = Vec::new();
+        if let Some(area) = &mut inflight {
+            resubmit = area.recover(ring.published());
+            // Every chain that was taken is either answered or still marked.
+            ring.set_next_avail(ring.published().wrapping_add(resubmit.len() as u16));
+            if !resubmit.is_empty() {
+                tracing::info!(
+                    export = s.device.options.id,
+                    queue = s.index,
+                    requests = resubmit.len(),
+                    "submitting again what was in flight"
+                );
+            }
+            resubmit.reverse();
+        }
+        let queue = Rc::new_cyclic(|this: &Weak<Queue>| {
+            let kept = reactor.keep(Rc::new(this.clone()));
+            Queue {
+                index: s.index,
+                stats: s.stats,
+                client: s.device.backend.attach(thread, move |r| {
+                    if let Some(queue) = r.kept(kept).and_then(|w| w.upgrade()) {
+                        queue.wake();
+                    }
+                }),
+                block_mask: u64::from(s.device.options.logical_block_size) - 1,
+                device: s.device,
+                reactor: reactor.clone(),
+                id: Cell::new(None),
+                inner: RefCell::new(Inner {
+                    ring,
+                    memory: Rc::new(GuestMemory::clone(&s.memory)),
+                    slots: Vec::new(),
+                    free: Vec::new(),
+                    call: s.call,
+                    err: s.err,
+                    inflight,
+                    logging: s.logging,
+                    resubmit,
+                }),
+                closed: Cell::new(false),
+                broken: Cell::new(false),
+                idle: Notify::new(),
+                this: this.clone(),
+                kept,
+            }
+        });
+        let id = reactor.add_source(queue.clone(), s.kick);
+        queue.id.set(Some(id));
+        Ok(queue)
+    }
+
+    fn wake(&self) {
+        if let Some(id) = self.id.get() {
+            self.reactor.schedule(id);
+        }
+    }
+
+    /// Takes no more requests, waits for those in flight, and returns the available index at which the
+    /// next owner of the ring goes on.
+    pub async fn stop(&self) -> u16 {
+        self.closed.set(true);
+        loop {
+            let idle = self.idle.notified();
+            if self.client.in_flight() == 0 {
+                break;
+            }
+            idle.await;
+        }
+        if let Some(id) = self.id.take() {
+            self.finish_batch();
+            self.reactor.remove_source(id);
+        }
+        self.inner.borrow().ring.next_avail()
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
+    }
+
+    pub fn set_call(&self, call: Option<OwnedFd>) {
+        let mut inner = self.inner.borrow_mut();
+        inner.call = call;
+        // The new owner of the interrupt may have missed one.
+        if let Some(fd) = &inner.call {
+            signal(fd);
+        }
+    }
+
+    pub fn set_err(&self, err: Option<OwnedFd>) {
+        self.inner.borrow_mut().err = err;
+    }
+
+    pub fn set_kick(&self, kick: Option<OwnedFd>) {
+        if let Some(id) = self.id.get() {
+            self.reactor.set_kick(id, kick);
+        }
+    }
+
+    pub fn set_logging(&self, logging: Option<Logging>) {
+        self.inner.borrow_mut().logging = logging;
+    }
+
+    pub fn set_features(&self, features: u64) {
+        self.inner.borrow_mut().ring.set_features(
+            features & feature::EVENT_IDX != 0,
+            features & feature::INDIRECT_DESC != 0,
+        );
+    }
+
+    /// Exchanges the memory table. Requests in flight keep the one they were read under.
+    pub fn set_memory(&self, memory: &GuestMemory) -> Result<(), RingError> {
+        let mut inner = self.inner.borrow_mut();
+        let result = inner.ring.relocate(memory);
+        match &result {
+            Ok(()) => inner.memory = Rc::new(memory.clone()),
+            Err(error) => self.fail(&mut inner, error),
+        }
+        result
+    }
+
+    /// The ring cannot be used any more.
+    fn fail(&self, inner: &mut Inner, error: &dyn std::fmt::Display) {
+        if self.broken.replace(true) {
+            return;
+        }
+        self.closed.set(true);
+        tracing::error!(
+            export = self.device.options.id,
+            queue = self.index,
+            %error,
+            "the guest's queue is malformed and was stopped; reset the device or reconnect"
+        );
+        if let Some(err) = &inner.err {
+            signal(err);
+        }
+    }
+
+    fn take_one(&self, inner: &mut Inner) -> Result<bool, RingError> {
+        let token = match inner.free.pop() {
+            Some(token) => token,
+            None => {
+                inner.slots.push(Slot {
+                    chain: Chain::default(),
+                    class: RequestClass::Other,
+                    status: std::ptr::null_mut(),
+                    len: 0,
+                    written: 0,
+                    started: self.reactor.now(),
+                    memory: inner.memory.clone(),
+                });
+                inner.slots.len() as u32 - 1
+            }
+        };
+        let slot = &mut inner.slots[token as usize];
+        let taken = match inner.resubmit.pop() {
+            Some(head) => inner
+                .ring
+                .read_chain(&inner.memory, head, &mut slot.chain)
+                .map(|()| true),
+            None => inner.ring.pop(&inner.memory, &mut slot.chain),
+        };
+        match taken {
+            Ok(true) => {}
+            other => {
+                inner.free.push(token);
+                return other;
+            }
+        }
+        if !Rc::ptr_eq(&slot.memory, &inner.memory) {
+            slot.memory = inner.memory.clone();
+        }
+        slot.started = self.reactor.now();
+        if let Some(inflight) = &mut inner.inflight {
+            inflight.take(slot.chain.head);
+        }
+        self.client.begin();
+        self.submit(inner, token);
+        Ok(true)
+    }
+
+    fn submit(&self, inner: &mut Inner, token: u32) {
+        let slot = &mut inner.slots[token as usize];
+        let request = match ParsedRequest::parse(&mut slot.chain) {
+            Ok(r) => r,
+            Err(error) => {
+                self.malformed(inner, token, error);
+                return;
+            }
+        };
+        slot.status = request.status;
+        slot.len = request.len;
+        slot.written = 1;
+        slot.class = match request.kind {
+            RequestKind::In => RequestClass::Read,
+            RequestKind::Out => RequestClass::Write,
+            RequestKind::Flush => RequestClass::Flush,
+            RequestKind::Discard => RequestClass::Discard,
+            RequestKind::WriteZeroes => RequestClass::WriteZeroes,
+            RequestKind::GetId | RequestKind::Other(_) => RequestClass::Other,
+        };
+        match request.kind {
+            RequestKind::In => self.transfer(inner, token, &request, Direction::Read),
+            RequestKind::Out => self.transfer(inner, token, &request, Direction::Write),
+            RequestKind::Flush => {
+                self.slow(token, |node| async move { node.flush().await });
+            }
+            RequestKind::Discard | RequestKind::WriteZeroes => {
+                self.ranges(inner, token, &request);
+            }
+            RequestKind::GetId => self.get_id(inner, token, &request),
+            RequestKind::Other(_) => self.answer(inner, token, Status::Unsupported),
+        }
+    }
+
+    /// A chain without room for an answer: the guest gets it back unanswered and the queue stops.
+    fn malformed(&self, inner: &mut Inner, token: u32, error: Malformed) {
+        self.client.end();
+        inner.free.push(token);
+        self.fail(inner, &error);
+    }
+
+    fn transfer(
+        &self,
+        inner: &mut Inner,
+        token: u32,
+        request: &ParsedRequest,
+        direction: Direction,
+    ) {
+        let slot = &mut inner.slots[token as usize];
+        let offset = request.sector.checked_mul(SECTOR_SIZE);
+        let offset = match offset {
+            Some(at) if (at | request.len) & self.block_mask == 0 && request.len > 0 => at,
+            _ => return self.answer(inner, token, Status::IoErr),
+        };
+        if direction == Direction::Read {
+            slot.written = u32::try_from(request.len + 1).unwrap_or(u32::MAX);
+        } else if !self.device.options.writable {
+            return self.answer(inner, token, Status::IoErr);
+        }
+        let durable = direction == Direction::Write && !self.device.is_writeback();
+        let segments = &slot.chain.segments[request.first..request.first + request.count];
+        let fast = self.client.with_node(|node| {
+            match node.resolve(direction, offset, request.len, segments) {
+                Resolved::Direct {
+                    file,
+                    offset,
+                    no_flush,
+                } => {
+                    let kind = match direction {
+                        Direction::Read => OpKind::Read,
+                        Direction::Write if durable && !no_flush => OpKind::WriteDurable,
+                        Direction::Write => OpKind::Write,
+                    };
+                    let Some(id) = self.id.get() else {
+                        return Some(Some(Status::IoErr));
+                    };
+                    // SAFETY: the segments belong to the slot, which is not used again before the
+                    // operation is reported; the memory is held by the slot, too.
+                    unsafe {
+                        self.reactor.submit_for_source(
+                            id,
+                            token,
+                            file,
+                            kind,
+                            segments.as_ptr(),
+                            segments.len() as u32,
+                            offset,
+                            request.len,
+                        );
+                    }
+                    Some(None)
+                }
+                Resolved::Zeroes => {
+                    for v in segments.iter() {
+                        // SAFETY: a segment of mapped guest memory.
+                        unsafe { std::ptr::write_bytes(v.iov_base.cast::<u8>(), 0, v.iov_len) };
+                    }
+                    Some(Some(Status::Ok))
+                }
+                Resolved::Nothing => Some(Some(Status::Ok)),
+                Resolved::Slow(_) => None,
+            }
+        });
+        match fast {
+            Some(done) => {
+                self.stats.fast.add(1);
+                if let Some(status) = done {
+                    self.answer(inner, token, status);
+                }
+            }
+            None => {
+                let slot = &inner.slots[token as usize];
+                let segments =
+                    slot.chain.segments[request.first..request.first + request.count].to_vec();
+                // SAFETY: the memory table keeps the segments mapped.
+                let iov = unsafe { IoVecs::new(segments, slot.memory.clone()) };
+                match direction {
+                    Direction::Read => {
+                        self.slow(
+                            token,
+                            move |node| async move { node.read(offset, iov).await },
+                        );
+                    }
+                    Direction::Write => {
+                        let flags = WriteFlags { durable };
+                        self.slow(token, move |node| async move {
+                            node.write(offset, iov, flags).await
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Discard and write zeroes: several ranges in one request.
+    fn ranges(&self, inner: &mut Inner, token: u32, request: &ParsedRequest) {
+        if !self.device.options.writable {
+            return self.answer(inner, token, Status::IoErr);
+        }
+        let slot = &inner.slots[token as usize];
+        let data = &slot.chain.segments[request.first..request.first + request.count];
+        let Some(segments) = read_segments(data, self.device.max_ranges()) else {
+            return self.answer(inner, token, Status::IoErr);
+        };
+        let discard = request.kind == RequestKind::Discard;
+        // A discard has no flags at all; a zero write may have the one for unmapping.
+        if segments
+            .iter()
+            .any(|s| s.unknown_flags != 0 || (discard && s.unmap))
+        {
+            return self.answer(inner, token, Status::Unsupported);
+        }
+        let max = self.device.max_range_sectors();
+        let mask = self.block_mask;
+        let bytes = |s: &RangeSegment| {
+            let offset = s.sector.checked_mul(SECTOR_SIZE)?;
+            let len = u64::from(s.sectors) * SECTOR_SIZE;
+            (s.sectors <= max && (offset | len) & mask == 0).then_some((offset, len, s.unmap))
+        };
+        let Some(ranges) = segments.iter().map(bytes).collect::<Option<Vec<_>>>() else {
+            return self.answer(inner, token, Status::IoErr);
+        };
+        inner.slots[token as usize].len = ranges.iter().map(|r| r.1).sum();
+        let durable = !self.device.is_writeback();
+        self.slow(token, move |node| async move {
+            for (offset, len, may_unmap) in ranges {
+                if discard {
+                    node.discard(offset, len).await?;
+                } else {
+                    let flags = ZeroFlags { may_unmap, durable };
+                    node.write_zeroes(offset, len, flags).await?;
+                }
+            }
+            if discard && durable {
+                node.flush().await?;
+            }
+            Ok(())
+        });
+    }
+
+    fn get_id(&self, inner: &mut Inner, token: u32, request: &ParsedRequest) {
+        let slot = &mut inner.slots[token as usize];
+        let segments = slot.chain.segments[request.first..request.first + request.count].to_vec();
+        let serial = self.device.serial();
+        let n = serial.len().min(request.len as usize);
+        // SAFETY: the memory table keeps the segments mapped.
+        let iov = unsafe { IoVecs::new(segments, slot.memory.clone()) };
+        iov.copy_from_slice(0, &serial[..n]);
+        slot.written = n as u32 + 1;
+        self.answer(inner, token, Status::Ok);
+    }
+
+    /// Sends a request down the slow path.
+    fn slow<F, Fut>(&self, token: u32, f: F)
+    where
+        F: FnOnce(Arc<vdisk_block::Node>) -> Fut,
+        Fut: Future<Output = io::Result<()>> + 'static,
+    {
+        self.stats.slow.add(1);
+        let Some(this) = self.this.upgrade() else {
+            return;
+        };
+        let future = f(self.client.with_node(Arc::clone));
+        self.reactor.spawn(async move {
+            let result = future.await;
+            this.complete(token, result);
+            match this.id.get() {
+                Some(id) => this.reactor.touch(id),
+                None => this.finish_batch(),
+            }
+        });
+    }
+
+    /// Answers a request: status, used ring, statistics. Published at the end of the batch.
+    #[inline]
+    fn answer(&self, inner: &mut Inner, token: u32, status: Status) {
+        let slot = &inner.slots[token as usize];
+        // SAFETY: the status byte lies in guest memory that the slot keeps mapped.
+        unsafe { slot.status.write_volatile(status as u8) };
+        let ok = status == Status::Ok;
+        let written = if ok { slot.written } else { 1 };
+        let head = slot.chain.head;
+        self.stats.record(
+            slot.class,
+            slot.len,
+            ok,
+            self.reactor.now().saturating_duration_since(slot.started),
+        );
+        let entry = inner.ring.push_used(head, written);
+        if let Some(inflight) = &mut inner.inflight {
+            inflight.answer(head);
+        }
+        if let Some(logging) = &inner.logging {
+            log_answer(logging, &inner.slots[token as usize], entry);
+        }
+        inner.free.push(token);
+        self.client.end();
+    }
+}
+
+/// Marks everything that answering a request wrote.
+#[cold]
+fn log_answer(logging: &Logging, slot: &Slot, used_entry: u64) {
+    let memory = &slot.memory;
+    let mark = |ptr: *const u8, len: usize| {
+        if let Some(addr) = memory.guest_addr_of(ptr) {
+            logging.log.mark(addr, len as u64);
+        }
+    };
+    // All of the writable segments: a failed read may have written a part.
+    for v in &slot.chain.segments[slot.chain.readable..] {
+        mark(v.iov_base.cast(), v.iov_len);
+    }
+    mark(slot.status, 1);
+    if let Some(used) = logging.used_addr {
+        logging.log.mark(used.saturating_add(used_entry), 8);
+    }
+}
+
+fn signal(fd: &OwnedFd) {
+    // A full counter (EAGAIN) is a signal, too.
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+impl Source for Queue {
+    fn poll(&self) -> bool {
+        if self.closed.get() || self.client.is_drained() {
+            return false;
+        }
+        let mut inner = self.inner.borrow_mut();
+        let mut any = false;
+        // At most one round of the ring before others have their turn.
+        for _ in 0..inner.ring.size() {
+            match self.take_one(&mut inner) {
+                Ok(true) => any = true,
+                Ok(false) => break,
+                Err(error) => {
+                    self.fail(&mut inner, &error);
+                    break;
+                }
+            }
+            if self.closed.get() {
+                break;
+            }
+        }
+        if any && inner.memory.is_broken() {
+            self.fail(&mut inner, &RingError::Gone);
+        }
+        if any {
+            self.stats.poll_hits.add(1);
+        }
+        any
+    }
+
+    fn complete(&self, token: u32, result: io::Result<()>) {
+        let mut inner = self.inner.borrow_mut();
+        let status = match result {
+            Ok(()) => Status::Ok,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Status::Unsupported,
+            Err(error) => {
+                let slot = &inner.slots[token as usize];
+                tracing::warn!(
+                    export = self.device.options.id,
+                    queue = self.index,
+                    request = slot.class.name(),
+                    bytes = slot.len,
+                    %error,
+                    "a request failed"
+                );
+                Status::IoErr
+            }
+        };
+        self.answer(&mut inner, token, status);
+    }
+
+    fn finish_batch(&self) {
+        let mut inner = self.inner.borrow_mut();
+        let inner = &mut *inner;
+        if inner.ring.has_unpublished() {
+            inner.ring.publish();
+            if let Some(inflight) = &mut inner.inflight {
+                inflight.published(inner.ring.published());
+            }
+            if let Some(Logging {
+                log,
+                used_addr: Some(used),
+            }) = &inner.logging
+            {
+                log.mark(*used, 4);
+            }
+            if inner.ring.needs_signal()
+                && let Some(call) = &inner.call
+            {
+                self.stats.interrupts.add(1);
+                self.reactor.stats().syscalls.add(1);
+                signal(call);
+            }
+        }
+        if self.closed.get() && self.client.in_flight() == 0 {
+            self.idle.notify_waiters();
+        }
+    }
+
+    fn kicked(&self) {
+        self.stats.kicks.add(1);
+    }
+
+    fn set_notifications(&self, on: bool) -> bool {
+        let mut inner = self.inner.borrow_mut();
+        let pending = inner.ring.set_notifications(on) || !inner.resubmit.is_empty();
+        on && pending && !self.closed.get() && !self.client.is_drained()
+    }
+}

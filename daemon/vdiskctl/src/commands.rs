@@ -1,0 +1,395 @@
+//! What each command does.
+
+use std::collections::HashMap;
+
+use clap::CommandFactory;
+use serde_json::Value as Json;
+use vdisk_api::{format_size, parse_size};
+use vdisk_dbus::{
+    ExportProxy, IoThreadProxy, ManagerProxy, NodeProxy, export_path, iothread_path, node_path,
+};
+use zbus::connection::Builder;
+use zbus::{Connection, Variant};
+
+use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
+use crate::error::{Error, Result};
+use crate::objects::{Objects, Properties};
+use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
+use crate::{stats, tree};
+
+type Options<'a> = HashMap<&'a str, Variant<'a>>;
+
+async fn connect(args: &Args) -> Result<Connection> {
+    let builder = match &args.bus_address {
+        Some(address) => {
+            let parsed: zbus::Address = address
+                .parse()
+                .map_err(|e| Error::invalid(format!("bus address '{address}': {e}")))?;
+            Builder::address(parsed)
+        }
+        None if args.session => Builder::session(),
+        None => Builder::system(),
+    };
+    Ok(builder.build().await?)
+}
+
+/// Splits KEY=VALUE words.
+fn options(words: &[String]) -> Result<Options<'_>> {
+    let mut out = Options::new();
+    for word in words {
+        let (key, value) = word
+            .split_once('=')
+            .ok_or_else(|| Error::invalid(format!("'{word}' is not an option: write KEY=VALUE")))?;
+        if out.insert(key, Variant::from(value)).is_some() {
+            return Err(Error::invalid(format!("option '{key}' is given twice")));
+        }
+    }
+    Ok(out)
+}
+
+fn print_object(p: &Properties, json: bool) {
+    if json {
+        print_json(&Json::Object(p.clone()));
+    } else {
+        print_properties(p);
+    }
+}
+
+fn print_list(objects: &Objects, kind: &str, json: bool, rows: impl FnOnce(&Objects) -> Rows) {
+    if json {
+        let all: Vec<Json> = objects
+            .of(kind)
+            .map(|(_, p)| Json::Object(p.clone()))
+            .collect();
+        print_json(&Json::Array(all));
+    } else {
+        rows(objects).print();
+    }
+}
+
+fn node_rows(objects: &Objects) -> Rows {
+    let mut rows = Rows::new(&["name", "driver", ">size", "access", "used by", "file"]);
+    for (_, p) in objects.of("node") {
+        rows.add(vec![
+            text(p, "Name"),
+            text(p, "Driver"),
+            format_size(number(p, "Size")),
+            if flag(p, "ReadOnly") {
+                "read-only"
+            } else {
+                "read-write"
+            }
+            .into(),
+            names(p, "Parents").join(", "),
+            text(p, "Filename"),
+        ]);
+    }
+    rows
+}
+
+fn export_rows(objects: &Objects) -> Rows {
+    let mut rows = Rows::new(&[
+        "id", "type", "node", "access", ">queues", ">clients", "path", "socket",
+    ]);
+    for (_, p) in objects.of("export") {
+        rows.add(vec![
+            text(p, "Id"),
+            text(p, "Kind"),
+            names(p, "Node").join(""),
+            if flag(p, "Writable") {
+                "read-write"
+            } else {
+                "read-only"
+            }
+            .into(),
+            number(p, "NumQueues").to_string(),
+            number(p, "Clients").to_string(),
+            text(p, "Path"),
+            text(p, "Socket"),
+        ]);
+    }
+    rows
+}
+
+fn iothread_rows(objects: &Objects) -> Rows {
+    let mut rows = Rows::new(&["name", "engine", "cpus", ">polling", ">queues"]);
+    for (_, p) in objects.of("iothread") {
+        let list = |key| {
+            p.get(key)
+                .and_then(Json::as_array)
+                .cloned()
+                .unwrap_or_default()
+        };
+        let cpus: Vec<String> = list("Cpus").iter().map(Json::to_string).collect();
+        rows.add(vec![
+            text(p, "Name"),
+            text(p, "Engine"),
+            if cpus.is_empty() {
+                "any".into()
+            } else {
+                cpus.join(",")
+            },
+            match number(p, "PollMax") {
+                0 => "off".into(),
+                ns => format!("≤ {}", format_ns(ns)),
+            },
+            list("Queues").len().to_string(),
+        ]);
+    }
+    rows
+}
+
+/// Prints to standard output; a reader that went away (a pager, `head`) is no error.
+fn write_out(bytes: &[u8]) {
+    use std::io::Write;
+    let _ = std::io::stdout().write_all(bytes);
+}
+
+pub async fn run(args: Args) -> Result<()> {
+    match &args.command {
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Args::command(), "vdiskctl", &mut script);
+            write_out(&script);
+            return Ok(());
+        }
+        Command::Man => {
+            let mut page = Vec::new();
+            man_page(&mut page).map_err(|e| Error::failed(e.to_string()))?;
+            write_out(&page);
+            return Ok(());
+        }
+        _ => {}
+    }
+    let connection = connect(&args).await?;
+    let manager = ManagerProxy::new(&connection).await?;
+    let json = args.json;
+    match args.command {
+        Command::Node(command) => node(&connection, &manager, command, json).await,
+        Command::Export(command) => export(&connection, &manager, command, json).await,
+        Command::IoThread(command) => iothread(&connection, &manager, command, json).await,
+        Command::Tree => {
+            let objects = Objects::load(&connection).await?;
+            if json {
+                print_json(&tree::json(&objects));
+            } else {
+                tree::print(&objects);
+            }
+            Ok(())
+        }
+        Command::Stats(s) => stats::run(&manager, s.export.as_deref(), s.watch, json).await,
+        Command::Info => info(&manager, json).await,
+        Command::Completion { .. } | Command::Man => Ok(()),
+    }
+}
+
+/// One page for the command and all its subcommands.
+fn man_page(out: &mut Vec<u8>) -> std::io::Result<()> {
+    let mut root = Args::command();
+    root.build();
+    let man = clap_mangen::Man::new(root.clone()).section("1");
+    man.render_title(out)?;
+    man.render_name_section(out)?;
+    man.render_synopsis_section(out)?;
+    man.render_description_section(out)?;
+    man.render_options_section(out)?;
+    fn commands(command: &clap::Command, prefix: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
+        use std::io::Write;
+        for sub in command.get_subcommands() {
+            if sub.is_hide_set() || sub.get_name() == "help" {
+                continue;
+            }
+            let name = format!("{prefix} {}", sub.get_name());
+            if sub.has_subcommands() {
+                commands(sub, &name, out)?;
+                continue;
+            }
+            let title = name.replace('-', "\\-").to_uppercase();
+            writeln!(out, ".SH \"{title}\"")?;
+            let man = clap_mangen::Man::new(sub.clone());
+            let mut part = Vec::new();
+            man.render_description_section(&mut part)?;
+            man.render_options_section(&mut part)?;
+            let text = String::from_utf8_lossy(&part)
+                .replace(".SH DESCRIPTION\n", "")
+                .replace(".SH OPTIONS\n", "");
+            out.extend(text.as_bytes());
+        }
+        Ok(())
+    }
+    commands(&root, "vdiskctl", out)
+}
+
+async fn node(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    command: Node,
+    json: bool,
+) -> Result<()> {
+    let proxy = |name: &str| NodeProxy::builder(connection).path(node_path(name));
+    match command {
+        Node::Add {
+            name,
+            options: words,
+        } => {
+            let mut options = options(&words)?;
+            options.insert("node-name", Variant::from(name.as_str()));
+            manager.add_node(options).await?;
+        }
+        Node::Remove { name } => {
+            Objects::load(connection).await?.find("node", &name)?;
+            proxy(&name).build().await?.remove(HashMap::new()).await?;
+        }
+        Node::Resize { name, size, shrink } => {
+            let objects = Objects::load(connection).await?;
+            let before = number(objects.find("node", &name)?, "Size");
+            let bad = || {
+                Error::invalid(format!(
+                    "'{size}' is not a size: give bytes or a number with k, M, G or T, with + in front to add"
+                ))
+            };
+            let new = match size.strip_prefix('+') {
+                Some(more) => parse_size(more).and_then(|m| before.checked_add(m)),
+                None => parse_size(&size),
+            };
+            let mut options = Options::new();
+            if shrink {
+                options.insert("shrink", Variant::from(true));
+            }
+            let node = proxy(&name).build().await?;
+            node.resize(new.ok_or_else(bad)?, options).await?;
+        }
+        Node::Flush { name } => {
+            Objects::load(connection).await?.find("node", &name)?;
+            proxy(&name).build().await?.flush(HashMap::new()).await?;
+        }
+        Node::List => print_list(&Objects::load(connection).await?, "node", json, node_rows),
+        Node::Show { name } => {
+            print_object(Objects::load(connection).await?.find("node", &name)?, json);
+        }
+    }
+    Ok(())
+}
+
+async fn export(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    command: Export,
+    json: bool,
+) -> Result<()> {
+    match command {
+        Export::Add(add) => add_export(manager, &add).await?,
+        Export::Remove { id } => {
+            Objects::load(connection).await?.find("export", &id)?;
+            let export = ExportProxy::builder(connection).path(export_path(&id));
+            export.build().await?.remove(HashMap::new()).await?;
+        }
+        Export::List => print_list(
+            &Objects::load(connection).await?,
+            "export",
+            json,
+            export_rows,
+        ),
+        Export::Show { id } => {
+            print_object(Objects::load(connection).await?.find("export", &id)?, json);
+        }
+    }
+    Ok(())
+}
+
+async fn add_export(manager: &ManagerProxy<'_>, add: &AddExport) -> Result<()> {
+    let mut options = options(&add.options)?;
+    let mut set = |key, value: Variant<'static>| match options.insert(key, value) {
+        None => Ok(()),
+        Some(_) => Err(Error::invalid(format!("option '{key}' is given twice"))),
+    };
+    set("id", Variant::from(add.id.clone()))?;
+    set("type", Variant::from(add.kind.clone()))?;
+    set("node-name", Variant::from(add.node.clone()))?;
+    if let Some(path) = &add.socket {
+        // The daemon's working directory is not ours.
+        let path = std::path::absolute(path).map_err(|e| Error::invalid(e.to_string()))?;
+        set("addr.type", Variant::from("unix"))?;
+        set("addr.path", Variant::from(path.display().to_string()))?;
+    }
+    if add.writable {
+        set("writable", Variant::from(true))?;
+    }
+    if let Some(n) = add.queues {
+        set("num-queues", Variant::from(n))?;
+    }
+    if let Some(serial) = &add.serial {
+        set("serial", Variant::from(serial.clone()))?;
+    }
+    if !add.iothread.is_empty() {
+        set("iothread", Variant::from(add.iothread.clone()))?;
+    }
+    if !add.pin.is_empty() {
+        let mapping = add.pin.iter().map(|pin| {
+            let (queue, name) = pin.split_once('=').ok_or_else(|| {
+                Error::invalid(format!("--pin '{pin}': write QUEUE=NAME, such as 0=io1"))
+            })?;
+            let queue: u16 = queue.parse().map_err(|_| {
+                Error::invalid(format!("--pin '{pin}': '{queue}' is not a queue number"))
+            })?;
+            Ok(HashMap::from([
+                ("iothread", Variant::from(name.to_owned())),
+                ("vqs", Variant::from(vec![queue])),
+            ]))
+        });
+        let mapping: Vec<HashMap<&str, Variant<'static>>> = mapping.collect::<Result<_>>()?;
+        set("iothread-vq-mapping", Variant::from(mapping))?;
+    }
+    manager.add_export(options).await?;
+    Ok(())
+}
+
+async fn iothread(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    command: IoThread,
+    json: bool,
+) -> Result<()> {
+    let proxy = |name: &str| IoThreadProxy::builder(connection).path(iothread_path(name));
+    match command {
+        IoThread::Add {
+            name,
+            options: words,
+        } => {
+            manager.add_io_thread(&name, options(&words)?).await?;
+        }
+        IoThread::Set {
+            name,
+            options: words,
+        } => {
+            Objects::load(connection).await?.find("iothread", &name)?;
+            let thread = proxy(&name).build().await?;
+            thread.update(options(&words)?).await?;
+        }
+        IoThread::Remove { name } => {
+            Objects::load(connection).await?.find("iothread", &name)?;
+            proxy(&name).build().await?.remove(HashMap::new()).await?;
+        }
+        IoThread::List => print_list(
+            &Objects::load(connection).await?,
+            "iothread",
+            json,
+            iothread_rows,
+        ),
+        IoThread::Show { name } => {
+            let objects = Objects::load(connection).await?;
+            print_object(objects.find("iothread", &name)?, json);
+        }
+    }
+    Ok(())
+}
+
+async fn info(manager: &ManagerProxy<'_>, json: bool) -> Result<()> {
+    let mut p = Properties::new();
+    p.insert("Version".into(), manager.version().await?.into());
+    p.insert("IoEngine".into(), manager.io_engine().await?.into());
+    p.insert("Drivers".into(), manager.drivers().await?.into());
+    p.insert("ExportKinds".into(), manager.export_kinds().await?.into());
+    print_object(&p, json);
+    Ok(())
+}

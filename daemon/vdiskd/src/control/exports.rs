@@ -1,0 +1,177 @@
+//! Commands on exports.
+
+use std::sync::Arc;
+
+use vdisk_api::{Error, ExportKind, ExportOptions, QueuePlacement, Reply, Result};
+use vdisk_block::{Backend, Parent, Permissions, Use};
+use vdisk_exports::vhost_user::VhostUserBlk;
+use vdisk_exports::virtio_blk::DeviceOptions;
+use vdisk_io::IoThread;
+
+use super::{Control, Event, Export, World};
+
+/// What a guest does with a node.
+fn guest_use(writable: bool, share_rw: bool) -> Use {
+    let read = Permissions::CONSISTENT_READ;
+    if !writable {
+        return Use {
+            taken: read,
+            shared: Permissions::ALL,
+        };
+    }
+    let shared = if share_rw {
+        Permissions::ALL
+    } else {
+        Permissions::ALL.without(Permissions::WRITE)
+    };
+    Use {
+        taken: read.and(Permissions::WRITE),
+        shared,
+    }
+}
+
+impl Control {
+    pub(super) fn add_export(&mut self, options: ExportOptions) -> Result<Reply> {
+        let id = options.id.clone();
+        let mut world = self.world();
+        if world.exports.contains_key(&id) {
+            return Err(Error::exists(format!(
+                "there is an export '{id}' already: choose another id, or remove it first"
+            )));
+        }
+        let node = world
+            .graph
+            .node(&options.node_name)
+            .map_err(|e| e.context(format_args!("export '{id}'")))?;
+        let ExportKind::VhostUserBlk(kind) = &options.kind;
+        let threads = place_queues(&world, &id, &options.placement, kind.num_queues)?;
+        let backend = Backend::new(id.clone(), node);
+        let parent = Parent::Export(id.clone());
+        world.graph.attach(
+            &options.node_name,
+            parent.clone(),
+            guest_use(options.writable, options.share_rw),
+            backend.clone(),
+        )?;
+        let device = DeviceOptions {
+            id: id.clone(),
+            writable: options.writable,
+            writethrough: options.writethrough,
+            num_queues: kind.num_queues,
+            queue_size: kind.queue_size,
+            logical_block_size: kind.logical_block_size,
+            physical_block_size: kind.physical_block_size,
+            serial: kind.serial.clone(),
+        };
+        let events = self.export_events.clone();
+        let server = match VhostUserBlk::start(device, kind, backend, threads, events) {
+            Ok(server) => server,
+            Err(e) => {
+                world.graph.detach(&options.node_name, &parent);
+                return Err(e);
+            }
+        };
+        tracing::info!(
+            export = id,
+            node = options.node_name,
+            kind = options.kind.name(),
+            writable = options.writable,
+            socket = server.socket().map(|p| p.display().to_string()),
+            "export added"
+        );
+        let export = Export {
+            node: options.node_name.clone(),
+            writable: options.writable,
+            kind: options.kind.name(),
+            queue_size: kind.queue_size,
+            server,
+        };
+        world.exports.insert(id.clone(), Arc::new(export));
+        let others = others_below(&world, &id);
+        drop(world);
+        self.export_changed_others(&options.node_name, others);
+        self.events.push(Event::ExportAdded(id));
+        Ok(Reply::Done)
+    }
+
+    pub(super) async fn remove_export(&mut self, id: &str) -> Result<Reply> {
+        let export = self.world().export(id)?;
+        export.server.stop().await;
+        let others = {
+            let mut world = self.world();
+            let others = others_below(&world, id);
+            world
+                .graph
+                .detach(&export.node, &Parent::Export(id.to_owned()));
+            world.exports.remove(id);
+            others
+        };
+        tracing::info!(export = id, "export removed");
+        self.export_changed_others(&export.node, others);
+        self.events.push(Event::ExportRemoved(id.to_owned()));
+        Ok(Reply::Done)
+    }
+
+    /// An export came or went: its node and its threads have other users, and other exports may have
+    /// another path.
+    fn export_changed_others(&mut self, node: &str, others: Others) {
+        self.events.push(Event::NodeChanged(node.to_owned()));
+        let threads = others.threads.into_iter().map(Event::IoThreadChanged);
+        self.events.extend(threads);
+        let exports = others.exports.into_iter().map(Event::ExportChanged);
+        self.events.extend(exports);
+    }
+}
+
+struct Others {
+    threads: Vec<String>,
+    exports: Vec<String>,
+}
+
+fn others_below(world: &World, id: &str) -> Others {
+    let mut threads: Vec<String> = world.exports.get(id).map_or(Vec::new(), |e| {
+        let names = e.server.threads().iter().map(|t| t.name().to_owned());
+        names.collect()
+    });
+    threads.sort();
+    threads.dedup();
+    Others {
+        threads,
+        exports: world.exports.keys().filter(|k| *k != id).cloned().collect(),
+    }
+}
+
+/// The I/O thread of each queue.
+fn place_queues(
+    world: &World,
+    id: &str,
+    placement: &QueuePlacement,
+    num_queues: u16,
+) -> Result<Vec<IoThread>> {
+    let find = |name: &String| {
+        world
+            .thread(name)
+            .map_err(|e| e.context(format_args!("export '{id}'")))
+    };
+    let in_turn: Vec<IoThread> = if placement.round_robin.is_empty() {
+        world.threads.values().cloned().collect()
+    } else {
+        placement
+            .round_robin
+            .iter()
+            .map(find)
+            .collect::<Result<_>>()?
+    };
+    let mut in_turn = in_turn.iter().cycle();
+    (0..num_queues)
+        .map(
+            |queue| match placement.pinned.iter().find(|(q, _)| *q == queue) {
+                Some((_, name)) => find(name),
+                None => in_turn
+                    .next()
+                    .cloned()
+                    .ok_or_else(|| Error::failed("there is no I/O thread")),
+            },
+        )
+        .collect()
+}

@@ -1,0 +1,192 @@
+//! The control plane: owns nodes, exports and I/O threads, and carries out commands one after the other.
+//!
+//! Fronts (D-Bus) send [`Command`]s through a [`Handle`] and read the [`World`]; they have no behaviour
+//! of their own. Whatever changes is told to the observer before the command is answered, so that an
+//! object is there when the method that makes it returns.
+
+mod exports;
+mod iothreads;
+mod nodes;
+mod world;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::{mpsc, oneshot};
+use vdisk_api::{Command, Error, Reply, Result};
+use vdisk_exports::vhost_user::ExportEvent;
+
+pub use world::{Defaults, Export, World};
+
+/// An object came, went, or has changed properties.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    NodeAdded(String),
+    NodeRemoved(String),
+    NodeChanged(String),
+    ExportAdded(String),
+    ExportRemoved(String),
+    ExportChanged(String),
+    IoThreadAdded(String),
+    IoThreadRemoved(String),
+    IoThreadChanged(String),
+}
+
+/// Told about events; answers when it has acted on them.
+pub type Observer = mpsc::UnboundedSender<(Vec<Event>, oneshot::Sender<()>)>;
+
+enum Message {
+    Run(Command, oneshot::Sender<Result<Reply>>),
+    Observe(Observer, oneshot::Sender<()>),
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// The way to the control plane.
+#[derive(Clone)]
+pub struct Handle {
+    tx: mpsc::UnboundedSender<Message>,
+    world: Arc<Mutex<World>>,
+}
+
+impl Handle {
+    /// Carries out a command after those before it.
+    pub async fn run(&self, command: Command) -> Result<Reply> {
+        let (tx, rx) = oneshot::channel();
+        let gone = || Error::failed("the daemon is stopping");
+        self.tx
+            .send(Message::Run(command, tx))
+            .map_err(|_| gone())?;
+        rx.await.map_err(|_| gone())?
+    }
+
+    /// A look at what there is. Never held across an await.
+    pub fn world(&self) -> MutexGuard<'_, World> {
+        world::locked(&self.world)
+    }
+
+    /// Has `observer` told about everything from now on.
+    pub async fn observe(&self, observer: Observer) {
+        let (tx, rx) = oneshot::channel();
+        let _ = self.tx.send(Message::Observe(observer, tx));
+        let _ = rx.await;
+    }
+
+    /// Drains and closes everything.
+    pub async fn shutdown(&self) {
+        let (tx, rx) = oneshot::channel();
+        let _ = self.tx.send(Message::Shutdown(tx));
+        let _ = rx.await;
+    }
+}
+
+struct Control {
+    world: Arc<Mutex<World>>,
+    observer: Option<Observer>,
+    export_events: mpsc::UnboundedSender<ExportEvent>,
+    /// What the command at hand has changed.
+    events: Vec<Event>,
+}
+
+/// Starts the control plane. Must be called within a tokio runtime.
+pub fn start(defaults: Defaults) -> Result<Handle> {
+    let world = Arc::new(Mutex::new(World::new(defaults)?));
+    let (tx, rx) = mpsc::unbounded_channel();
+    let (export_events, from_exports) = mpsc::unbounded_channel();
+    let control = Control {
+        world: world.clone(),
+        observer: None,
+        export_events,
+        events: Vec::new(),
+    };
+    tokio::spawn(control.serve(rx, from_exports));
+    Ok(Handle { tx, world })
+}
+
+impl Control {
+    fn world(&self) -> MutexGuard<'_, World> {
+        world::locked(&self.world)
+    }
+
+    async fn serve(
+        mut self,
+        mut messages: mpsc::UnboundedReceiver<Message>,
+        mut exports: mpsc::UnboundedReceiver<ExportEvent>,
+    ) {
+        loop {
+            tokio::select! {
+                message = messages.recv() => match message {
+                    None => return,
+                    Some(Message::Run(command, reply)) => {
+                        let result = self.run(command).await;
+                        self.publish().await;
+                        let _ = reply.send(result);
+                    }
+                    Some(Message::Observe(observer, done)) => {
+                        self.observer = Some(observer);
+                        let _ = done.send(());
+                    }
+                    Some(Message::Shutdown(done)) => {
+                        self.shutdown().await;
+                        let _ = done.send(());
+                        return;
+                    }
+                },
+                Some(ExportEvent::ClientsChanged { id }) = exports.recv() => {
+                    self.events.push(Event::ExportChanged(id));
+                    self.publish().await;
+                }
+            }
+        }
+    }
+
+    async fn publish(&mut self) {
+        if self.events.is_empty() {
+            return;
+        }
+        let events = std::mem::take(&mut self.events);
+        if let Some(observer) = &self.observer {
+            let (tx, rx) = oneshot::channel();
+            if observer.send((events, tx)).is_ok() {
+                let _ = rx.await;
+            }
+        }
+    }
+
+    async fn run(&mut self, command: Command) -> Result<Reply> {
+        match command {
+            Command::AddNode(options) => self.add_node(options).await,
+            Command::RemoveNode { name } => self.remove_node(&name).await,
+            Command::ResizeNode { name, size, shrink } => {
+                self.resize_node(&name, size, shrink).await
+            }
+            Command::FlushNode { name } => self.flush_node(&name).await,
+            Command::AddExport(options) => self.add_export(options),
+            Command::RemoveExport { id } => self.remove_export(&id).await,
+            Command::AddIoThread(options) => self.add_iothread(options),
+            Command::UpdateIoThread { name, update } => self.update_iothread(&name, update),
+            Command::RemoveIoThread { name } => self.remove_iothread(&name),
+        }
+    }
+
+    /// Ends exports (their requests are answered first), makes everything durable, closes the images
+    /// and stops the I/O threads. Errors are logged; nothing stops the rest.
+    async fn shutdown(&mut self) {
+        let ids: Vec<String> = self.world().exports.keys().cloned().collect();
+        for id in ids {
+            let _ = self.remove_export(&id).await;
+        }
+        let nodes = self.world().graph.top_down();
+        for node in &nodes {
+            if let Err(error) = self.flush(node).await {
+                tracing::error!(node = node.name(), %error, "cannot flush");
+            }
+        }
+        for node in &nodes {
+            node.close().await;
+        }
+        let threads = std::mem::take(&mut self.world().threads);
+        for thread in threads.values() {
+            thread.stop();
+        }
+        self.events.clear();
+    }
+}

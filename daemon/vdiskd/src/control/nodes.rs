@@ -1,0 +1,155 @@
+//! Commands on nodes.
+
+use std::sync::Arc;
+
+use vdisk_api::{Error, NodeOptions, Reply, Result};
+use vdisk_block::Node;
+
+use super::{Control, Event};
+
+impl Control {
+    pub(super) async fn add_node(&mut self, options: NodeOptions) -> Result<Reply> {
+        let plan = self.world().graph.plan(options)?;
+        // Opening may block for as long as the storage likes.
+        let opened = tokio::task::spawn_blocking(move || plan.open())
+            .await
+            .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))?;
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err((error, half)) => {
+                half.close().await;
+                return Err(error);
+            }
+        };
+        let names = self.world().graph.insert(opened);
+        let mut changed = Vec::new();
+        for name in names.iter().rev() {
+            let info = self.world().graph.info(name)?;
+            tracing::info!(
+                node = name,
+                driver = info.node.driver_name(),
+                file = info.node.filename(),
+                size = info.node.size(),
+                read_only = info.node.is_read_only(),
+                "node added"
+            );
+            self.events.push(Event::NodeAdded(name.clone()));
+            changed.extend(info.children.into_iter().map(|(_, child)| child));
+        }
+        changed.retain(|child| !names.contains(child));
+        self.events
+            .extend(changed.into_iter().map(Event::NodeChanged));
+        Ok(Reply::Nodes(names))
+    }
+
+    pub(super) async fn remove_node(&mut self, name: &str) -> Result<Reply> {
+        let (children, removed) = {
+            let mut world = self.world();
+            let children = world.graph.info(name)?.children;
+            (children, world.graph.remove(name)?)
+        };
+        for node in removed {
+            node.close().await;
+            tracing::info!(node = node.name(), "node removed");
+            self.events.push(Event::NodeRemoved(node.name().to_owned()));
+        }
+        for (_, child) in children {
+            if self.world().graph.node(&child).is_ok() {
+                self.events.push(Event::NodeChanged(child));
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(super) async fn resize_node(
+        &mut self,
+        name: &str,
+        size: u64,
+        shrink: bool,
+    ) -> Result<Reply> {
+        let (node, (backends, above), block) = {
+            let world = self.world();
+            let node = world.graph.node(name)?;
+            let above = world.graph.resized_with(name);
+            // Guests see sizes in their logical blocks.
+            let block = world
+                .exports
+                .values()
+                .filter(|e| above.1.iter().any(|n| n.name() == e.node))
+                .map(|e| u64::from(e.server.device().options.logical_block_size))
+                .max();
+            (node, above, block.unwrap_or(1))
+        };
+        let block = block.max(node.limits().request_alignment);
+        let before = node.size();
+        if node.is_read_only() {
+            return Err(Error::invalid(format!(
+                "node '{name}' is read-only and cannot be resized: add it without read-only"
+            )));
+        }
+        if size < before && !shrink {
+            return Err(Error::invalid(format!(
+                "node '{name}' has {before} bytes; resizing it to {size} would cut off data: set 'shrink' if that is meant"
+            )));
+        }
+        if !size.is_multiple_of(block) {
+            return Err(Error::invalid(format!(
+                "node '{name}' cannot be resized to {size} bytes, which is not a multiple of its block size {block}: give {}",
+                size.next_multiple_of(block)
+            )));
+        }
+        // Nothing above may have requests in flight that were checked against the old size.
+        let mut drained = Vec::new();
+        for backend in &backends {
+            drained.push(backend.drain().await);
+        }
+        let thread = self.world().any_thread()?;
+        let there = node.clone();
+        let resized = thread
+            .run_async(move |_| async move { there.resize(size).await })
+            .await
+            .map_err(|e| Error::failed(e.to_string()))?
+            .map_err(|e| {
+                Error::io(
+                    format_args!("node '{name}' cannot be resized to {size} bytes"),
+                    &e,
+                )
+            })?;
+        // Nodes above follow, from the bottom up.
+        for parent in above.iter().filter(|n| n.name() != name) {
+            parent.follow_child();
+        }
+        for guard in &drained {
+            guard.invalidate();
+        }
+        drop(drained);
+        tracing::info!(node = name, from = before, to = resized, "node resized");
+        for node in &above {
+            self.events.push(Event::NodeChanged(node.name().to_owned()));
+        }
+        let world = self.world();
+        for export in world.exports.values() {
+            if above.iter().any(|n| n.name() == export.node) {
+                export.server.config_changed();
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(super) async fn flush_node(&mut self, name: &str) -> Result<Reply> {
+        let node = self.world().graph.node(name)?;
+        self.flush(&node)
+            .await
+            .map_err(|e| Error::io(format_args!("node '{name}' cannot be flushed"), &e))?;
+        Ok(Reply::Done)
+    }
+
+    pub(super) async fn flush(&self, node: &Arc<Node>) -> std::io::Result<()> {
+        let thread = self.world().any_thread().map_err(std::io::Error::other)?;
+        let node = node.clone();
+        thread
+            .run_async(move |_| async move { node.flush().await })
+            .await
+            .map_err(std::io::Error::other)?
+    }
+}

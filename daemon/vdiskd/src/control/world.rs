@@ -1,0 +1,106 @@
+//! What there is.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use vdisk_api::{Error, Result};
+use vdisk_block::Graph;
+use vdisk_exports::vhost_user::VhostUserBlk;
+use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
+
+/// What new objects get if their options do not say.
+#[derive(Clone, Debug)]
+pub struct Defaults {
+    pub engine: EngineChoice,
+    pub poll_max: Duration,
+    /// I/O threads to start with.
+    pub io_threads: usize,
+}
+
+/// An export, with what the control plane knows of it.
+pub struct Export {
+    pub node: String,
+    pub writable: bool,
+    pub kind: &'static str,
+    pub server: VhostUserBlk,
+    pub queue_size: u16,
+}
+
+pub struct World {
+    pub graph: Graph,
+    pub exports: BTreeMap<String, Arc<Export>>,
+    pub threads: BTreeMap<String, IoThread>,
+    pub defaults: Defaults,
+    /// What the first I/O thread came up on.
+    pub engine: EngineKind,
+}
+
+/// The lock is only held for short looks and changes that cannot fail half-way.
+pub fn locked(world: &Mutex<World>) -> MutexGuard<'_, World> {
+    world.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl World {
+    pub fn new(defaults: Defaults) -> Result<World> {
+        let mut threads = BTreeMap::new();
+        for i in 0..defaults.io_threads.max(1) {
+            let name = format!("io{i}");
+            let mut config = IoThreadConfig::new(name.clone());
+            config.engine = defaults.engine;
+            config.poll_max = defaults.poll_max;
+            let thread = IoThread::start(config)
+                .map_err(|e| Error::failed(format!("I/O thread '{name}': {e}")))?;
+            threads.insert(name, thread);
+        }
+        let engine = threads
+            .values()
+            .next()
+            .map_or(EngineKind::Threads, IoThread::engine);
+        Ok(World {
+            graph: Graph::default(),
+            exports: BTreeMap::new(),
+            threads,
+            defaults,
+            engine,
+        })
+    }
+
+    pub fn export(&self, id: &str) -> Result<Arc<Export>> {
+        self.exports.get(id).cloned().ok_or_else(|| {
+            Error::not_found(format!(
+                "there is no export '{id}': see the list of exports"
+            ))
+        })
+    }
+
+    pub fn thread(&self, name: &str) -> Result<IoThread> {
+        self.threads.get(name).cloned().ok_or_else(|| {
+            Error::not_found(format!(
+                "there is no I/O thread '{name}': see the list of I/O threads, or add it first"
+            ))
+        })
+    }
+
+    /// Queues on a thread: export and number.
+    pub fn queues_on(&self, thread: &IoThread) -> Vec<(String, u16)> {
+        let mut out = Vec::new();
+        for (id, export) in &self.exports {
+            for (i, t) in export.server.threads().iter().enumerate() {
+                if t.is_same(thread) {
+                    out.push((id.clone(), i as u16));
+                }
+            }
+        }
+        out
+    }
+
+    /// A thread for work of the control plane itself.
+    pub fn any_thread(&self) -> Result<IoThread> {
+        self.threads
+            .values()
+            .next()
+            .cloned()
+            .ok_or_else(|| Error::failed("there is no I/O thread"))
+    }
+}

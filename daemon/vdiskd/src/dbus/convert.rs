@@ -1,0 +1,129 @@
+//! Option maps, from D-Bus types to those of the API.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use vdisk_api::{Error, Map, Result};
+use zbus::{OwnedVariant, Variant};
+
+pub type Options = HashMap<String, OwnedVariant>;
+
+/// Translates options. A file descriptor is only taken under the name `socket`.
+pub fn options(given: Options) -> Result<(Map, Option<OwnedFd>)> {
+    let mut map = Map::new();
+    let mut socket = None;
+    for (key, value) in given {
+        match &*value {
+            Variant::Fd(fd) if key == "socket" => {
+                let fd = fd
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map_err(|e| Error::failed(format!("option 'socket': {e}")))?;
+                socket = Some(fd);
+            }
+            other => {
+                map.insert(key.clone(), plain(&key, other)?);
+            }
+        }
+    }
+    Ok((map, socket))
+}
+
+/// Translates options where no file descriptor has a meaning.
+pub fn plain_options(given: Options) -> Result<Map> {
+    let (map, socket) = options(given)?;
+    match socket {
+        None => Ok(map),
+        Some(_) => Err(Error::invalid(
+            "option 'socket' has no meaning here: leave it out",
+        )),
+    }
+}
+
+/// For methods that have no options yet.
+pub fn no_options(given: Options) -> Result<()> {
+    match given.keys().next() {
+        None => Ok(()),
+        Some(key) => Err(Error::invalid(format!(
+            "unknown option '{key}': this method takes none"
+        ))),
+    }
+}
+
+fn plain(key: &str, value: &Variant<'_>) -> Result<serde_json::Value> {
+    use serde_json::Value as Json;
+    Ok(match value {
+        Variant::Bool(v) => Json::from(*v),
+        Variant::U8(v) => Json::from(*v),
+        Variant::U16(v) => Json::from(*v),
+        Variant::U32(v) => Json::from(*v),
+        Variant::U64(v) => Json::from(*v),
+        Variant::I16(v) => Json::from(*v),
+        Variant::I32(v) => Json::from(*v),
+        Variant::I64(v) => Json::from(*v),
+        Variant::F64(v) => Json::from(*v),
+        Variant::Str(v) => Json::from(v.as_str()),
+        Variant::ObjectPath(v) => Json::from(v.as_str()),
+        Variant::Variant(v) => plain(key, v)?,
+        Variant::Array(items) => {
+            let items: Result<Vec<Json>> = items.iter().map(|v| plain(key, v)).collect();
+            Json::from(items?)
+        }
+        Variant::Dict(dict) => {
+            let mut map = Map::new();
+            for (k, v) in dict.iter() {
+                let Variant::Str(k) = k else {
+                    return Err(Error::invalid(format!(
+                        "option '{key}' has keys that are not strings"
+                    )));
+                };
+                map.insert(k.to_string(), plain(k, v)?);
+            }
+            Json::Object(map)
+        }
+        other => {
+            return Err(Error::invalid(format!(
+                "option '{key}' has the D-Bus type '{}', which no option takes",
+                other.value_signature()
+            )));
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn given(pairs: Vec<(&str, Variant<'_>)>) -> Options {
+        pairs
+            .into_iter()
+            .map(|(k, v)| (k.to_owned(), v.try_to_owned().unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn all_plain_types_are_taken() {
+        let inner = HashMap::from([("direct", Variant::from(true))]);
+        let map = plain_options(given(vec![
+            ("s", "x".into()),
+            ("u", 7u64.into()),
+            ("i", (-7i32).into()),
+            ("cache", Variant::from(inner)),
+            ("list", vec!["a", "b"].into()),
+        ]))
+        .unwrap();
+        assert_eq!(
+            serde_json::Value::Object(map),
+            json!({"s": "x", "u": 7, "i": -7, "cache": {"direct": true}, "list": ["a", "b"]})
+        );
+    }
+
+    #[test]
+    fn odd_types_are_refused_by_name() {
+        let e = plain_options(given(vec![("odd", Variant::from((1u8, 2u8)))])).unwrap_err();
+        assert!(e.message.contains("'odd'"), "{e}");
+        let e = no_options(given(vec![("x", 1u8.into())])).unwrap_err();
+        assert!(e.message.contains("'x'"), "{e}");
+    }
+}

@@ -1,0 +1,131 @@
+//! org.vdisk1.Export and org.vdisk1.Export.VhostUserBlk
+
+use std::sync::Arc;
+
+use vdisk_api::Command;
+use vdisk_dbus::{iothread_path, node_path};
+use zbus::OwnedObjectPath;
+use zbus::interface;
+
+use super::Failure;
+use super::convert::{self, Options};
+use super::statistics::{self, Statistics};
+use crate::control::{Export, Handle};
+
+fn find(control: &Handle, id: &str) -> zbus::fdo::Result<Arc<Export>> {
+    let export = control.world().export(id);
+    export.map_err(|e| zbus::fdo::Error::UnknownObject(e.message))
+}
+
+pub struct ExportObject {
+    pub control: Handle,
+    pub id: String,
+}
+
+#[interface(name = "org.vdisk1.Export", introspection_docs = false)]
+impl ExportObject {
+    async fn remove(&self, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        let id = self.id.clone();
+        self.control.run(Command::RemoveExport { id }).await?;
+        Ok(())
+    }
+
+    #[zbus(out_args("statistics"))]
+    async fn get_statistics(&self, options: Options) -> Result<Statistics, Failure> {
+        convert::no_options(options)?;
+        let export = self.control.world().export(&self.id)?;
+        Ok(statistics::export(&export.server.statistics()))
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn id(&self) -> String {
+        self.id.clone()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn kind(&self) -> zbus::fdo::Result<String> {
+        Ok(find(&self.control, &self.id)?.kind.to_owned())
+    }
+
+    #[zbus(property)]
+    fn node(&self) -> zbus::fdo::Result<OwnedObjectPath> {
+        Ok(node_path(&find(&self.control, &self.id)?.node))
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn writable(&self) -> zbus::fdo::Result<bool> {
+        Ok(find(&self.control, &self.id)?.writable)
+    }
+
+    #[zbus(property)]
+    fn clients(&self) -> zbus::fdo::Result<u32> {
+        Ok(find(&self.control, &self.id)?.server.clients())
+    }
+
+    #[zbus(property)]
+    fn io_threads(&self) -> zbus::fdo::Result<Vec<OwnedObjectPath>> {
+        let export = find(&self.control, &self.id)?;
+        let threads = export.server.threads().iter();
+        Ok(threads.map(|t| iothread_path(t.name())).collect())
+    }
+
+    #[zbus(property)]
+    fn path(&self) -> zbus::fdo::Result<String> {
+        let export = find(&self.control, &self.id)?;
+        let path = match export.server.slow_reason() {
+            None => "fast",
+            Some(_) => "slow",
+        };
+        Ok(path.to_owned())
+    }
+
+    #[zbus(property)]
+    fn path_reason(&self) -> zbus::fdo::Result<String> {
+        let export = find(&self.control, &self.id)?;
+        Ok(export.server.slow_reason().unwrap_or_default())
+    }
+}
+
+pub struct VhostUserBlkObject {
+    pub control: Handle,
+    pub id: String,
+}
+
+#[interface(name = "org.vdisk1.Export.VhostUserBlk", introspection_docs = false)]
+impl VhostUserBlkObject {
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn socket(&self) -> zbus::fdo::Result<String> {
+        let export = find(&self.control, &self.id)?;
+        let socket = export.server.socket();
+        Ok(socket.map_or(String::new(), |p| p.display().to_string()))
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn num_queues(&self) -> zbus::fdo::Result<u16> {
+        Ok(find(&self.control, &self.id)?.server.threads().len() as u16)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn queue_size(&self) -> zbus::fdo::Result<u16> {
+        Ok(find(&self.control, &self.id)?.queue_size)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn logical_block_size(&self) -> zbus::fdo::Result<u32> {
+        let export = find(&self.control, &self.id)?;
+        Ok(export.server.device().options.logical_block_size)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn physical_block_size(&self) -> zbus::fdo::Result<u32> {
+        let export = find(&self.control, &self.id)?;
+        Ok(export.server.device().options.physical_block_size)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn serial(&self) -> zbus::fdo::Result<String> {
+        let export = find(&self.control, &self.id)?;
+        Ok(export.server.device().options.serial.clone())
+    }
+}

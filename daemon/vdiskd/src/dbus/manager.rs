@@ -1,0 +1,103 @@
+//! org.vdisk1.Manager
+
+use std::collections::HashMap;
+
+use vdisk_api::{Command, DRIVERS, ExportKind, ExportOptions, IoThreadOptions, NodeOptions, Reply};
+use vdisk_dbus::{export_path, iothread_path, node_path};
+use zbus::interface;
+use zbus::{OwnedObjectPath, Variant};
+
+use super::Failure;
+use super::convert::{self, Options};
+use super::statistics::{self, Statistics};
+use crate::control::Handle;
+
+pub struct ManagerObject(pub Handle);
+
+#[interface(name = "org.vdisk1.Manager", introspection_docs = false)]
+impl ManagerObject {
+    #[zbus(out_args("node"))]
+    async fn add_node(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        let options = NodeOptions::from_map(convert::plain_options(options)?)?;
+        let name = options.node_name.clone().unwrap_or_default();
+        let reply = self.0.run(Command::AddNode(options)).await?;
+        let name = match reply {
+            Reply::Nodes(names) => names.into_iter().next().unwrap_or(name),
+            Reply::Done => name,
+        };
+        Ok(node_path(&name))
+    }
+
+    #[zbus(out_args("export"))]
+    async fn add_export(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        let (map, socket) = convert::options(options)?;
+        let options = ExportOptions::from_map(map, socket)?;
+        let path = export_path(&options.id);
+        self.0.run(Command::AddExport(options)).await?;
+        Ok(path)
+    }
+
+    #[zbus(out_args("iothread"))]
+    async fn add_io_thread(
+        &self,
+        name: String,
+        options: Options,
+    ) -> Result<OwnedObjectPath, Failure> {
+        let path = iothread_path(&name);
+        let options = IoThreadOptions::from_map(name, convert::plain_options(options)?)?;
+        self.0.run(Command::AddIoThread(options)).await?;
+        Ok(path)
+    }
+
+    #[zbus(out_args("statistics"))]
+    async fn get_statistics(&self, options: Options) -> Result<Statistics, Failure> {
+        convert::no_options(options)?;
+        let world = self.0.world();
+        let exports: Statistics = world
+            .exports
+            .iter()
+            .map(|(id, e)| {
+                let s = statistics::export(&e.server.statistics());
+                (id.clone(), statistics::owned(Variant::from(s)))
+            })
+            .collect();
+        let threads: Statistics = world
+            .threads
+            .iter()
+            .map(|(name, t)| {
+                let s = statistics::iothread(&t.statistics());
+                (name.clone(), statistics::owned(Variant::from(s)))
+            })
+            .collect();
+        Ok(HashMap::from([
+            (
+                "exports".to_owned(),
+                statistics::owned(Variant::from(exports)),
+            ),
+            (
+                "iothreads".to_owned(),
+                statistics::owned(Variant::from(threads)),
+            ),
+        ]))
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> String {
+        env!("CARGO_PKG_VERSION").to_owned()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn drivers(&self) -> Vec<String> {
+        DRIVERS.map(str::to_owned).to_vec()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn export_kinds(&self) -> Vec<String> {
+        ExportKind::NAMES.map(str::to_owned).to_vec()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn io_engine(&self) -> String {
+        self.0.world().engine.to_string()
+    }
+}

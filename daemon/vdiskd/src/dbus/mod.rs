@@ -1,0 +1,169 @@
+//! The D-Bus front: a thin adapter on the control plane. Objects live in one file each; they translate
+//! arguments to commands, and what there is to properties.
+
+mod convert;
+mod error;
+mod export;
+mod iothread;
+mod manager;
+mod node;
+mod statistics;
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use vdisk_dbus::{BUS_NAME, ROOT_PATH, export_path, iothread_path, node_path};
+use zbus::connection::Builder;
+use zbus::{Connection, MessageStream};
+
+use crate::control::{Event, Handle};
+use error::Failure;
+use export::{ExportObject, VhostUserBlkObject};
+use iothread::IoThreadObject;
+use manager::ManagerObject;
+use node::NodeObject;
+
+/// Which bus to be on.
+#[derive(Clone, Debug)]
+pub enum Bus {
+    System,
+    Session,
+    Address(String),
+}
+
+/// How long to wait before looking for a bus that went away.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+fn builder(bus: &Bus) -> zbus::Result<Builder<'static>> {
+    Ok(match bus {
+        Bus::System => Builder::system(),
+        Bus::Session => Builder::session(),
+        Bus::Address(address) => {
+            let address: zbus::Address = address.parse()?;
+            Builder::address(address)
+        }
+    })
+}
+
+/// Connects, takes the name and serves every object there is.
+async fn connect(bus: &Bus, control: &Handle) -> zbus::Result<Connection> {
+    let connection = builder(bus)?
+        .serve_at(ROOT_PATH, zbus::fdo::ObjectManager)
+        .serve_at(ROOT_PATH, ManagerObject(control.clone()))
+        .build()
+        .await?;
+    let (observer, mut events) = mpsc::unbounded_channel();
+    control.observe(observer).await;
+    let everything = {
+        let world = control.world();
+        let nodes = world.graph.names().map(str::to_owned).map(Event::NodeAdded);
+        let exports = world.exports.keys().cloned().map(Event::ExportAdded);
+        let threads = world.threads.keys().cloned().map(Event::IoThreadAdded);
+        let all: Vec<Event> = nodes.chain(exports).chain(threads).collect();
+        all
+    };
+    for event in everything {
+        apply(&connection, control, event).await?;
+    }
+    let (there, control) = (connection.clone(), control.clone());
+    tokio::spawn(async move {
+        while let Some((events, done)) = events.recv().await {
+            for event in events {
+                if let Err(error) = apply(&there, &control, event.clone()).await {
+                    tracing::warn!(?event, %error, "cannot publish on D-Bus");
+                }
+            }
+            let _ = done.send(());
+        }
+    });
+    // Last: whoever sees the name sees the objects.
+    connection.request_name(BUS_NAME).await?;
+    Ok(connection)
+}
+
+/// Serves on the bus; comes back to it if it goes away. Returns when the first connection stands.
+pub async fn start(bus: Bus, control: Handle) -> zbus::Result<()> {
+    let mut connection = connect(&bus, &control).await?;
+    tokio::spawn(async move {
+        loop {
+            let mut stream = MessageStream::from(&connection);
+            while let Some(Ok(_)) = stream.next().await {}
+            tracing::error!("the connection to the bus was lost; guests are served on");
+            loop {
+                tokio::time::sleep(RECONNECT).await;
+                match connect(&bus, &control).await {
+                    Ok(c) => {
+                        connection = c;
+                        tracing::info!("connected to the bus again");
+                        break;
+                    }
+                    Err(error) => tracing::debug!(%error, "the bus is not back yet"),
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Makes the objects on the bus follow an event.
+async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus::Result<()> {
+    let server = connection.object_server();
+    let control = control.clone();
+    match event {
+        Event::NodeAdded(name) => {
+            let path = node_path(&name);
+            server.at(path, NodeObject { control, name }).await?;
+        }
+        Event::NodeRemoved(name) => {
+            server.remove::<NodeObject, _>(node_path(&name)).await?;
+        }
+        Event::NodeChanged(name) => {
+            if let Ok(object) = server.interface::<_, NodeObject>(node_path(&name)).await {
+                let (node, emitter) = (object.get().await, object.signal_emitter());
+                node.size_changed(emitter).await?;
+                node.parents_changed(emitter).await?;
+            }
+        }
+        Event::ExportAdded(id) => {
+            let path = export_path(&id);
+            let special = VhostUserBlkObject {
+                control: control.clone(),
+                id: id.clone(),
+            };
+            server.at(path.clone(), special).await?;
+            server.at(path, ExportObject { control, id }).await?;
+        }
+        Event::ExportRemoved(id) => {
+            let path = export_path(&id);
+            server.remove::<VhostUserBlkObject, _>(path.clone()).await?;
+            server.remove::<ExportObject, _>(path).await?;
+        }
+        Event::ExportChanged(id) => {
+            if let Ok(object) = server.interface::<_, ExportObject>(export_path(&id)).await {
+                let (export, emitter) = (object.get().await, object.signal_emitter());
+                export.clients_changed(emitter).await?;
+                export.path_changed(emitter).await?;
+                export.path_reason_changed(emitter).await?;
+            }
+        }
+        Event::IoThreadAdded(name) => {
+            let path = iothread_path(&name);
+            server.at(path, IoThreadObject { control, name }).await?;
+        }
+        Event::IoThreadRemoved(name) => {
+            server
+                .remove::<IoThreadObject, _>(iothread_path(&name))
+                .await?;
+        }
+        Event::IoThreadChanged(name) => {
+            let path = iothread_path(&name);
+            if let Ok(object) = server.interface::<_, IoThreadObject>(path).await {
+                let (thread, emitter) = (object.get().await, object.signal_emitter());
+                thread.poll_max_changed(emitter).await?;
+                thread.queues_changed(emitter).await?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! vdiskd: a storage daemon for virtual machines.
+
+mod control;
+mod dbus;
+mod logging;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser};
+use tokio::signal::unix::{SignalKind, signal};
+use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
+
+use control::Defaults;
+use dbus::Bus;
+
+/// Serves disk images to virtual machines.
+///
+/// vdiskd needs no configuration: nodes, exports and I/O threads are made over D-Bus, most easily with
+/// vdiskctl(1).
+#[derive(Debug, Parser)]
+#[command(name = "vdiskd", version)]
+struct Args {
+    /// Serve on the system bus (the default)
+    #[arg(long, conflicts_with_all = ["session", "bus_address"])]
+    system: bool,
+
+    /// Serve on the session bus of the calling user
+    #[arg(long, conflicts_with = "bus_address")]
+    session: bool,
+
+    /// Serve on the bus at this D-Bus address
+    #[arg(long, value_name = "ADDRESS")]
+    bus_address: Option<String>,
+
+    /// What I/O threads run on: uring, aio (Linux AIO for O_DIRECT, threads for the rest), threads, or
+    /// auto for the best that the kernel allows
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    io_engine: EngineChoice,
+
+    /// I/O threads to start with, named io0, io1, …
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    io_threads: u8,
+
+    /// Ceiling of busy polling of a queue in nanoseconds; 0 switches polling off
+    #[arg(long, value_name = "NS", default_value_t = DEFAULT_POLL_MAX.as_nanos() as u64,
+          value_parser = clap::value_parser!(u64).range(0..=1_000_000_000))]
+    poll_max_ns: u64,
+
+    /// Print the man page and exit
+    #[arg(long, hide = true, exclusive = true)]
+    man: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.man {
+        return print_man_page();
+    }
+    logging::start();
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(16)
+        .thread_name("vdiskd-blocking")
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error, "cannot start");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_man_page() -> ExitCode {
+    let page = clap_mangen::Man::new(Args::command()).section("8");
+    match page.render(&mut std::io::stdout()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+async fn run(args: Args) -> Result<(), String> {
+    let bus = match args.bus_address {
+        Some(address) => Bus::Address(address),
+        None if args.session => Bus::Session,
+        None => Bus::System,
+    };
+    // From here on a signal ends the daemon in order.
+    let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
+    let control = control::start(Defaults {
+        engine: args.io_engine,
+        poll_max: Duration::from_nanos(args.poll_max_ns),
+        io_threads: args.io_threads.into(),
+    })
+    .map_err(|e| e.message)?;
+    let engine = control.world().engine;
+    dbus::start(bus.clone(), control.clone())
+        .await
+        .map_err(|e| format!("D-Bus ({bus:?}): {e}"))?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        %engine,
+        "ready"
+    );
+    let _ = sd_notify::notify(&[
+        sd_notify::NotifyState::Ready,
+        sd_notify::NotifyState::Status("serving"),
+    ]);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    control.shutdown().await;
+    tracing::info!("stopped");
+    Ok(())
+}

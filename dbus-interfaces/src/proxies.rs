@@ -1,0 +1,110 @@
+//! Proxies; see the XML files for what everything means.
+
+use std::collections::HashMap;
+
+use zbus::proxy;
+use zbus::{OwnedObjectPath, OwnedVariant, Variant};
+
+type Options<'a> = HashMap<&'a str, Variant<'a>>;
+type Statistics = HashMap<String, OwnedVariant>;
+
+#[proxy(
+    interface = "org.vdisk1.Manager",
+    default_service = "org.vdisk1",
+    default_path = "/org/vdisk1"
+)]
+pub trait Manager {
+    fn add_node(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn add_export(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn add_io_thread(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn version(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn drivers(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn export_kinds(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn io_engine(&self) -> zbus::Result<String>;
+}
+
+#[proxy(interface = "org.vdisk1.Node", default_service = "org.vdisk1")]
+pub trait Node {
+    fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn resize(&self, size: u64, options: Options<'_>) -> zbus::Result<()>;
+    fn flush(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn driver(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn filename(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn size(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn read_only(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn implicit(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn children(&self) -> zbus::Result<Vec<(String, OwnedObjectPath)>>;
+    #[zbus(property)]
+    fn parents(&self) -> zbus::Result<Vec<(String, OwnedObjectPath)>>;
+}
+
+#[proxy(interface = "org.vdisk1.Export", default_service = "org.vdisk1")]
+pub trait Export {
+    fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn id(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn kind(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn node(&self) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn writable(&self) -> zbus::Result<bool>;
+    #[zbus(property)]
+    fn clients(&self) -> zbus::Result<u32>;
+    #[zbus(property)]
+    fn io_threads(&self) -> zbus::Result<Vec<OwnedObjectPath>>;
+    #[zbus(property, name = "Path")]
+    fn request_path(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn path_reason(&self) -> zbus::Result<String>;
+}
+
+#[proxy(
+    interface = "org.vdisk1.Export.VhostUserBlk",
+    default_service = "org.vdisk1"
+)]
+pub trait VhostUserBlk {
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn socket(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn num_queues(&self) -> zbus::Result<u16>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn queue_size(&self) -> zbus::Result<u16>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn logical_block_size(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn physical_block_size(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn serial(&self) -> zbus::Result<String>;
+}
+
+#[proxy(interface = "org.vdisk1.IoThread", default_service = "org.vdisk1")]
+pub trait IoThread {
+    fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn update(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn engine(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn cpus(&self) -> zbus::Result<Vec<u32>>;
+    #[zbus(property)]
+    fn poll_max(&self) -> zbus::Result<u64>;
+    #[zbus(property)]
+    fn queues(&self) -> zbus::Result<Vec<(OwnedObjectPath, u16)>>;
+}
