@@ -12,7 +12,7 @@ pub struct Rows(Table, Vec<CellAlignment>);
 impl Rows {
     pub fn new(header: &[&str]) -> Rows {
         let mut table = Table::new();
-        table.set_preset(presets::NOTHING);
+        table.load_style(presets::NOTHING);
         let aligned: Vec<CellAlignment> = header
             .iter()
             .map(|h| match h.starts_with('>') {

@@ -564,6 +564,12 @@ impl Connection<'_> {
         if let Some(on) = region.write_cache() {
             self.state.write_cache = on;
             self.apply_cache();
+            if !on {
+                tracing::info!(
+                    export = self.shared.id(),
+                    "the write cache is off, as the last daemon noted"
+                );
+            }
         }
         self.inflight = Some(Arc::new(region));
         self.state.inflight = Some(InflightState {

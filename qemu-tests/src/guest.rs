@@ -1,0 +1,220 @@
+//! A guest under QEMU's TCG with our own PID 1.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{Qmp, Scratch, lab_path, scratch, wait_for};
+
+/// What a guest is made of.
+#[derive(Clone, Debug, Default)]
+pub struct GuestOptions {
+    /// vhost-user-blk disks: socket, queues, further device properties.
+    disks: Vec<(PathBuf, u16, String)>,
+    cpus: u8,
+    args: Vec<String>,
+    reboots: bool,
+    /// Runs QEMU from this root folder.
+    root: Option<PathBuf>,
+}
+
+impl GuestOptions {
+    pub fn new() -> GuestOptions {
+        GuestOptions {
+            cpus: 2,
+            ..GuestOptions::default()
+        }
+    }
+
+    /// Adds a vhost-user-blk disk that comes back when the daemon does.
+    pub fn disk(mut self, socket: &Path, queues: u16) -> GuestOptions {
+        self.disks.push((socket.to_owned(), queues, String::new()));
+        self
+    }
+
+    pub fn cpus(mut self, cpus: u8) -> GuestOptions {
+        self.cpus = cpus;
+        self
+    }
+
+    pub fn args(mut self, args: &[&str]) -> GuestOptions {
+        self.args.extend(args.iter().map(|a| (*a).to_owned()));
+        self
+    }
+
+    /// Lets the guest reboot instead of ending QEMU.
+    pub fn reboots(mut self) -> GuestOptions {
+        self.reboots = true;
+        self
+    }
+
+    /// Uses the QEMU of a lab root, by chroot.
+    pub fn root(mut self, root: PathBuf) -> GuestOptions {
+        self.root = Some(root);
+        self
+    }
+}
+
+pub struct Guest {
+    dir: Scratch,
+    qemu: Child,
+    pub qmp: Qmp,
+    out: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl Guest {
+    /// Boots a guest and waits until its PID 1 listens.
+    pub fn boot(options: GuestOptions) -> Guest {
+        let mut guest = Guest::start(options);
+        guest.wait_ready();
+        guest
+    }
+
+    /// Starts QEMU without waiting for the guest (which may be waiting for a migration).
+    pub fn start(options: GuestOptions) -> Guest {
+        let dir = scratch();
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let mut command = match &options.root {
+            None => Command::new("qemu-system-x86_64"),
+            Some(root) => {
+                let mut c = Command::new("chroot");
+                c.arg(root).arg("qemu-system-x86_64");
+                c
+            }
+        };
+        command.args(["-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max"]);
+        command.args(["-smp", &options.cpus.to_string(), "-m", "256"]);
+        command.args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"]);
+        command.args(["-numa", "node,memdev=mem"]);
+        command.args(["-nodefaults", "-display", "none"]);
+        command.args(["-serial", &format!("file:{}", at("console"))]);
+        command.args(["-kernel", &lab_path("kernel/vmlinuz").display().to_string()]);
+        command.args(["-initrd", &lab_path("initramfs").display().to_string()]);
+        command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+        command.args(["-device", "isa-debug-exit,iobase=0x501,iosize=1"]);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
+        command.args(["-device", "virtio-serial-pci"]);
+        let port = format!("socket,id=port,path={},server=on,wait=off", at("port"));
+        command.args(["-chardev", &port]);
+        command.args(["-device", "virtserialport,chardev=port,name=org.vdisk.test"]);
+        command.args(["-device", "pcie-root-port,id=slot0,chassis=1"]);
+        if !options.reboots {
+            command.arg("-no-reboot");
+        }
+        for (i, (socket, queues, more)) in options.disks.iter().enumerate() {
+            let chardev = format!("socket,id=disk{i},path={},reconnect=1", socket.display());
+            command.args(["-chardev", &chardev]);
+            let device = format!("vhost-user-blk-pci,chardev=disk{i},num-queues={queues}{more}");
+            command.args(["-device", &device]);
+        }
+        let qemu = command
+            .args(&options.args)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("qemu-system-x86_64 is installed: run 'make setup'");
+        let qmp = Qmp::connect(&dir.path().join("qmp"));
+        let path = dir.path().join("port");
+        let out = wait_for("the guest's port", || UnixStream::connect(&path).ok());
+        out.set_read_timeout(Some(Duration::from_secs(120)))
+            .expect("a timeout is not zero");
+        let lines = BufReader::new(out.try_clone().expect("descriptors are left"));
+        Guest {
+            dir,
+            qemu,
+            qmp,
+            out,
+            lines,
+        }
+    }
+
+    fn read(&mut self) -> Value {
+        let mut line = String::new();
+        match self.lines.read_line(&mut line) {
+            Ok(1..) => serde_json::from_str(&line).expect("the guest speaks JSON"),
+            other => panic!(
+                "the guest is silent ({other:?}); console:\n{}",
+                self.console()
+            ),
+        }
+    }
+
+    /// Waits for the guest's PID 1 to come up (again).
+    pub fn wait_ready(&mut self) {
+        while self.read()["ready"] != true {}
+    }
+
+    pub fn console(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("console")).unwrap_or_default()
+    }
+
+    pub fn send(&mut self, request: Value) {
+        self.out
+            .write_all(format!("{request}\n").as_bytes())
+            .expect("QEMU listens");
+    }
+
+    /// Has the guest do something that may fail.
+    pub fn try_run(&mut self, request: Value) -> Result<Value, String> {
+        self.send(request);
+        let reply = self.read();
+        match reply.get("error") {
+            None => Ok(reply),
+            Some(e) => Err(e.as_str().unwrap_or_default().to_owned()),
+        }
+    }
+
+    /// Has the guest do something; panics if it fails.
+    pub fn run(&mut self, request: Value) -> Value {
+        let what = request.to_string();
+        self.try_run(request)
+            .unwrap_or_else(|e| panic!("{what}: {e}\nconsole:\n{}", self.console()))
+    }
+
+    /// Panics if the guest's kernel has logged I/O errors.
+    pub fn assert_no_errors(&mut self) {
+        let errors = self.run(json!({"cmd": "kernel-errors"}));
+        assert_eq!(errors["lines"], json!([]), "the guest's kernel complained");
+    }
+
+    /// Waits until the load in the background has done that many more writes.
+    pub fn wait_load(&mut self, more: u64) {
+        let status = |g: &mut Guest| {
+            let s = g.run(json!({"cmd": "load-status"}));
+            assert_eq!(s["failed"], false, "the load failed");
+            s["writes"].as_u64().unwrap_or(0)
+        };
+        let target = status(self) + more;
+        wait_for("the guest's load", || {
+            (status(self) >= target).then_some(())
+        });
+    }
+
+    /// Ends the guest in order, and QEMU with it.
+    pub fn shut_down(mut self) {
+        self.send(json!({"cmd": "exit", "code": 5}));
+        let status = self.wait_end();
+        assert_eq!(status.code(), Some(5 * 2 + 1), "{}", self.console());
+    }
+
+    fn wait_end(&mut self) -> ExitStatus {
+        wait_for("QEMU to end", || self.qemu.try_wait().ok().flatten())
+    }
+
+    /// SIGKILL for QEMU.
+    pub fn kill(mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
