@@ -196,7 +196,9 @@ fn vhost_user_blk(f: &mut Fields, listener: Option<OwnedFd>) -> Result<VhostUser
         addr,
         socket_mode,
         socket_group: f.string("socket-group")?,
-        num_queues: f.integer("num-queues", 1..=MAX_QUEUES.into())?.unwrap_or(1) as u16,
+        num_queues: f
+            .integer("num-queues", 1..=MAX_QUEUES.into())?
+            .unwrap_or(MAX_QUEUES.into()) as u16,
         queue_size,
         logical_block_size: logical,
         physical_block_size: physical,
@@ -307,7 +309,7 @@ mod tests {
         let ExportKind::VhostUserBlk(v) = &o.kind;
         assert_eq!(
             (v.num_queues, v.queue_size, v.logical_block_size),
-            (1, 128, 512)
+            (64, 128, 512)
         );
         let o = with(
             json!({"num-queues": 4, "socket-mode": "0660", "logical-block-size": "4k",
@@ -349,8 +351,8 @@ mod tests {
             (json!({"socket-mode": "999"}), vec!["socket-mode", "999"]),
             (json!({"iothread": 7}), vec!["iothread", "7"]),
             (
-                json!({"iothread-vq-mapping": [{"iothread": "a", "vqs": [1]}]}),
-                vec!["vqs", "1"],
+                json!({"iothread-vq-mapping": [{"iothread": "a", "vqs": [64]}]}),
+                vec!["vqs", "64"],
             ),
             (json!({"frobnicate": 7}), vec!["'e'", "frobnicate"]),
         ] {

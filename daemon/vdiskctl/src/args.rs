@@ -113,7 +113,7 @@ pub struct AddExport {
     /// Let the guest write
     #[arg(long)]
     pub writable: bool,
-    /// Queues to offer, 1 to 64
+    /// Queues to offer, 1 to 64 (64 if not given: a guest uses as many as it has CPUs)
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
     /// What the guest reads as the disk's serial, at most 20 bytes

@@ -90,7 +90,12 @@ pub fn print_properties(p: &Properties) {
             }
             ("PollMax", Json::Number(n)) => format_ns(n.as_u64().unwrap_or(0)),
             ("Children" | "Parents" | "IoThreads" | "Node" | "Queues", _) => {
-                names(p, key).join(", ")
+                let mut list = names(p, key);
+                if key == "IoThreads" {
+                    list.sort();
+                    list.dedup();
+                }
+                list.join(", ")
             }
             (_, Json::Bool(b)) => if *b { "yes" } else { "no" }.to_owned(),
             (_, Json::Array(items)) => {

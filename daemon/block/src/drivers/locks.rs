@@ -5,6 +5,7 @@
 //! opposite byte. (QEMU, block/file-posix.c: `RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE`.)
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -15,6 +16,12 @@ use crate::permission::{Permissions, Use};
 const PERM_BASE: i64 = 100;
 const SHARED_BASE: i64 = 200;
 const BITS: i64 = 4;
+
+/// How long to wait for a lock. The kernel gives the files of a killed process back a little after the
+/// process is gone, when the last of its requests has ended; until then the lock keeps the next daemon
+/// from writing beside them.
+const PATIENCE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(5);
 
 fn flock(kind: i32, byte: i64, len: i64) -> libc::flock {
     libc::flock {
@@ -74,7 +81,17 @@ pub(super) fn lock(fd: &impl AsFd, what: &str, u: &Use, locking: Locking) -> Res
         return Ok(());
     }
     let fd = fd.as_fd();
-    match take(fd, u) {
+    let end = Instant::now() + PATIENCE;
+    let taken = loop {
+        match take(fd, u) {
+            Ok(Some(_)) | Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {
+                unlock(&fd);
+                std::thread::sleep(PAUSE);
+            }
+            other => break other,
+        }
+    };
+    match taken {
         Ok(None) => Ok(()),
         Ok(Some((permission, true))) => Err(Error::in_use(format!(
             "{what} is locked: another process holds its '{permission}' permission; stop that process, or open read-only with force-share if an inconsistent view will do"
