@@ -5,6 +5,7 @@ mod guest;
 mod lab;
 mod qmp;
 
+pub mod blk_client;
 pub mod frontend;
 
 pub use daemon::{Daemon, Scratch, program, scratch, vdiskctl_binary};

@@ -1,1 +1,422 @@
-fn main() {}
+//! `make bench`: vdiskd beside the newest qemu-storage-daemon, in one run, on the same work.
+//!
+//! One core for the client, one for the server. The servers take turns for each workload; the figures are
+//! medians over the rounds, the ratios vdiskd / qemu-storage-daemon.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use clap::Parser;
+use serde_json::{Value, json};
+use vdisk_qemu_tests::blk_client::{Client, Load, Measured, Op};
+use vdisk_qemu_tests::{Daemon, lab, wait_for};
+
+const SPAN: u64 = 1 << 30;
+
+/// Compares vdiskd with qemu-storage-daemon over vhost-user-blk.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Seconds for each measurement
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Rounds; the figures are medians
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Only workloads whose name contains this
+    #[arg(long)]
+    only: Option<String>,
+    /// Write all figures to this file as JSON
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Busy polling ceiling of vdiskd in nanoseconds; qemu-storage-daemon keeps its default
+    #[arg(long, default_value_t = 32000)]
+    poll_max_ns: u64,
+    /// Register guest memory with io_uring in vdiskd
+    #[arg(long)]
+    fixed_buffers: bool,
+    /// Use this I/O engine in vdiskd
+    #[arg(long, default_value = "auto")]
+    io_engine: String,
+    /// Leave qemu-storage-daemon out
+    #[arg(long)]
+    alone: bool,
+}
+
+#[derive(Clone)]
+struct Workload {
+    storage: &'static str,
+    queues: usize,
+    load: Load,
+}
+
+impl Workload {
+    fn name(&self) -> String {
+        let l = &self.load;
+        let order = if l.sequential { "seq" } else { "rand" };
+        let op = if l.op == Op::Read { "read" } else { "write" };
+        let block = if l.block >= 1 << 20 { "1M" } else { "4k" };
+        let queues = if self.queues > 1 { " 2 queues" } else { "" };
+        format!(
+            "{} {order}{op} {block} depth {}{queues}",
+            self.storage, l.depth
+        )
+    }
+}
+
+fn workloads(seconds: f64) -> Vec<Workload> {
+    let duration = Duration::from_secs_f64(seconds);
+    let mut out = Vec::new();
+    for storage in ["null", "cached", "direct"] {
+        for op in [Op::Read, Op::Write] {
+            let mut add = |queues, block, depth, sequential| {
+                let load = Load {
+                    op,
+                    block,
+                    depth,
+                    sequential,
+                    span: SPAN,
+                    duration,
+                };
+                out.push(Workload {
+                    storage,
+                    queues,
+                    load,
+                });
+            };
+            for depth in [1, 32, 128] {
+                add(1, 4096, depth, false);
+            }
+            add(2, 4096, 32, false);
+            add(1, 1 << 20, 4, true);
+        }
+    }
+    out
+}
+
+/// A server under test.
+trait Server {
+    fn name(&self) -> &'static str;
+    fn pid(&self) -> u32;
+    fn socket(&self, storage: &str) -> PathBuf;
+}
+
+struct Vdiskd(Daemon);
+
+impl Server for Vdiskd {
+    fn name(&self) -> &'static str {
+        "vdiskd"
+    }
+    fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+    fn socket(&self, storage: &str) -> PathBuf {
+        self.0.socket(storage)
+    }
+}
+
+struct Qsd {
+    child: Child,
+    dir: PathBuf,
+    version: String,
+}
+
+impl Server for Qsd {
+    fn name(&self) -> &'static str {
+        "qsd"
+    }
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+    fn socket(&self, storage: &str) -> PathBuf {
+        self.dir.join(format!("{storage}.qsd"))
+    }
+}
+
+impl Drop for Qsd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn pin(pid: u32, cpu: &str) {
+    let all = ["-a", "-c", "-p", cpu, &pid.to_string()].map(str::to_owned);
+    let _ = Command::new("taskset")
+        .args(all)
+        .stdout(Stdio::null())
+        .status();
+}
+
+fn image(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    // Written, not sparse: reads go to the storage.
+    let block: Vec<u8> = (0..1u32 << 20).map(|i| (i % 251) as u8).collect();
+    let mut file = std::fs::File::create(&path).expect("the scratch folder is writable");
+    for _ in 0..SPAN >> 20 {
+        std::io::Write::write_all(&mut file, &block).expect("there is room for the images");
+    }
+    file.sync_all().expect("the disk works");
+    path
+}
+
+fn start_vdiskd(args: &Args) -> Vdiskd {
+    let poll = args.poll_max_ns.to_string();
+    let daemon = Daemon::start(&["--poll-max-ns", &poll, "--io-engine", &args.io_engine]);
+    let dir = daemon.path("");
+    let fixed = if args.fixed_buffers {
+        "fixed-buffers=on"
+    } else {
+        "fixed-buffers=off"
+    };
+    daemon.ctl(&["node", "add", "null", "driver=null-co", "size=1G"]);
+    daemon.export_node("null", "null", &[fixed]);
+    daemon.export_file("cached", &image(&dir, "cached"), &[], &[fixed]);
+    daemon.export_file(
+        "direct",
+        &image(&dir, "direct"),
+        &["cache.direct=on"],
+        &[fixed],
+    );
+    pin(daemon.pid(), "1");
+    Vdiskd(daemon)
+}
+
+fn start_qsd(dir: &Path) -> Option<Qsd> {
+    let root = lab().join("sid");
+    let newest = root.join(".done").exists();
+    let (program, prefix): (&str, Vec<String>) = if newest {
+        // The folder of the images, seen from within the root.
+        let inner = format!("{0}{1}", root.display(), dir.display());
+        std::fs::create_dir_all(&inner).ok()?;
+        let script = "mount --bind \"$1\" \"$2\" && shift 2 && exec chroot \"$@\"";
+        let words = [
+            "-m",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            &dir.display().to_string(),
+            &inner,
+        ];
+        let mut words: Vec<String> = words.map(str::to_owned).to_vec();
+        words.push(root.display().to_string());
+        words.push("qemu-storage-daemon".into());
+        ("unshare", words)
+    } else {
+        ("qemu-storage-daemon", Vec::new())
+    };
+    let run = |args: &[String]| {
+        let mut c = Command::new(program);
+        c.args(&prefix).args(args);
+        c
+    };
+    let version = run(&["--version".into()]).output().ok()?;
+    let version = String::from_utf8_lossy(&version.stdout);
+    let version = version.split_whitespace().nth(2)?.to_owned();
+    let mut args: Vec<String> = vec!["--object".into(), "iothread,id=io0".into()];
+    let file = |name: &str, cache: &str| {
+        let path = image(dir, &format!("qsd-{name}"));
+        format!(
+            "file,node-name={name},filename={}{cache},aio=io_uring",
+            path.display()
+        )
+    };
+    for blockdev in [
+        "null-co,node-name=null,size=1G".to_owned(),
+        file("cached", ""),
+        file("direct", ",cache.direct=on"),
+    ] {
+        args.push("--blockdev".into());
+        args.push(blockdev);
+    }
+    for name in ["null", "cached", "direct"] {
+        let socket = dir.join(format!("{name}.qsd"));
+        args.push("--export".into());
+        args.push(format!(
+            "vhost-user-blk,id={name},node-name={name},addr.type=unix,addr.path={},iothread=io0,writable=on,num-queues=2",
+            socket.display()
+        ));
+    }
+    let child = run(&args).stdin(Stdio::null()).spawn().ok()?;
+    let qsd = Qsd {
+        child,
+        dir: dir.to_owned(),
+        version,
+    };
+    wait_for("qemu-storage-daemon's sockets", || {
+        qsd.socket("direct").exists().then_some(())
+    });
+    pin(qsd.pid(), "1");
+    Some(qsd)
+}
+
+/// Nanoseconds that all threads of a process have run.
+fn cpu_ns(pid: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    tasks
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|t| std::fs::read_to_string(t.path().join("schedstat")).ok())
+        .filter_map(|s| s.split_whitespace().next()?.parse::<u64>().ok())
+        .sum()
+}
+
+#[derive(Clone, Default)]
+struct Figures {
+    iops: Vec<f64>,
+    p50: Vec<f64>,
+    p99: Vec<f64>,
+    /// Microseconds.
+    cpu: Vec<f64>,
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut v = values.to_vec();
+    v.sort_by(f64::total_cmp);
+    v.get(v.len() / 2).copied().unwrap_or(0.0)
+}
+
+impl Figures {
+    fn add(&mut self, m: &Measured, cpu_ns: u64) {
+        self.iops.push(m.iops());
+        self.p50.push(f64::from(m.latency(0.5)) / 1e3);
+        self.p99.push(f64::from(m.latency(0.99)) / 1e3);
+        self.cpu
+            .push(cpu_ns as f64 / 1e3 / m.requests.max(1) as f64);
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "iops": median(&self.iops), "p50-us": median(&self.p50),
+            "p99-us": median(&self.p99), "cpu-us": median(&self.cpu),
+        })
+    }
+}
+
+fn measure(server: &dyn Server, w: &Workload) -> (Measured, u64) {
+    let mut client = Client::connect(
+        &server.socket(w.storage),
+        w.queues,
+        w.load.depth,
+        w.load.block,
+    );
+    // Warm up: polling windows, registered files, page cache.
+    let warm = Load {
+        duration: Duration::from_millis(100),
+        ..w.load.clone()
+    };
+    client.run(&warm);
+    let before = cpu_ns(server.pid());
+    let m = client.run(&w.load);
+    (m, cpu_ns(server.pid()) - before)
+}
+
+/// What fio reaches on the same file with io_uring: the limit of the storage.
+fn fio(path: &Path, depth: usize, seconds: f64) -> Option<f64> {
+    let out = Command::new("taskset")
+        .args(["-c", "1", "fio", "--name=limit", "--ioengine=io_uring"])
+        .args(["--rw=randread", "--bs=4k", "--direct=1", "--time_based"])
+        .args(["--output-format=json", "--size=1G"])
+        .arg(format!("--filename={}", path.display()))
+        .arg(format!("--iodepth={depth}"))
+        .arg(format!("--runtime={}", seconds.ceil()))
+        .output()
+        .ok()?;
+    let v: Value = serde_json::from_slice(&out.stdout).ok()?;
+    v["jobs"][0]["read"]["iops"].as_f64()
+}
+
+fn main() {
+    let args = Args::parse();
+    if cfg!(debug_assertions) {
+        eprintln!("this is a debug build: its figures say nothing; run 'make bench'");
+    }
+    pin(std::process::id(), "0");
+    let vdiskd = start_vdiskd(&args);
+    let dir = vdiskd.0.path("");
+    let qsd = if args.alone { None } else { start_qsd(&dir) };
+    let mut servers: Vec<&dyn Server> = vec![&vdiskd];
+    match &qsd {
+        Some(q) => {
+            println!(
+                "vdiskd {} against qemu-storage-daemon {}",
+                env!("CARGO_PKG_VERSION"),
+                q.version
+            );
+            servers.push(q);
+        }
+        None if args.alone => {}
+        None => println!("qemu-storage-daemon cannot be run: vdiskd alone (run 'make lab')"),
+    }
+    println!(
+        "resident memory of the idle daemon: {} KiB",
+        vdiskd.0.resident_kib()
+    );
+    println!(
+        "{:<34} {:>10} {:>10} {:>6}  {:>8} {:>8}  {:>8} {:>8}  {:>7} {:>7} {:>6}",
+        "workload",
+        "iops",
+        "qsd",
+        "ratio",
+        "p50 µs",
+        "qsd",
+        "p99 µs",
+        "qsd",
+        "cpu µs",
+        "qsd",
+        "ratio"
+    );
+    let mut results = Vec::new();
+    for w in workloads(args.seconds) {
+        let name = w.name();
+        if args
+            .only
+            .as_ref()
+            .is_some_and(|o| !name.contains(o.as_str()))
+        {
+            continue;
+        }
+        let mut figures: BTreeMap<&str, Figures> = BTreeMap::new();
+        for _ in 0..args.rounds {
+            for server in &servers {
+                let (m, cpu) = measure(*server, &w);
+                figures.entry(server.name()).or_default().add(&m, cpu);
+            }
+        }
+        let ours = figures["vdiskd"].clone();
+        let theirs = figures.get("qsd").cloned().unwrap_or_default();
+        let ratio = |f: fn(&Figures) -> &Vec<f64>| median(f(&ours)) / median(f(&theirs));
+        println!(
+            "{name:<34} {:>10.0} {:>10.0} {:>6.2}  {:>8.1} {:>8.1}  {:>8.1} {:>8.1}  {:>7.2} {:>7.2} {:>6.2}",
+            median(&ours.iops),
+            median(&theirs.iops),
+            ratio(|f| &f.iops),
+            median(&ours.p50),
+            median(&theirs.p50),
+            median(&ours.p99),
+            median(&theirs.p99),
+            median(&ours.cpu),
+            median(&theirs.cpu),
+            ratio(|f| &f.cpu),
+        );
+        results.push(json!({"workload": name, "vdiskd": ours.json(), "qsd": theirs.json()}));
+    }
+    for depth in [1, 32, 128] {
+        let Some(iops) = fio(&dir.join("direct"), depth, args.seconds) else {
+            println!("fio is not installed: no limit of the storage to show");
+            break;
+        };
+        let name = format!("limit: fio randread 4k depth {depth}");
+        println!("{name:<34} {iops:>10.0}");
+        results.push(json!({"workload": name, "fio": {"iops": iops}}));
+    }
+    if let Some(path) = &args.json {
+        let version = qsd.as_ref().map(|q| q.version.clone());
+        let all =
+            json!({"qsd-version": version, "poll-max-ns": args.poll_max_ns, "results": results});
+        std::fs::write(path, format!("{all:#}\n")).expect("the JSON file can be written");
+    }
+}

@@ -1,0 +1,70 @@
+//! Front-ends that are not QEMU, against our socket.
+
+use std::time::Duration;
+
+use vdisk_qemu_tests::Daemon;
+use vdisk_qemu_tests::blk_client::{Client, Load, Op};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn virtio_driver_does_everything() {
+    for engine in ["uring", "aio", "threads"] {
+        let daemon = Daemon::start(&["--io-engine", engine]);
+        let (image, socket) = daemon.export("d0", 16 * MIB, &["discard=unmap"], &[]);
+        let mut client = Client::connect(&socket, 2, 4, 65536);
+        assert_eq!(client.capacity(), 16 * MIB);
+        let data: Vec<u8> = (0..65536u32).map(|i| (i / 3) as u8).collect();
+        assert_eq!(client.write(MIB, &data), 0);
+        assert_eq!(client.flush(), 0);
+        let mut got = vec![0; 65536];
+        assert_eq!(client.read(MIB, &mut got), 0);
+        assert_eq!(got, data);
+        assert_eq!(client.write_zeroes(MIB + 4096, 4096, false), 0);
+        assert_eq!(client.discard(MIB + 8192, 8192), 0);
+        assert_eq!(client.read(MIB, &mut got), 0);
+        assert_eq!(got[..4096], data[..4096]);
+        assert!(got[4096..16384].iter().all(|b| *b == 0));
+        assert_eq!(got[16384..], data[16384..]);
+        // Beyond the end.
+        assert_eq!(client.write(16 * MIB, &data[..512]), -libc::EIO);
+        assert_eq!(client.read(16 * MIB - 512, &mut got[..1024]), -libc::EIO);
+        let on_disk = std::fs::read(&image).unwrap();
+        assert_eq!(on_disk[MIB as usize..][..4096], data[..4096]);
+    }
+}
+
+#[test]
+fn many_requests_in_flight_on_two_queues() {
+    for node in [
+        &["cache.direct=off"][..],
+        &["cache.direct=on"],
+        &["detect-zeroes=on"],
+    ] {
+        let daemon = Daemon::start(&["--io-threads", "2"]);
+        let (_, socket) = daemon.export("d0", 16 * MIB, node, &[]);
+        let mut client = Client::connect(&socket, 2, 32, 4096);
+        for op in [Op::Write, Op::Read] {
+            let load = Load {
+                op,
+                block: 4096,
+                depth: 32,
+                sequential: false,
+                span: 16 * MIB,
+                duration: Duration::from_millis(300),
+            };
+            let measured = client.run(&load);
+            assert!(measured.requests > 64);
+        }
+        let stats = daemon.ctl_json(&["stats"]);
+        let d0 = &stats["exports"]["d0"];
+        assert_eq!(d0["failed"], 0);
+        // Only writes that must be looked at take the slow path.
+        let slow = d0["slow"].as_u64().unwrap();
+        if node[0] == "detect-zeroes=on" {
+            assert_eq!(slow, d0["write"]["requests"].as_u64().unwrap());
+        } else {
+            assert_eq!(slow, 0);
+        }
+    }
+}
