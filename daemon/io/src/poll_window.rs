@@ -5,14 +5,29 @@ use std::time::Duration;
 /// The ceiling of a new I/O thread.
 pub const DEFAULT_POLL_MAX: Duration = Duration::from_micros(32);
 
-/// The window that a first success opens.
-const START: Duration = Duration::from_micros(4);
+/// Shorter windows than this are not worth the bookkeeping.
+const MIN: Duration = Duration::from_micros(4);
 
-/// The polling window of one source: grows while a longer look would have seen the next request, and
-/// closes when requests come too far apart for polling to pay.
+/// A source whose work comes further apart than this many ceilings is idle: polling is not even tried.
+const IDLE_FACTOR: u32 = 16;
+
+/// After a poll in vain, at most this many notifications pass before the next try.
+const MAX_SKIP: u32 = 1023;
+
+/// The polling window of one source.
+///
+/// Polling changes what it measures: a front-end that is answered at once does not go to sleep and comes
+/// back much sooner than one that must be woken. So the window cannot be learnt from the distance of
+/// notifications alone; it is tried. A try that finds work keeps the source polled, with a window that
+/// follows the distance of its requests; a try in vain closes the window, and makes the next one come
+/// later, up to once in a thousand notifications.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct PollWindow {
     window: Duration,
+    /// Notifications to let pass without polling.
+    skip: u32,
+    /// What `skip` was set to after the last try in vain.
+    penalty: u32,
 }
 
 impl PollWindow {
@@ -21,19 +36,31 @@ impl PollWindow {
         self.window.min(max)
     }
 
-    /// Learns from a source that had stopped being polled and now has work: `idle` is the time between
-    /// its last work and this one.
-    pub fn woken_after(&mut self, idle: Duration, max: Duration) {
-        self.window = if idle <= max {
-            (self.window * 2).clamp(START, max.max(START)).min(max)
+    /// The source, which was not polled, was notified of work; `idle` is the time since it last had some.
+    pub fn notified(&mut self, idle: Duration, max: Duration) {
+        if idle > max * IDLE_FACTOR {
+            self.window = Duration::ZERO;
+        } else if self.skip > 0 {
+            self.skip -= 1;
+            self.window = Duration::ZERO;
         } else {
-            let smaller = self.window / 4;
-            if smaller < START / 2 {
-                Duration::ZERO
-            } else {
-                smaller
-            }
-        };
+            self.window = max;
+        }
+    }
+
+    /// Polling found work, `gap` after the last.
+    pub fn hit(&mut self, gap: Duration, max: Duration) {
+        self.penalty = 0;
+        self.window = (gap * 4).max(self.window * 7 / 8).max(MIN).min(max);
+    }
+
+    /// The window passed without work.
+    pub fn missed(&mut self) {
+        if !self.window.is_zero() {
+            self.penalty = (self.penalty * 2 + 1).min(MAX_SKIP);
+            self.skip = self.penalty;
+            self.window = Duration::ZERO;
+        }
     }
 }
 
@@ -42,33 +69,57 @@ mod tests {
     use super::*;
 
     const MAX: Duration = Duration::from_micros(32);
+    const NEAR: Duration = Duration::from_micros(70);
 
     #[test]
-    fn grows_to_the_ceiling_while_it_pays() {
+    fn a_window_that_pays_stays_open_and_fits() {
         let mut w = PollWindow::default();
-        let mut seen = vec![];
-        for _ in 0..5 {
-            w.woken_after(Duration::from_micros(10), MAX);
-            seen.push(w.get(MAX).as_micros());
+        w.notified(NEAR, MAX);
+        assert_eq!(w.get(MAX), MAX);
+        for _ in 0..100 {
+            w.hit(Duration::from_micros(2), MAX);
         }
-        assert_eq!(seen, [4, 8, 16, 32, 32]);
+        assert_eq!(w.get(MAX), Duration::from_micros(8));
+        w.hit(Duration::from_micros(30), MAX);
+        assert_eq!(w.get(MAX), MAX);
     }
 
     #[test]
-    fn goes_to_zero_when_it_does_not_pay() {
-        let mut w = PollWindow { window: MAX };
-        for _ in 0..3 {
-            w.woken_after(Duration::from_millis(1), MAX);
+    fn tries_in_vain_become_rare() {
+        let mut w = PollWindow::default();
+        let mut tries = 0;
+        for _ in 0..10_000 {
+            w.notified(NEAR, MAX);
+            if !w.get(MAX).is_zero() {
+                tries += 1;
+                w.missed();
+            }
         }
+        assert!(tries < 30, "{tries}");
+        // One success makes up for all of them.
+        while w.get(MAX).is_zero() {
+            w.notified(NEAR, MAX);
+        }
+        w.hit(NEAR, MAX);
+        w.missed();
+        w.notified(NEAR, MAX);
+        w.notified(NEAR, MAX);
+        assert_eq!(w.get(MAX), MAX);
+    }
+
+    #[test]
+    fn an_idle_source_is_not_polled() {
+        let mut w = PollWindow::default();
+        w.notified(Duration::from_millis(10), MAX);
         assert_eq!(w.get(MAX), Duration::ZERO);
     }
 
     #[test]
-    fn ceiling_of_zero_switches_polling_off() {
+    fn a_ceiling_of_zero_switches_polling_off() {
         let mut w = PollWindow::default();
-        w.woken_after(Duration::ZERO, Duration::ZERO);
+        w.notified(Duration::ZERO, Duration::ZERO);
         assert_eq!(w.get(Duration::ZERO), Duration::ZERO);
-        w.woken_after(Duration::ZERO, MAX);
+        w.notified(Duration::ZERO, MAX);
         assert_eq!(w.get(Duration::ZERO), Duration::ZERO);
     }
 }

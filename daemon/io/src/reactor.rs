@@ -72,6 +72,8 @@ struct SourceState {
     window: Cell<PollWindow>,
     last_work: Cell<Instant>,
     active: Cell<bool>,
+    /// Was polled since it became active: what a poll finds from now on, it finds without notice.
+    polled: Cell<bool>,
     touched: Cell<bool>,
     removed: Cell<bool>,
 }
@@ -299,6 +301,7 @@ impl Reactor {
             window: Cell::default(),
             last_work: Cell::new(self.now.get()),
             active: Cell::new(false),
+            polled: Cell::new(false),
             touched: Cell::new(false),
             removed: Cell::new(false),
         });
@@ -387,6 +390,7 @@ impl Reactor {
 
     fn activate(&self, state: &Rc<SourceState>) {
         if !state.removed.get() && !state.active.replace(true) {
+            state.polled.set(false);
             state.source.set_notifications(false);
             self.active.borrow_mut().push(state.clone());
         }
@@ -715,10 +719,17 @@ impl Reactor {
             let Some(state) = self.active.borrow().get(at).cloned() else {
                 break;
             };
+            let polled = state.polled.replace(true);
             if state.source.poll() {
                 any = true;
-                self.shared.stats.poll_hits.add(1);
-                state.last_work.set(self.now.get());
+                let now = self.now.get();
+                let gap = now.saturating_duration_since(state.last_work.replace(now));
+                if polled {
+                    self.shared.stats.poll_hits.add(1);
+                    let mut window = state.window.get();
+                    window.hit(gap, self.shared.poll_max());
+                    state.window.set(window);
+                }
                 self.mark_touched(&state);
             }
             at += 1;
@@ -755,7 +766,12 @@ impl Reactor {
                 at += 1;
                 continue;
             }
-            self.shared.stats.poll_misses.add(1);
+            let mut window = state.window.get();
+            if !window.get(max).is_zero() {
+                self.shared.stats.poll_misses.add(1);
+            }
+            window.missed();
+            state.window.set(window);
             state.active.set(false);
             self.active.borrow_mut().retain(|s| s.id != state.id);
         }
@@ -824,10 +840,8 @@ impl Reactor {
         if !state.active.get() {
             let now = self.now.get();
             let mut window = state.window.get();
-            window.woken_after(
-                now.saturating_duration_since(state.last_work.get()),
-                self.shared.poll_max(),
-            );
+            let idle = now.saturating_duration_since(state.last_work.get());
+            window.notified(idle, self.shared.poll_max());
             state.window.set(window);
             self.activate(&state);
         }

@@ -187,23 +187,9 @@ fn start_qsd(dir: &Path) -> Option<Qsd> {
     let root = lab().join("sid");
     let newest = root.join(".done").exists();
     let (program, prefix): (&str, Vec<String>) = if newest {
-        // The folder of the images, seen from within the root.
-        let inner = format!("{0}{1}", root.display(), dir.display());
-        std::fs::create_dir_all(&inner).ok()?;
-        let script = "mount --bind \"$1\" \"$2\" && shift 2 && exec chroot \"$@\"";
-        let words = [
-            "-m",
-            "sh",
-            "-c",
-            script,
-            "sh",
-            &dir.display().to_string(),
-            &inner,
-        ];
-        let mut words: Vec<String> = words.map(str::to_owned).to_vec();
-        words.push(root.display().to_string());
-        words.push("qemu-storage-daemon".into());
-        ("unshare", words)
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/in-root.sh");
+        let words = ["sid", "qemu-storage-daemon"].map(str::to_owned);
+        (script, words.to_vec())
     } else {
         ("qemu-storage-daemon", Vec::new())
     };
@@ -224,7 +210,7 @@ fn start_qsd(dir: &Path) -> Option<Qsd> {
         )
     };
     for blockdev in [
-        "null-co,node-name=null,size=1G".to_owned(),
+        "null-co,node-name=null,size=1073741824".to_owned(),
         file("cached", ""),
         file("direct", ",cache.direct=on"),
     ] {

@@ -1,0 +1,94 @@
+# make demo     set up, build, boot a guest on a disk that vdiskd serves, show the graph
+# make test     set up, build, check style and licences, run all tests (guests included)
+# make bench    set up, build for speed, compare with the newest qemu-storage-daemon
+# make install  install what 'make release' built (DESTDIR, PREFIX, …)
+#
+# All of them can be run again; what is there already is left alone. Downloads go to $VDISK_LAB, or to
+# ~/.cache/vdisk. No package source of the machine is changed.
+
+PREFIX = /usr
+BINDIR = $(PREFIX)/bin
+LIBEXECDIR = $(PREFIX)/libexec
+MANDIR = $(PREFIX)/share/man
+UNITDIR = $(PREFIX)/lib/systemd/system
+DBUSDIR = $(PREFIX)/share/dbus-1
+CARGO = cargo
+RUST_MIN = 1.89
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+GUEST = target/guest/$(HOST)/release/init
+
+.PHONY: setup packages rust tools guest lab demo build release test lint unit bench install clean
+
+setup: packages rust guest
+
+packages:
+	@qemu-tests/packages.sh "$(SUDO)"
+
+rust:
+	@command -v cargo >/dev/null || { \
+	    echo "== Rust toolchain (rustup)"; \
+	    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal -c clippy -c rustfmt; }
+	@cargo --version | awk '{split($$2,v,"."); split("$(RUST_MIN)",w,"."); exit !(v[1]>w[1] || (v[1]==w[1] && v[2]>=w[2]))}' \
+	    || { echo "Rust $(RUST_MIN) or newer is needed, here is $$(cargo --version): run 'rustup update'"; exit 1; }
+
+tools: rust
+	@command -v cargo-nextest >/dev/null || $(CARGO) install --locked cargo-nextest
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+
+guest: packages rust
+	@qemu-tests/lab.sh kernel
+	@RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build -q --locked -p vdisk-guest --release \
+	    --target $(HOST) --target-dir target/guest
+	@qemu-tests/lab.sh initramfs $(GUEST)
+
+lab: packages
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh trixie
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh sid
+
+demo: setup release
+	@target/release/vdisk-demo
+
+build: rust
+	$(CARGO) build --locked --workspace
+
+release: rust
+	$(CARGO) build --locked --release --workspace
+
+lint: tools
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) deny --log-level error check bans licenses sources
+
+test: setup tools build
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh trixie
+	@$(MAKE) --no-print-directory lint
+	$(CARGO) nextest run --locked --workspace --no-fail-fast
+
+bench: setup lab release
+	@target/release/vdisk-bench $(BENCH)
+
+install:
+	install -D -m 755 target/release/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd
+	install -D -m 755 target/release/vdiskctl $(DESTDIR)$(BINDIR)/vdiskctl
+	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
+	target/release/vdiskctl man >$(DESTDIR)$(MANDIR)/man1/vdiskctl.1
+	target/release/vdiskd --man >$(DESTDIR)$(MANDIR)/man8/vdiskd.8
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -d $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+	install -d $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	target/release/vdiskctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/vdiskctl
+	target/release/vdiskctl completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_vdiskctl
+	target/release/vdiskctl completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdiskctl.fish
+	install -D -m 644 systemd/vdiskd.service $(DESTDIR)$(UNITDIR)/vdiskd.service
+	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(UNITDIR)/vdiskd.service
+	install -D -m 644 systemd/org.vdisk1.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.conf
+	install -D -m 644 systemd/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.service
+	install -d $(DESTDIR)$(DBUSDIR)/interfaces
+	install -m 644 dbus-interfaces/*.xml $(DESTDIR)$(DBUSDIR)/interfaces/
+
+clean:
+	$(CARGO) clean
