@@ -102,9 +102,7 @@ pub struct Client {
 impl Client {
     /// Connects with `queues` queues; `chunk` bytes of memory for each of `depth` requests on each.
     pub fn connect(socket: &Path, queues: usize, depth: usize, chunk: usize) -> Client {
-        let features = VirtioFeatureFlags::VERSION_1
-            | VirtioFeatureFlags::RING_EVENT_IDX
-            | VirtioFeatureFlags::RING_INDIRECT_DESC;
+        let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
         // FLUSH, MQ, DISCARD, WRITE_ZEROES of virtio-blk.
         let features = features.bits() | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 14;
         let path = socket.to_str().expect("socket paths are ASCII");

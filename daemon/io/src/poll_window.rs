@@ -5,9 +5,6 @@ use std::time::Duration;
 /// The ceiling of a new I/O thread.
 pub const DEFAULT_POLL_MAX: Duration = Duration::from_micros(32);
 
-/// Shorter windows than this are not worth the bookkeeping.
-const MIN: Duration = Duration::from_micros(4);
-
 /// A source whose work comes further apart than this many ceilings is idle: polling is not even tried.
 const IDLE_FACTOR: u32 = 16;
 
@@ -18,9 +15,8 @@ const MAX_SKIP: u32 = 1023;
 ///
 /// Polling changes what it measures: a front-end that is answered at once does not go to sleep and comes
 /// back much sooner than one that must be woken. So the window cannot be learnt from the distance of
-/// notifications alone; it is tried. A try that finds work keeps the source polled, with a window that
-/// follows the distance of its requests; a try in vain closes the window, and makes the next one come
-/// later, up to once in a thousand notifications.
+/// notifications alone; it is tried. A try that finds work keeps the source polled; a try in vain closes
+/// the window, and makes the next one come later, up to once in a thousand notifications.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct PollWindow {
     window: Duration,
@@ -28,6 +24,8 @@ pub(crate) struct PollWindow {
     skip: u32,
     /// What `skip` was set to after the last try in vain.
     penalty: u32,
+    /// This try has found work.
+    paid: bool,
 }
 
 impl PollWindow {
@@ -45,22 +43,24 @@ impl PollWindow {
             self.window = Duration::ZERO;
         } else {
             self.window = max;
+            self.paid = false;
         }
     }
 
-    /// Polling found work, `gap` after the last.
-    pub fn hit(&mut self, gap: Duration, max: Duration) {
+    /// Polling found work.
+    pub fn hit(&mut self, max: Duration) {
         self.penalty = 0;
-        self.window = (gap * 4).max(self.window * 7 / 8).max(MIN).min(max);
+        self.paid = true;
+        self.window = max;
     }
 
     /// The window passed without work.
     pub fn missed(&mut self) {
-        if !self.window.is_zero() {
+        if !self.window.is_zero() && !self.paid {
             self.penalty = (self.penalty * 2 + 1).min(MAX_SKIP);
             self.skip = self.penalty;
-            self.window = Duration::ZERO;
         }
+        self.window = Duration::ZERO;
     }
 }
 
@@ -72,16 +72,16 @@ mod tests {
     const NEAR: Duration = Duration::from_micros(70);
 
     #[test]
-    fn a_window_that_pays_stays_open_and_fits() {
+    fn a_window_that_pays_stays_open() {
         let mut w = PollWindow::default();
-        w.notified(NEAR, MAX);
-        assert_eq!(w.get(MAX), MAX);
-        for _ in 0..100 {
-            w.hit(Duration::from_micros(2), MAX);
+        for _ in 0..3 {
+            w.notified(NEAR, MAX);
+            assert_eq!(w.get(MAX), MAX);
+            w.hit(MAX);
+            assert_eq!(w.get(MAX), MAX);
+            w.missed();
+            assert_eq!(w.get(MAX), Duration::ZERO);
         }
-        assert_eq!(w.get(MAX), Duration::from_micros(8));
-        w.hit(Duration::from_micros(30), MAX);
-        assert_eq!(w.get(MAX), MAX);
     }
 
     #[test]
@@ -100,9 +100,8 @@ mod tests {
         while w.get(MAX).is_zero() {
             w.notified(NEAR, MAX);
         }
-        w.hit(NEAR, MAX);
+        w.hit(MAX);
         w.missed();
-        w.notified(NEAR, MAX);
         w.notified(NEAR, MAX);
         assert_eq!(w.get(MAX), MAX);
     }

@@ -722,12 +722,11 @@ impl Reactor {
             let polled = state.polled.replace(true);
             if state.source.poll() {
                 any = true;
-                let now = self.now.get();
-                let gap = now.saturating_duration_since(state.last_work.replace(now));
+                state.last_work.set(self.now.get());
                 if polled {
                     self.shared.stats.poll_hits.add(1);
                     let mut window = state.window.get();
-                    window.hit(gap, self.shared.poll_max());
+                    window.hit(self.shared.poll_max());
                     state.window.set(window);
                 }
                 self.mark_touched(&state);
