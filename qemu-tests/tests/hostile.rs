@@ -1,0 +1,359 @@
+//! Front-ends and guests that break the rules: their own connection or queue suffers, and nothing else.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use vdisk_qemu_tests::frontend::{
+    AVAIL, BASE, DATA, DESC, Desc, Frontend, INDIRECT, LEN, NEXT, SIZE, WRITE, request, words,
+};
+use vdisk_qemu_tests::{Daemon, wait_for};
+
+const MIB: u64 = 1 << 20;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+
+/// A daemon with two exports: one to be attacked, one that must not notice.
+fn daemon() -> Daemon {
+    let daemon = Daemon::start(&[]);
+    daemon.export(
+        "victim",
+        MIB,
+        &["discard=unmap"],
+        &["--serial", "abc", "--queues", "2"],
+    );
+    daemon.export("other", MIB, &[], &["--queues", "1"]);
+    daemon
+}
+
+fn works(socket: &Path) {
+    let mut f = Frontend::start(socket);
+    f.poke(DATA + 4096, &[7; 512]);
+    assert_eq!(f.simple(OUT, 3, 512), 0);
+    f.poke(DATA + 4096, &[0; 512]);
+    assert_eq!(f.simple(IN, 3, 512), 0);
+    assert_eq!(f.peek(DATA + 4096, 512), [7; 512]);
+    assert_eq!(f.simple(FLUSH, 0, 0), 0);
+}
+
+fn chain(f: &Frontend, list: &[(u64, u32, u16, u16)]) {
+    for (i, &(addr, len, flags, next)) in list.iter().enumerate() {
+        f.descriptor(
+            DESC,
+            i as u16,
+            Desc {
+                addr,
+                len,
+                flags,
+                next,
+            },
+        );
+    }
+}
+
+#[test]
+fn malformed_chains_stop_the_queue_and_nothing_else() {
+    let mut daemon = daemon();
+    let (victim, other) = (daemon.socket("victim"), daemon.socket("other"));
+    let data = BASE + DATA;
+    let cases: &[(&str, &[(u64, u32, u16, u16)], u16)] = &[
+        ("has a loop", &[(data, 16, NEXT, 1), (data, 16, NEXT, 0)], 0),
+        ("outside guest memory", &[(BASE + LEN - 8, 16, 0, 0)], 0),
+        ("outside guest memory", &[(u64::MAX - 3, 16, 0, 0)], 0),
+        ("outside guest memory", &[(data, u32::MAX, 0, 0)], 0),
+        ("outside the table", &[(data, 16, NEXT, 16)], 0),
+        ("outside the table", &[], 999),
+        (
+            "follows a device-writable",
+            &[(data, 16, WRITE | NEXT, 1), (data, 1, 0, 0)],
+            0,
+        ),
+        ("indirect descriptor table", &[(data, 17, INDIRECT, 0)], 0),
+        ("indirect descriptor table", &[(data, 0, INDIRECT, 0)], 0),
+        (
+            "or has a successor",
+            &[(data, 16, INDIRECT | NEXT, 1), (data, 1, 0, 0)],
+            0,
+        ),
+        (
+            "too few for its 16-byte header",
+            &[(data, 15, NEXT, 1), (data, 1, WRITE, 0)],
+            0,
+        ),
+        ("no writable byte", &[(data, 16, 0, 0)], 0),
+    ];
+    for (message, list, head) in cases {
+        let mut f = Frontend::start(&victim);
+        chain(&f, list);
+        f.submit(*head);
+        assert!(f.wait_err(), "{message}: no error signal");
+        daemon.wait_for_log(message);
+        assert_eq!(f.used(), 0);
+        works(&other);
+        // The queue can be set up anew on the same connection.
+        f.send(request::GET_VRING_BASE, 0, &[0; 8], &[]);
+        assert!(f.reply().is_some());
+    }
+    works(&victim);
+}
+
+#[test]
+fn more_available_than_the_queue_holds() {
+    let mut daemon = daemon();
+    let f = Frontend::start(&daemon.socket("victim"));
+    f.poke(AVAIL + 2, &(SIZE + 1).to_le_bytes());
+    f.kick();
+    assert!(f.wait_err());
+    daemon.wait_for_log("17 entries available on a queue of 16");
+    drop(f);
+    works(&daemon.socket("victim"));
+}
+
+#[test]
+fn bad_requests_get_an_error_status() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    assert_eq!(f.simple(IN, 0, 512), 0);
+    for (kind, sector, len, status) in [
+        (IN, 2048, 512, 1),
+        (IN, 2047, 1024, 1),
+        (IN, u64::MAX, 512, 1),
+        (IN, u64::MAX / 512, 512, 1),
+        (OUT, 0, 100, 1),
+        (IN, 0, 0, 1),
+        (DISCARD, 0, 15, 1),
+        (77, 0, 512, 2),
+    ] {
+        assert_eq!(f.simple(kind, sector, len), status, "{kind} {sector} {len}");
+    }
+    // Discard ranges: beyond the end, then with flags that do not exist.
+    let range = |sector: u64, sectors: u32, flags: u32| {
+        let mut b = sector.to_le_bytes().to_vec();
+        b.extend(sectors.to_le_bytes());
+        b.extend(flags.to_le_bytes());
+        b
+    };
+    for (bytes, status) in [
+        (range(0, 8, 0), 0),
+        (range(2047, 8, 0), 1),
+        (range(u64::MAX, 8, 0), 1),
+        (range(0, 8, 1), 2),
+        (range(0, 8, 2), 2),
+    ] {
+        f.poke(DATA + 4096, &bytes);
+        assert_eq!(f.simple(DISCARD, 0, 16), status, "{bytes:?}");
+    }
+    assert_eq!(f.simple(IN, 0, 512), 0);
+}
+
+#[test]
+fn the_serial_is_returned() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    f.header(DATA, GET_ID, 0);
+    chain(
+        &f,
+        &[
+            (BASE + DATA, 16, NEXT, 1),
+            (BASE + DATA + 4096, 20, WRITE | NEXT, 2),
+            (BASE + DATA + 64, 1, WRITE, 0),
+        ],
+    );
+    f.submit(0);
+    assert!(f.wait_call());
+    let mut expected = [0; 20];
+    expected[..3].copy_from_slice(b"abc");
+    assert_eq!(f.peek(DATA + 4096, 20), expected);
+}
+
+#[test]
+fn broken_messages_end_the_connection_and_nothing_else() {
+    let mut daemon = daemon();
+    let (victim, other) = (daemon.socket("victim"), daemon.socket("other"));
+    type Attack = (&'static str, fn(&mut Frontend));
+    let cases: [Attack; 7] = [
+        ("not of protocol version 1", |f| {
+            f.send_raw(&[0xff; 12], &[])
+        }),
+        ("is not known", |f| f.send(200, 0, &[], &[])),
+        ("payload of 3 bytes", |f| {
+            f.send(request::SET_FEATURES, 0, &[1, 2, 3], &[])
+        }),
+        ("which is not possible", |f| {
+            let mut bytes = words(&[]);
+            for w in [2u32, 1, u32::MAX] {
+                bytes.extend(w.to_ne_bytes());
+            }
+            f.send_raw(&bytes, &[]);
+        }),
+        ("names queue 9", |f| {
+            f.send(request::SET_VRING_NUM, 0, &[9, 0, 0, 0, 8, 0, 0, 0], &[]);
+        }),
+        ("file descriptors", |f| {
+            f.send(request::SET_VRING_KICK, 0, &words(&[0]), &[])
+        }),
+        ("were not offered", |f| {
+            f.send(request::SET_FEATURES, 0, &words(&[1 << 60]), &[])
+        }),
+    ];
+    for (message, attack) in cases {
+        let mut f = Frontend::connect(&victim);
+        attack(&mut f);
+        assert!(f.is_closed(), "{message}: still connected");
+        daemon.wait_for_log(message);
+        works(&other);
+    }
+    // In the middle of a message.
+    let mut f = Frontend::connect(&victim);
+    f.send_raw(&[1, 0, 0], &[]);
+    drop(f);
+    daemon.wait_for_log("in the middle of a message");
+    works(&victim);
+}
+
+#[test]
+fn bad_memory_tables_are_refused_and_the_old_one_stays() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    assert_eq!(f.simple(IN, 0, 512), 0);
+    for table in [
+        // Longer than its file, wrapping around, empty.
+        words(&[1, BASE, LEN * 2, BASE, 0]),
+        words(&[1, u64::MAX - 4096, LEN, BASE, 0]),
+        words(&[1, BASE, LEN, BASE, u64::MAX]),
+        words(&[1, BASE, 0, BASE, 0]),
+    ] {
+        assert!(!f.set_memory(&table));
+        assert_eq!(f.simple(IN, 0, 512), 0);
+    }
+    // Overlapping the region that is there; then removing one that is not.
+    let region = words(&[0, BASE, LEN, BASE, 0]);
+    let memory = f.memory.try_clone().unwrap();
+    assert!(!f.ack(request::ADD_MEM_REG, &region, &[memory.as_fd()]));
+    assert!(!f.ack(request::REM_MEM_REG, &words(&[0, 1, LEN, 1, 0]), &[]));
+    assert_eq!(f.simple(IN, 0, 512), 0);
+}
+
+#[test]
+fn memory_regions_come_and_go_while_requests_run() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    let more = 0x4000_0000;
+    let region = words(&[0, more, LEN, more, 0]);
+    for _ in 0..20 {
+        let memory = f.memory.try_clone().unwrap();
+        assert!(f.ack(request::ADD_MEM_REG, &region, &[memory.as_fd()]));
+        assert_eq!(f.simple(IN, 0, 512), 0);
+        // A request whose data lies in the new region.
+        f.header(DATA, IN, 0);
+        chain(
+            &f,
+            &[
+                (BASE + DATA, 16, NEXT, 1),
+                (more + DATA + 4096, 512, WRITE | NEXT, 2),
+                (more + DATA + 64, 1, WRITE, 0),
+            ],
+        );
+        let before = f.used();
+        f.submit(0);
+        wait_for("the request", || (f.used() != before).then_some(()));
+        assert!(f.ack(request::REM_MEM_REG, &region, &[]));
+        assert_eq!(f.simple(IN, 0, 512), 0);
+    }
+}
+
+#[test]
+fn a_removed_ring_stops_its_queue() {
+    let mut daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    assert!(!f.ack(request::REM_MEM_REG, &words(&[0, BASE, LEN, BASE, 0]), &[]));
+    assert!(f.wait_err());
+    daemon.wait_for_log("not in shared memory");
+    works(&daemon.socket("other"));
+}
+
+#[test]
+fn memory_that_is_truncated_does_not_kill_the_daemon() {
+    let mut daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    assert_eq!(f.simple(IN, 0, 512), 0);
+    // The rings stay, the request's data goes.
+    chain(
+        &f,
+        &[
+            (BASE + DATA, 16, NEXT, 1),
+            (BASE + DATA + 4096, 512, WRITE | NEXT, 2),
+            (BASE + DATA + 64, 1, WRITE, 0),
+        ],
+    );
+    rustix::fs::ftruncate(&f.memory, DATA).unwrap();
+    f.submit(0);
+    assert!(f.wait_err());
+    daemon.wait_for_log("guest memory was taken away");
+    works(&daemon.socket("other"));
+    drop(f);
+    works(&daemon.socket("victim"));
+}
+
+#[test]
+fn a_front_end_that_leaves_mid_request_leaves_nothing_behind() {
+    let daemon = Daemon::start(&[]);
+    daemon.ctl(&[
+        "node",
+        "add",
+        "slow",
+        "driver=null-co",
+        "size=1M",
+        "latency-ns=50000000",
+    ]);
+    daemon.export_node("slow", "slow", &[]);
+    for _ in 0..5 {
+        let mut f = Frontend::start(&daemon.socket("slow"));
+        f.header(DATA, IN, 0);
+        chain(
+            &f,
+            &[
+                (BASE + DATA, 16, NEXT, 1),
+                (BASE + DATA + 4096, 512, WRITE | NEXT, 2),
+                (BASE + DATA + 64, 1, WRITE, 0),
+            ],
+        );
+        f.submit(0);
+        drop(f);
+    }
+    let mut f = Frontend::start(&daemon.socket("slow"));
+    assert_eq!(f.simple(IN, 0, 512), 0);
+    let export = daemon.ctl_json(&["export", "show", "slow"]);
+    assert_eq!(export["Path"], "slow");
+    assert!(
+        export["PathReason"]
+            .as_str()
+            .unwrap()
+            .contains("latency-ns")
+    );
+}
+
+#[test]
+fn the_configuration_can_be_read_and_only_its_cache_written() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    let config = f.get_config();
+    assert_eq!(config[..8], (MIB / 512).to_le_bytes());
+    assert_eq!(config[32], 1);
+    let set = |at: u32, value: u8| {
+        let mut p = Vec::new();
+        for w in [at, 1, 0] {
+            p.extend(w.to_ne_bytes());
+        }
+        p.push(value);
+        p
+    };
+    assert!(!f.ack(request::SET_CONFIG, &set(0, 1), &[]));
+    assert!(!f.ack(request::SET_CONFIG, &set(32, 7), &[]));
+    assert!(!f.ack(request::SET_CONFIG, &set(u32::MAX, 1), &[]));
+    assert!(f.ack(request::SET_CONFIG, &set(32, 0), &[]));
+    assert_eq!(f.get_config()[32], 0);
+}
