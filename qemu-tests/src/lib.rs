@@ -13,6 +13,8 @@ pub use guest::{Guest, GuestOptions};
 pub use lab::{lab, lab_path};
 pub use qmp::Qmp;
 
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 /// Looks again and again until something is there; panics after a minute.
@@ -25,4 +27,28 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         assert!(Instant::now() < end, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Adds an export on a listening socket that is passed over D-Bus.
+pub fn pass_listener(bus: &str, id: &str, node: &str, listener: OwnedFd) {
+    zbus::block_on(async {
+        let address: zbus::Address = bus.parse().expect("the bus printed it");
+        let connection = zbus::connection::Builder::address(address)
+            .build()
+            .await
+            .expect("the bus is there");
+        let manager = vdisk_dbus::ManagerProxy::new(&connection)
+            .await
+            .expect("the daemon is there");
+        let options = HashMap::from([
+            ("type", zbus::Variant::from("vhost-user-blk")),
+            ("id", zbus::Variant::from(id)),
+            ("node-name", zbus::Variant::from(node)),
+            ("socket", zbus::Variant::from(zbus::Fd::from(listener))),
+        ]);
+        manager
+            .add_export(options)
+            .await
+            .expect("the socket is accepted");
+    });
 }
