@@ -149,13 +149,12 @@ impl Client {
     fn one(&mut self, f: impl FnOnce(&mut VirtioBlkQueue<'static, usize>)) -> i32 {
         f(&mut self.queues[0]);
         self.notifiers[0].notify().expect("the kick works");
-        let result = loop {
+        loop {
             if let Some(c) = self.queues[0].completions().next() {
-                break c.ret;
+                return c.ret;
             }
             wait(&self.completions[0]);
-        };
-        result
+        }
     }
 
     pub fn write(&mut self, offset: u64, data: &[u8]) -> i32 {
@@ -218,7 +217,6 @@ impl Client {
         };
         for (i, q) in self.queues.iter_mut().enumerate() {
             for slot in i * load.depth..(i + 1) * load.depth {
-                started[slot] = Instant::now();
                 submit(q, slot, next.get());
             }
             self.notifiers[i].notify().expect("the kick works");

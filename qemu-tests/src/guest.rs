@@ -18,8 +18,8 @@ pub struct GuestOptions {
     cpus: u8,
     args: Vec<String>,
     reboots: bool,
-    /// Runs QEMU from this root folder.
-    root: Option<PathBuf>,
+    /// Runs the QEMU of this lab root.
+    root: Option<&'static str>,
 }
 
 impl GuestOptions {
@@ -52,8 +52,8 @@ impl GuestOptions {
         self
     }
 
-    /// Uses the QEMU of a lab root, by chroot.
-    pub fn root(mut self, root: PathBuf) -> GuestOptions {
+    /// Uses the QEMU of a lab root (`trixie`), by chroot.
+    pub fn root(mut self, root: &'static str) -> GuestOptions {
         self.root = Some(root);
         self
     }
@@ -82,8 +82,9 @@ impl Guest {
         let mut command = match &options.root {
             None => Command::new("qemu-system-x86_64"),
             Some(root) => {
-                let mut c = Command::new("chroot");
-                c.arg(root).arg("qemu-system-x86_64");
+                lab_path(root);
+                let mut c = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/in-root.sh"));
+                c.args([root, "qemu-system-x86_64"]);
                 c
             }
         };

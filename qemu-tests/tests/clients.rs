@@ -68,3 +68,62 @@ fn many_requests_in_flight_on_two_queues() {
         }
     }
 }
+
+/// QEMU's own tools as clients of libblkio, against our socket.
+#[test]
+fn libblkio_reads_and_writes() {
+    let daemon = Daemon::start(&[]);
+    let (image, socket) = daemon.export("d0", 16 * MIB, &["discard=unmap"], &[]);
+    let options = format!(
+        "driver=virtio-blk-vhost-user,path={},cache.direct=on",
+        socket.display()
+    );
+    let run = |args: &[&str]| {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/in-root.sh");
+        let out = std::process::Command::new(script)
+            .arg("trixie")
+            .args(args)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{args:?}: {text}{errors}");
+        text
+    };
+    let io = run(&[
+        "qemu-io",
+        "--image-opts",
+        &options,
+        "-c",
+        "write -P 0x5a 1M 1M",
+        "-c",
+        "flush",
+        "-c",
+        "read -P 0x5a 1M 1M",
+        "-c",
+        "write -z 1M 64k",
+        "-c",
+        "read -P 0 1M 64k",
+        "-c",
+        "discard 1536k 64k",
+    ]);
+    assert!(!io.contains("fail"), "{io}");
+    let data = std::fs::read(&image).unwrap();
+    assert_eq!(data[(2 * MIB - 1) as usize], 0x5a);
+    run(&[
+        "qemu-img",
+        "bench",
+        "--image-opts",
+        "-c",
+        "2000",
+        "-d",
+        "32",
+        "-s",
+        "4k",
+        "-w",
+        &options,
+    ]);
+    assert!(
+        daemon.ctl_json(&["stats"])["exports"]["d0"]["write"]["requests"].as_u64() >= Some(2000)
+    );
+}

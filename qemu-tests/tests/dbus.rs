@@ -319,7 +319,7 @@ fn every_mistake_is_named_and_changes_nothing() {
         (
             vec!["node", "add", "x", "driver=file", &good],
             4,
-            vec!["'x'", "locked", "'write'"],
+            vec!["'x'", "good.img", "locked"],
         ),
         (
             vec!["node", "add", "good", "driver=null-co"],
@@ -591,11 +591,7 @@ fn images_are_locked_against_qemu_and_the_other_way_round() {
     daemon.ctl(&["node", "add", "d", "driver=file", &filename]);
     let (ok, message) = qemu_io(&["-f", "raw", "-c", "write 0 512", path]);
     assert!(!ok && message.contains("lock"), "{message}");
-    let info = Command::new("qemu-img")
-        .args(["info", path])
-        .output()
-        .unwrap();
-    assert!(!info.status.success());
+    assert!(!qemu_io(&["-r", "-f", "raw", "-c", "read 0 512", path]).0);
     daemon.ctl(&["node", "remove", "d"]);
     // Two readers get along.
     daemon.ctl(&["node", "add", "d", "driver=file", &filename, "read-only=on"]);
@@ -603,14 +599,23 @@ fn images_are_locked_against_qemu_and_the_other_way_round() {
     assert!(!qemu_io(&["-f", "raw", "-c", "write 0 512", path]).0);
     daemon.ctl(&["node", "remove", "d"]);
     // QEMU has it open for writing.
-    let mut qemu = Command::new("qemu-io")
-        .args(["-f", "raw", path])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::null())
+    let blockdev = format!("driver=file,node-name=d,{filename}");
+    let mut qemu = Command::new("qemu-system-x86_64")
+        .args([
+            "-M",
+            "q35",
+            "-S",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-accel",
+            "tcg",
+        ])
+        .args(["-blockdev", &blockdev, "-device", "virtio-blk-pci,drive=d"])
         .spawn()
         .unwrap();
     let held = || !qemu_io(&["-f", "raw", "-c", "write 0 512", path]).0;
-    wait_for("qemu-io's lock", || held().then_some(()));
+    wait_for("QEMU's lock", || held().then_some(()));
     let (code, message) = daemon.ctl_error(&["node", "add", "d", "driver=file", &filename]);
     assert_eq!(code, 4, "{message}");
     assert!(

@@ -384,3 +384,30 @@ fn write_through_is_kept_when_the_daemon_is_killed() {
     guest.assert_no_errors();
     guest.shut_down();
 }
+
+/// The slow path inside QEMU: a SCSI disk on QEMU's block layer, which is itself a client of our export
+/// through libblkio.
+#[test]
+fn a_scsi_disk_by_way_of_qemus_block_layer_and_libblkio() {
+    let daemon = Daemon::start(&[]);
+    let (image, socket) = daemon.export("d0", 32 * MIB, &["discard=unmap"], &[]);
+    let blockdev = format!(
+        "driver=virtio-blk-vhost-user,node-name=b,path={},cache.direct=on",
+        socket.display()
+    );
+    let mut guest = Guest::boot(GuestOptions::new().root("trixie").args(&[
+        "-blockdev",
+        &blockdev,
+        "-device",
+        "virtio-scsi-pci",
+        "-device",
+        "scsi-hd,drive=b",
+    ]));
+    guest.run(json!({"cmd": "wait-disk", "disk": "sda", "present": true}));
+    guest.run(write("sda", 0, 16 * MIB, 4));
+    guest.run(flush("sda"));
+    guest.run(verify("sda", 0, 16 * MIB, 4));
+    assert_eq!(claims(&image, MIB), (MIB, 4));
+    guest.assert_no_errors();
+    guest.shut_down();
+}

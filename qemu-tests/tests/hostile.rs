@@ -39,7 +39,10 @@ fn works(socket: &Path) {
     assert_eq!(f.simple(FLUSH, 0, 0), 0);
 }
 
-fn chain(f: &Frontend, list: &[(u64, u32, u16, u16)]) {
+/// A descriptor: address, length, flags, next.
+type Part = (u64, u32, u16, u16);
+
+fn chain(f: &Frontend, list: &[Part]) {
     for (i, &(addr, len, flags, next)) in list.iter().enumerate() {
         f.descriptor(
             DESC,
@@ -58,32 +61,33 @@ fn chain(f: &Frontend, list: &[(u64, u32, u16, u16)]) {
 fn malformed_chains_stop_the_queue_and_nothing_else() {
     let mut daemon = daemon();
     let (victim, other) = (daemon.socket("victim"), daemon.socket("other"));
-    let data = BASE + DATA;
-    let cases: &[(&str, &[(u64, u32, u16, u16)], u16)] = &[
-        ("has a loop", &[(data, 16, NEXT, 1), (data, 16, NEXT, 0)], 0),
+    const AT: u64 = BASE + DATA;
+    type Case = (&'static str, &'static [Part], u16);
+    let cases: &[Case] = &[
+        ("has a loop", &[(AT, 16, NEXT, 1), (AT, 16, NEXT, 0)], 0),
         ("outside guest memory", &[(BASE + LEN - 8, 16, 0, 0)], 0),
         ("outside guest memory", &[(u64::MAX - 3, 16, 0, 0)], 0),
-        ("outside guest memory", &[(data, u32::MAX, 0, 0)], 0),
-        ("outside the table", &[(data, 16, NEXT, 16)], 0),
+        ("outside guest memory", &[(AT, u32::MAX, 0, 0)], 0),
+        ("outside the table", &[(AT, 16, NEXT, 16)], 0),
         ("outside the table", &[], 999),
         (
             "follows a device-writable",
-            &[(data, 16, WRITE | NEXT, 1), (data, 1, 0, 0)],
+            &[(AT, 16, WRITE | NEXT, 1), (AT, 1, 0, 0)],
             0,
         ),
-        ("indirect descriptor table", &[(data, 17, INDIRECT, 0)], 0),
-        ("indirect descriptor table", &[(data, 0, INDIRECT, 0)], 0),
+        ("indirect descriptor table", &[(AT, 17, INDIRECT, 0)], 0),
+        ("indirect descriptor table", &[(AT, 0, INDIRECT, 0)], 0),
         (
             "or has a successor",
-            &[(data, 16, INDIRECT | NEXT, 1), (data, 1, 0, 0)],
+            &[(AT, 16, INDIRECT | NEXT, 1), (AT, 1, 0, 0)],
             0,
         ),
         (
             "too few for its 16-byte header",
-            &[(data, 15, NEXT, 1), (data, 1, WRITE, 0)],
+            &[(AT, 15, NEXT, 1), (AT, 1, WRITE, 0)],
             0,
         ),
-        ("no writable byte", &[(data, 16, 0, 0)], 0),
+        ("no writable byte", &[(AT, 16, 0, 0)], 0),
     ];
     for (message, list, head) in cases {
         let mut f = Frontend::start(&victim);

@@ -387,3 +387,233 @@ impl std::fmt::Debug for Node {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicU32;
+
+    use proptest::prelude::*;
+    use vdisk_io::{IoThread, IoThreadConfig, Reactor};
+
+    use super::*;
+    use crate::drivers::LocalFuture;
+
+    /// Storage in memory with blocks of 4096 bytes, which answers only after other tasks had their turn.
+    struct Blocks {
+        data: Mutex<Vec<u8>>,
+        zeroes: bool,
+        writes: AtomicU32,
+    }
+
+    const BLOCK: u64 = 4096;
+
+    async fn give_way() {
+        if let Some(r) = Reactor::current() {
+            r.sleep(std::time::Duration::from_micros(50)).await;
+        }
+    }
+
+    fn aligned(offset: u64, len: usize) -> std::ops::Range<usize> {
+        assert!(offset.is_multiple_of(BLOCK) && (len as u64).is_multiple_of(BLOCK));
+        offset as usize..offset as usize + len
+    }
+
+    impl Driver for Arc<Blocks> {
+        fn name(&self) -> &'static str {
+            "blocks"
+        }
+
+        fn limits(&self) -> Limits {
+            Limits {
+                request_alignment: BLOCK,
+                memory_alignment: 512,
+                zero_alignment: BLOCK,
+            }
+        }
+
+        fn resolve(&self, _: Direction, _: u64, _: u64) -> Resolved<'_> {
+            Resolved::Nothing
+        }
+
+        fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
+            None
+        }
+
+        fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+            Box::pin(async move {
+                assert!(iov.is_aligned(512));
+                let copy = self.data.lock().unwrap()[aligned(offset, iov.len())].to_vec();
+                give_way().await;
+                iov.copy_from_slice(0, &copy);
+                Ok(())
+            })
+        }
+
+        fn write(
+            &self,
+            offset: u64,
+            iov: IoVecs,
+            _: WriteFlags,
+        ) -> LocalFuture<'_, io::Result<()>> {
+            Box::pin(async move {
+                assert!(iov.is_aligned(512));
+                give_way().await;
+                self.writes.fetch_add(1, Relaxed);
+                iov.copy_to_slice(
+                    0,
+                    &mut self.data.lock().unwrap()[aligned(offset, iov.len())],
+                );
+                Ok(())
+            })
+        }
+
+        fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
+            Box::pin(async { Ok(()) })
+        }
+
+        fn discard(&self, _: u64, _: u64) -> LocalFuture<'_, io::Result<()>> {
+            Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+        }
+
+        fn write_zeroes(
+            &self,
+            offset: u64,
+            len: u64,
+            _: ZeroFlags,
+        ) -> LocalFuture<'_, io::Result<()>> {
+            Box::pin(async move {
+                if !self.zeroes {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                give_way().await;
+                self.data.lock().unwrap()[aligned(offset, len as usize)].fill(0);
+                Ok(())
+            })
+        }
+
+        fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {
+            Box::pin(async move { Ok(size) })
+        }
+    }
+
+    fn node(size: usize, zeroes: bool) -> (Arc<Node>, Arc<Blocks>) {
+        let blocks = Arc::new(Blocks {
+            data: Mutex::new(vec![0xee; size]),
+            zeroes,
+            writes: AtomicU32::new(0),
+        });
+        let node = Node {
+            name: "n".into(),
+            limits: blocks.limits(),
+            driver: Box::new(blocks.clone()),
+            read_only: false,
+            discard: Discard::Unmap,
+            detect_zeroes: DetectZeroes::Off,
+            size: AtomicU64::new(size as u64),
+            small_writes: AtomicBool::new(false),
+            writes: RangeLock::default(),
+        };
+        node.announce_block_size(512);
+        (Arc::new(node), blocks)
+    }
+
+    fn block_on<T>(f: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap()
+            .block_on(f)
+    }
+
+    #[test]
+    fn parts_of_one_block_written_at_once_are_all_kept() {
+        let threads =
+            [0, 1].map(|i| IoThread::start(IoThreadConfig::new(format!("t{i}"))).unwrap());
+        let (node, blocks) = node(4 * BLOCK as usize, true);
+        let (tx, rx) = std::sync::mpsc::channel();
+        for sector in 0..32u64 {
+            let (node, tx) = (node.clone(), tx.clone());
+            threads[sector as usize % 2].post(move |r| {
+                r.spawn(async move {
+                    let iov = IoVecs::from_slice(&[sector as u8 + 100; 512]);
+                    let result = node.write(sector * 512, iov, WriteFlags::default()).await;
+                    tx.send(result.is_ok()).unwrap();
+                });
+            });
+        }
+        assert!((0..32).all(|_| rx.recv().unwrap()));
+        let data = blocks.data.lock().unwrap();
+        for (i, sector) in data.chunks(512).enumerate() {
+            assert!(
+                sector.iter().all(|b| usize::from(*b) == i + 100),
+                "sector {i}"
+            );
+        }
+        for t in threads {
+            t.stop();
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Any mix of requests reads and leaves what a plain array would.
+        #[test]
+        fn requests_of_any_alignment_do_what_they_say(
+            ops in proptest::collection::vec((0..4u8, 0..64u64, 1..40u64, any::<u8>()), 1..20),
+            zeroes: bool,
+        ) {
+            let size = 64 * 512;
+            let (node, blocks) = node(size, zeroes);
+            let mut model = vec![0xee; size];
+            let thread = IoThread::start(IoThreadConfig::new("t")).unwrap();
+            for (op, sector, sectors, byte) in ops {
+                let start = sector * 512;
+                let len = (sectors * 512).min(size as u64 - start);
+                let range = start as usize..(start + len) as usize;
+                let there = node.clone();
+                let got = block_on(thread.run_async(move |_| async move {
+                    let iov = IoVecs::zeroed(len as usize, 1);
+                    match op {
+                        0 => there.read(start, iov.clone()).await?,
+                        1 => {
+                            iov.copy_from_slice(0, &vec![byte; len as usize]);
+                            there.write(start, iov.clone(), WriteFlags::default()).await?;
+                        }
+                        2 => there.write_zeroes(start, len, ZeroFlags::default()).await?,
+                        _ => there.discard(start, len).await?,
+                    }
+                    let mut got = vec![0; len as usize];
+                    iov.copy_to_slice(0, &mut got);
+                    std::io::Result::Ok(got)
+                })).unwrap().unwrap();
+                match op {
+                    0 => prop_assert_eq!(&got[..], &model[range]),
+                    1 => model[range].fill(byte),
+                    2 => model[range].fill(0),
+                    _ => {}
+                }
+                prop_assert_eq!(&*blocks.data.lock().unwrap(), &model);
+            }
+            thread.stop();
+        }
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_or_read_only_is_refused() {
+        let (node, _) = node(4096, true);
+        assert!(node.check(Direction::Read, 4096, 0).is_ok());
+        for (offset, len) in [(4096, 1), (0, 4097), (u64::MAX, 1), (u64::MAX, u64::MAX)] {
+            assert!(node.check(Direction::Read, offset, len).is_err());
+        }
+        let Resolved::Slow(SlowReason::Refused) = node.resolve_range(Direction::Write, 4096, 512)
+        else {
+            panic!()
+        };
+        assert_eq!(
+            node.slow_reason(Direction::Write),
+            Some(SlowReason::SmallBlocks)
+        );
+        assert_eq!(node.slow_reason(Direction::Read), None);
+    }
+}

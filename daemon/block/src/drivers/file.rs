@@ -141,18 +141,20 @@ pub(super) fn open(
     })
 }
 
-/// What an open image means to other processes: one writer, or any number of readers.
+/// What an open image means to other processes: one writer, or any number of readers. (QEMU lets readers
+/// of raw images in beside a writer; what they see is not consistent, so here they must ask for it with
+/// force-share.)
 fn image_use(read_only: bool) -> Use {
-    let taken = if read_only {
-        Permissions::CONSISTENT_READ
-    } else {
-        Permissions::CONSISTENT_READ
-            .and(Permissions::WRITE)
-            .and(Permissions::RESIZE)
-    };
+    let read = Permissions::CONSISTENT_READ;
+    if read_only {
+        return Use {
+            taken: read,
+            shared: read.and(Permissions::WRITE_UNCHANGED),
+        };
+    }
     Use {
-        taken,
-        shared: Permissions::CONSISTENT_READ.and(Permissions::WRITE_UNCHANGED),
+        taken: read.and(Permissions::WRITE).and(Permissions::RESIZE),
+        shared: Permissions::WRITE_UNCHANGED,
     }
 }
 
