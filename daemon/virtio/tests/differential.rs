@@ -71,13 +71,13 @@ fn ours(both: &Both, ring: &mut SplitRing, chain: &mut Chain) -> Option<(u16, Pa
 
 /// The same through virtio-queue, with the rules that it leaves to its users.
 fn theirs(both: &Both, queue: &mut Queue) -> Option<(u16, Parts)> {
-    let mut chain = queue.pop_descriptor_chain(&both.theirs)?;
+    let chain = queue.pop_descriptor_chain(&both.theirs)?;
     let head = chain.head_index();
     let mut parts = Parts::new();
     let mut writable = false;
     let mut complete = false;
     let mut count = 0;
-    while let Some(d) = chain.next() {
+    for d in chain {
         count += 1;
         if d.is_write_only() {
             writable = true;
