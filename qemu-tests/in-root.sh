@@ -7,8 +7,9 @@ lab=${VDISK_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/vdisk}
 scratch=${VDISK_SCRATCH:-/var/tmp}
 root=$lab/$1
 shift
-mkdir -p "$root$scratch" "$root$lab"
-exec unshare -m sh -c '
+sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+$sudo mkdir -p "$root$scratch" "$root$lab"
+exec $sudo unshare -m sh -c '
     set -e
     root=$1 scratch=$2 lab=$3
     shift 3

@@ -4,7 +4,7 @@ set -eu
 sudo=$1
 missing() {
     for program in cc make curl qemu-system-x86_64 qemu-img qemu-io dbus-daemon busctl cpio modprobe depmod \
-        mke2fs debugfs xz mmdebstrap fio unshare python3; do
+        mke2fs debugfs xz mmdebstrap fio unshare losetup python3; do
         PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || echo "$program"
     done
     /usr/bin/python3 -c 'import dbus' 2>/dev/null || echo python3-dbus

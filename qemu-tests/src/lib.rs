@@ -17,6 +17,18 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+/// Runs a program as root, by sudo if need be; returns what it printed.
+pub fn as_root(args: &[&str]) -> String {
+    let sudo = (!rustix::process::getuid().is_root()).then_some("sudo");
+    let words: Vec<&str> = sudo.into_iter().chain(args.iter().copied()).collect();
+    let out = std::process::Command::new(words[0])
+        .args(&words[1..])
+        .output()
+        .expect("the program is installed: run 'make setup'");
+    assert!(out.status.success(), "{args:?}: {out:?}");
+    String::from_utf8_lossy(&out.stdout).trim().to_owned()
+}
+
 /// Looks again and again until something is there; panics after a minute.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + Duration::from_secs(60);

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use vdisk_qemu_tests::Daemon;
 use vdisk_qemu_tests::blk_client::{Client, Load, Op};
+use vdisk_qemu_tests::{Daemon, as_root};
 
 const MIB: u64 = 1 << 20;
 
@@ -126,4 +126,89 @@ fn libblkio_reads_and_writes() {
     assert!(
         daemon.ctl_json(&["stats"])["exports"]["d0"]["write"]["requests"].as_u64() >= Some(2000)
     );
+}
+
+/// A loop device, taken away in the end.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(image: &std::path::Path, block: u32) -> LoopDevice {
+        let (block, image) = (block.to_string(), image.to_str().unwrap());
+        let path = as_root(&["losetup", "-f", "--show", "-b", &block, image]);
+        as_root(&["chmod", "0666", &path]);
+        LoopDevice(path)
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        as_root(&["losetup", "-d", &self.0]);
+    }
+}
+
+/// A block device with blocks of 4096 bytes, and a guest that writes 512.
+#[test]
+fn host_devices_with_large_blocks_take_small_writes() {
+    for engine in ["uring", "aio", "threads"] {
+        let daemon = Daemon::start(&["--io-engine", engine]);
+        let image = daemon.image("backing", 16 * MIB);
+        let device = LoopDevice::new(&image, 4096);
+        let filename = format!("filename={}", device.0);
+        daemon.ctl(&[
+            "node",
+            "add",
+            "d",
+            "driver=host_device",
+            &filename,
+            "cache.direct=on",
+            "discard=unmap",
+        ]);
+        daemon.export_node("d", "d", &[]);
+        let mut client = Client::connect(&daemon.socket("d"), 1, 4, 65536);
+        assert_eq!(client.capacity(), 16 * MIB);
+        // Reads are fast; writes may be parts of blocks and are serialised.
+        let export = daemon.ctl_json(&["export", "show", "d"]);
+        assert_eq!(export["Path"], "slow");
+        assert!(
+            export["PathReason"]
+                .as_str()
+                .unwrap()
+                .contains("block size"),
+            "{export}"
+        );
+        let data: Vec<u8> = (0..20480u32).map(|i| (i / 5) as u8).collect();
+        assert_eq!(client.write(MIB, &data), 0);
+        assert_eq!(client.write(MIB + 512, &[1; 512]), 0);
+        assert_eq!(client.write(MIB + 7 * 512, &[2; 1024]), 0);
+        assert_eq!(client.write_zeroes(MIB + 3 * 512, 512, false), 0);
+        assert_eq!(client.write_zeroes(MIB + 8192, 4096, false), 0);
+        assert_eq!(client.discard(MIB + 12288 - 512, 4096 + 512), 0);
+        let mut expected = data.clone();
+        expected[512..1024].fill(1);
+        expected[3584..4608].fill(2);
+        expected[1536..2048].fill(0);
+        expected[8192..12288].fill(0);
+        let mut got = vec![0; 20480];
+        assert_eq!(client.read(MIB, &mut got), 0);
+        // What was discarded may be anything.
+        expected[12288..16384].copy_from_slice(&got[12288..16384]);
+        assert!(got == expected, "{engine}");
+        assert_eq!(client.flush(), 0);
+        drop(client);
+        daemon.ctl(&["export", "remove", "d"]);
+        // With blocks of the device's size the fast path is back.
+        daemon.ctl(&["node", "remove", "d"]);
+        daemon.ctl(&[
+            "node",
+            "add",
+            "d",
+            "driver=host_device",
+            &filename,
+            "cache.direct=on",
+        ]);
+        daemon.export_node("d", "d", &["logical-block-size=4096"]);
+        assert_eq!(daemon.ctl_json(&["export", "show", "d"])["Path"], "fast");
+        daemon.ctl(&["export", "remove", "d"]);
+        daemon.ctl(&["node", "remove", "d"]);
+    }
 }
