@@ -361,3 +361,31 @@ fn the_configuration_can_be_read_and_only_its_cache_written() {
     assert!(f.ack(request::SET_CONFIG, &set(32, 0), &[]));
     assert_eq!(f.get_config()[32], 0);
 }
+
+#[test]
+fn a_front_end_that_does_not_read_is_disconnected() {
+    let mut daemon = daemon();
+    let mut f = Frontend::connect(&daemon.socket("victim"));
+    let sender = std::thread::spawn(move || {
+        // More replies than the socket holds; the last of these sends fail.
+        for _ in 0..20_000 {
+            f.send(request::GET_FEATURES, 0, &[], &[]);
+        }
+        f
+    });
+    daemon.wait_for_log("does not read its replies");
+    drop(sender.join());
+    works(&daemon.socket("victim"));
+    assert_eq!(daemon.terminate(), Some(0));
+}
+
+#[test]
+fn interrupts_go_to_eventfds_only() {
+    let mut daemon = daemon();
+    let mut f = Frontend::connect(&daemon.socket("victim"));
+    let (_reader, writer) = std::io::pipe().unwrap();
+    assert!(!f.ack(request::SET_VRING_CALL, &words(&[0]), &[writer.as_fd()]));
+    daemon.wait_for_log("not an eventfd");
+    drop(f);
+    works(&daemon.socket("victim"));
+}

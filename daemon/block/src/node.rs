@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
+use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
 use vdisk_io::{IoVecs, segments_aligned};
 
@@ -13,6 +14,12 @@ use crate::range_lock::RangeLock;
 
 /// Bounce buffers have at most about this many bytes, whatever a guest asks for.
 const CHUNK: u64 = 1 << 20;
+
+/// Zeroes are written in pieces of this many bytes where the storage has no better way.
+const ZERO_CHUNK: u64 = 1 << 16;
+
+/// Bounce buffers of one node at a time.
+const MAX_BOUNCES: usize = 32;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WriteFlags {
@@ -39,6 +46,8 @@ pub struct Node {
     /// Some client may write less than a block: all writes are serialised by `writes`.
     small_writes: AtomicBool,
     writes: RangeLock,
+    /// Permits to have a bounce buffer, so that guests cannot make us take any amount of memory.
+    bounces: Semaphore,
 }
 
 /// Cuts a range at multiples of [`CHUNK`]: (offset, length) of each piece.
@@ -75,6 +84,7 @@ impl Node {
             driver: opened.driver,
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
+            bounces: Semaphore::new(MAX_BOUNCES),
         }))
     }
 
@@ -110,13 +120,14 @@ impl Node {
     /// A client may write blocks of `block_size` bytes.
     pub fn announce_block_size(&self, block_size: u64) {
         if block_size < self.limits.request_alignment {
-            self.allow_small_writes();
+            self.small_writes.store(true, Relaxed);
         }
+        self.driver.announce_block_size(block_size);
     }
 
-    pub(crate) fn allow_small_writes(&self) {
-        self.small_writes.store(true, Relaxed);
-        self.driver.allow_small_writes();
+    /// Block size of the storage at the bottom, in bytes.
+    pub fn storage_block_size(&self) -> u64 {
+        self.driver.storage_block_size()
     }
 
     /// Why requests of this direction take the slow path, if all of them do.
@@ -216,6 +227,7 @@ impl Node {
         }
         for (at, n) in chunks(offset, len) {
             let blocks = self.blocks_around(at, n);
+            let _permit = self.bounces.acquire().await;
             let bounce = self.bounce(blocks.end - blocks.start);
             self.driver.read(blocks.start, bounce.clone()).await?;
             iov.slice((at - offset) as usize, n as usize)
@@ -264,6 +276,7 @@ impl Node {
         let end = offset + iov.len() as u64;
         let blocks = self.blocks_around(offset, iov.len() as u64);
         let align = self.limits.request_alignment;
+        let _permit = self.bounces.acquire().await;
         let bounce = self.bounce(blocks.end - blocks.start);
         if blocks.start < offset {
             let head = bounce.slice(0, align as usize);
@@ -336,9 +349,9 @@ impl Node {
     /// Writes zeroes as data, in blocks that the caller holds.
     async fn write_zero_data(&self, mut offset: u64, len: u64, durable: bool) -> io::Result<()> {
         let end = offset + len;
-        let zeroes = self.bounce(len.min(CHUNK));
+        let zeroes = self.bounce(len.min(ZERO_CHUNK));
         while offset < end {
-            let n = (end - offset).min(CHUNK);
+            let n = (end - offset).min(ZERO_CHUNK);
             let part = zeroes.slice(0, n as usize);
             let blocks = self.blocks_around(offset, n);
             let flags = WriteFlags { durable };
@@ -513,6 +526,7 @@ mod tests {
             size: AtomicU64::new(size as u64),
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
+            bounces: Semaphore::new(2),
         };
         node.announce_block_size(512);
         (Arc::new(node), blocks)

@@ -1,6 +1,7 @@
 //! Open files, known to every I/O thread by a small number.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::thread;
@@ -17,6 +18,7 @@ pub struct IoFile {
     fd: OwnedFd,
     id: u32,
     direct: bool,
+    lost_data: AtomicBool,
 }
 
 static IDS: Mutex<Ids> = Mutex::new(Ids {
@@ -37,7 +39,12 @@ impl IoFile {
             ids.next += 1;
             ids.next - 1
         });
-        Arc::new(IoFile { fd, id, direct })
+        Arc::new(IoFile {
+            fd,
+            id,
+            direct,
+            lost_data: AtomicBool::new(false),
+        })
     }
 
     /// A number that no other open file has; small numbers are used again.
@@ -47,6 +54,17 @@ impl IoFile {
 
     pub fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// The kernel has reported that it could not write data back. It drops such data and reports it once:
+    /// a flush that succeeds later says nothing about it.
+    pub fn note_lost_data(&self) {
+        self.lost_data.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`IoFile::note_lost_data`] was ever called.
+    pub fn has_lost_data(&self) -> bool {
+        self.lost_data.load(Ordering::Relaxed)
     }
 
     pub(crate) fn raw(&self) -> RawFd {

@@ -53,6 +53,8 @@ impl OpKind {
 pub(crate) struct RawOp {
     pub kind: OpKind,
     pub fd: i32,
+    /// See [`crate::IoFile::id`].
+    pub file_id: u32,
     /// Slot in the ring's registered file table.
     pub fixed_file: Option<u32>,
     /// Index of the registered buffer that holds the (single) segment.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use crate::buffer::IoVecs;
 use crate::engine::{Engine, Event, Wait};
 use crate::executor::Executor;
-use crate::file::{FIXED_FILES, IoFile};
+use crate::file::IoFile;
 use crate::op::{OpKind, RawOp};
 use crate::poll_window::PollWindow;
 use crate::stats::ThreadStats;
@@ -418,6 +418,7 @@ impl Reactor {
         let raw = RawOp {
             kind,
             fd: file.raw(),
+            file_id: file.id(),
             fixed_file: self.fixed_file(file),
             // SAFETY: the caller vouches for the segments.
             fixed_buffer: unsafe { self.fixed_buffer(iov, iov_count) },
@@ -459,6 +460,7 @@ impl Reactor {
         let raw = RawOp {
             kind,
             fd: file.raw(),
+            file_id: file.id(),
             fixed_file: self.fixed_file(file),
             // SAFETY: `iov` holds the segments.
             fixed_buffer: unsafe { self.fixed_buffer(ptr, count) },
@@ -483,6 +485,7 @@ impl Reactor {
         let raw = RawOp {
             kind,
             fd: file.raw(),
+            file_id: file.id(),
             fixed_file: self.fixed_file(file),
             fixed_buffer: None,
             direct: file.is_direct(),
@@ -529,9 +532,6 @@ impl Reactor {
             && Arc::ptr_eq(&entry.file, file)
         {
             return entry.fixed;
-        }
-        if id >= FIXED_FILES {
-            return None;
         }
         let fixed = self
             .engine
@@ -625,13 +625,21 @@ impl Reactor {
             return;
         };
         let outcome = match step(op, result) {
-            Step::Again(raw) => {
+            Step::Again(mut raw) => {
+                // The registration may be another by now.
+                raw.fixed_buffer = None;
                 drop(ops);
                 self.engine.borrow_mut().push(key, &raw, &self.shared.stats);
                 return;
             }
             Step::End(outcome) => outcome,
         };
+        if outcome.is_err() && op.raw.kind == OpKind::WriteDurable {
+            let files = self.files.borrow();
+            if let Some(Some(entry)) = files.get(op.raw.file_id as usize) {
+                entry.file.note_lost_data();
+            }
+        }
         match &mut op.owner {
             Owner::Source { id, token } => {
                 let (id, token) = (*id, *token);

@@ -47,7 +47,8 @@ impl DirtyLog {
             )?
         };
         let map_base = NonNull::new(map.cast::<u8>()).ok_or_else(invalid)?;
-        let guard = Guard::new(map as usize, map_len).ok_or_else(invalid);
+        let guard =
+            Guard::new(map as usize, map_len, rustix::param::page_size()).ok_or_else(invalid);
         let base = NonNull::new(map.cast::<u8>().wrapping_add(offset as usize).cast());
         match (guard, base) {
             (Ok(guard), Some(base)) => Ok(DirtyLog {

@@ -102,6 +102,11 @@ impl GuestRegion {
                 have: file_len,
             });
         }
+        // The kernel maps, and unmaps, whole (huge) pages.
+        let page = page_size(fd);
+        let map_len = map_len
+            .checked_next_multiple_of(page)
+            .ok_or(MemoryError::Wraps { guest, len })?;
         // From the start of the file: the offset need not be a multiple of its (huge) page size.
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe {
@@ -123,7 +128,7 @@ impl GuestRegion {
         let Some(base) = NonNull::new(base.cast::<u8>()) else {
             return Err(MemoryError::TooMany);
         };
-        let Some(guard) = Guard::new(base.as_ptr() as usize, map_len) else {
+        let Some(guard) = Guard::new(base.as_ptr() as usize, map_len, page) else {
             // SAFETY: mapped above and used by nobody.
             unsafe {
                 let _ = rustix::mm::munmap(base.as_ptr().cast(), map_len);
@@ -151,6 +156,15 @@ impl GuestRegion {
 
     fn guest_end(&self) -> u64 {
         self.guest_addr + self.len
+    }
+}
+
+/// Bytes of a page of a mapping of this file.
+fn page_size(fd: BorrowedFd<'_>) -> usize {
+    const HUGETLBFS_MAGIC: u64 = 0x958458f6;
+    match rustix::fs::fstatfs(fd) {
+        Ok(s) if s.f_type as u64 == HUGETLBFS_MAGIC => s.f_bsize as usize,
+        _ => rustix::param::page_size(),
     }
 }
 

@@ -12,6 +12,10 @@ const USED_F_NO_NOTIFY: u16 = 1;
 
 const DESC_SIZE: u64 = 16;
 
+/// Most descriptors in an indirect table. No more segments are ever offered (`seg_max`), and a longer list
+/// would only cost memory and time.
+const MAX_INDIRECT: u64 = 1026;
+
 /// Largest queue size of a split ring.
 const MAX_SIZE: u16 = 32768;
 
@@ -290,7 +294,7 @@ impl SplitRing {
     ) -> Result<(), RingError> {
         let bytes = u64::from(table.len);
         let count = bytes / DESC_SIZE;
-        if bytes % DESC_SIZE != 0 || count == 0 || count > u64::from(MAX_SIZE) {
+        if bytes % DESC_SIZE != 0 || count == 0 || count > MAX_INDIRECT {
             return Err(RingError::IndirectLen(table.len));
         }
         let mut index = 0;

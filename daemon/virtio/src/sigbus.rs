@@ -14,6 +14,8 @@ struct Slot {
     /// 0 while the slot is free.
     start: AtomicUsize,
     len: AtomicUsize,
+    /// Bytes of a page of the mapping, which may be a huge one.
+    page: AtomicUsize,
     broken: AtomicBool,
 }
 
@@ -21,19 +23,19 @@ static TABLE: [Slot; SLOTS] = [const {
     Slot {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
         broken: AtomicBool::new(false),
     }
 }; SLOTS];
 static WRITERS: Mutex<()> = Mutex::new(());
 static INSTALL: Once = Once::new();
-static PAGE: AtomicUsize = AtomicUsize::new(4096);
 
 /// Watches one mapping until dropped.
 pub(crate) struct Guard(usize);
 
 impl Guard {
-    /// Watches `len` bytes at `start`; None if too many mappings are watched.
-    pub fn new(start: usize, len: usize) -> Option<Guard> {
+    /// Watches `len` bytes at `start`, in pages of `page` bytes; None if too many mappings are watched.
+    pub fn new(start: usize, len: usize, page: usize) -> Option<Guard> {
         INSTALL.call_once(install);
         let _lock = WRITERS.lock().unwrap_or_else(|e| e.into_inner());
         let index = TABLE
@@ -42,6 +44,7 @@ impl Guard {
         let slot = &TABLE[index];
         slot.broken.store(false, Ordering::Relaxed);
         slot.len.store(len, Ordering::Relaxed);
+        slot.page.store(page, Ordering::Relaxed);
         slot.start.store(start, Ordering::Release);
         Some(Guard(index))
     }
@@ -59,7 +62,6 @@ impl Drop for Guard {
 }
 
 fn install() {
-    PAGE.store(rustix::param::page_size(), Ordering::Relaxed);
     // SAFETY: the handler only uses atomics, mmap and sigaction, all async-signal-safe.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -80,7 +82,7 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
                 continue;
             }
             slot.broken.store(true, Ordering::Relaxed);
-            let page = PAGE.load(Ordering::Relaxed);
+            let page = slot.page.load(Ordering::Relaxed);
             let mapped = libc::mmap(
                 (address & !(page - 1)) as *mut libc::c_void,
                 page,

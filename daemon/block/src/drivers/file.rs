@@ -23,9 +23,9 @@ struct File {
     is_device: bool,
     no_flush: bool,
     limits: Limits,
-    /// A flush failed: the kernel has dropped data that it could not write, and a later flush that
-    /// succeeds says nothing about it.
-    flush_failed: AtomicBool,
+    /// Discards and zero writes must be of whole multiples of this.
+    range_alignment: u64,
+    no_discard: AtomicBool,
     no_zero_range: AtomicBool,
     no_punch_hole: AtomicBool,
 }
@@ -125,6 +125,11 @@ pub(super) fn open(
             )));
         }
     }
+    let range_alignment = if is_device {
+        rustix::fs::ioctl_blksszget(&fd).map_or(512, u64::from)
+    } else {
+        1
+    };
     Ok(OpenedDriver {
         driver: Box::new(File {
             file: IoFile::new(fd, direct),
@@ -132,7 +137,8 @@ pub(super) fn open(
             is_device,
             no_flush: node.cache.no_flush,
             limits,
-            flush_failed: AtomicBool::new(false),
+            range_alignment,
+            no_discard: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             no_punch_hole: AtomicBool::new(false),
         }),
@@ -239,13 +245,12 @@ impl File {
         if self.no_flush {
             return Ok(());
         }
-        if self.flush_failed.load(Relaxed) {
+        if self.file.has_lost_data() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let result = self.range(OpKind::Sync, 0, 0).await;
-        if let Err(error) = &result
-            && !self.flush_failed.swap(true, Relaxed)
-        {
+        if let Err(error) = &result {
+            self.file.note_lost_data();
             tracing::error!(
                 image = self.filename,
                 %error,
@@ -311,12 +316,19 @@ impl Driver for File {
     }
 
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
-        let kind = if self.is_device {
-            OpKind::BlockDiscard
-        } else {
-            OpKind::Fallocate(Fallocate::PunchHole)
-        };
-        Box::pin(self.try_range(&self.no_punch_hole, kind, offset, len))
+        Box::pin(async move {
+            let hole = OpKind::Fallocate(Fallocate::PunchHole);
+            if !self.is_device {
+                return self.try_range(&self.no_punch_hole, hole, offset, len).await;
+            }
+            let start = offset.next_multiple_of(self.range_alignment);
+            let end = (offset + len) / self.range_alignment * self.range_alignment;
+            if start >= end {
+                return Ok(());
+            }
+            self.try_range(&self.no_discard, OpKind::BlockDiscard, start, end - start)
+                .await
+        })
     }
 
     fn write_zeroes(
@@ -326,6 +338,9 @@ impl Driver for File {
         flags: ZeroFlags,
     ) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
+            if !(offset | len).is_multiple_of(self.range_alignment) {
+                return Err(unsupported());
+            }
             let zero = if self.is_device {
                 OpKind::BlockZeroOut
             } else {

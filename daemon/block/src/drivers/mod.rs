@@ -130,8 +130,14 @@ pub trait Driver: Send + Sync {
         None
     }
 
-    /// Clients may write less than a block from now on.
-    fn allow_small_writes(&self) {}
+    /// Block size of the storage at the bottom, in bytes: what offsets of windows and sizes must be
+    /// multiples of.
+    fn storage_block_size(&self) -> u64 {
+        self.limits().request_alignment
+    }
+
+    /// Clients may write blocks of this many bytes from now on.
+    fn announce_block_size(&self, _block_size: u64) {}
 
     /// The path or address of what is behind the driver.
     fn filename(&self) -> Option<String> {

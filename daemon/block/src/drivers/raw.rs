@@ -44,7 +44,7 @@ pub(super) fn open(
             options.offset
         )));
     }
-    let alignment = file.limits().request_alignment;
+    let alignment = file.storage_block_size();
     if !options.offset.is_multiple_of(alignment) {
         return Err(Error::invalid(format!(
             "node '{name}': option 'offset' is {}: give a multiple of {alignment}, the block size of node '{}'",
@@ -69,7 +69,16 @@ impl Driver for Raw {
     }
 
     fn limits(&self) -> Limits {
-        self.file.limits()
+        // Requests of any alignment go down: only the node that knows the storage may read a block,
+        // change a part and write it back, or two of them would do so beside each other.
+        Limits {
+            request_alignment: 1,
+            ..self.file.limits()
+        }
+    }
+
+    fn storage_block_size(&self) -> u64 {
+        self.file.storage_block_size()
     }
 
     fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_> {
@@ -138,8 +147,8 @@ impl Driver for Raw {
         }
     }
 
-    fn allow_small_writes(&self) {
-        self.file.allow_small_writes();
+    fn announce_block_size(&self, block_size: u64) {
+        self.file.announce_block_size(block_size);
     }
 
     fn filename(&self) -> Option<String> {

@@ -1,7 +1,8 @@
 //! One front-end, from connect to close.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -20,6 +21,9 @@ use crate::virtio_blk::{
     InflightLayout, InflightQueue, InflightRegion, Logging, Queue, QueueSetup,
 };
 use vdisk_api::MAX_QUEUE_SIZE;
+
+/// How long a front-end may take to read a reply.
+const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A queue that runs on its I/O thread.
 struct Running {
@@ -87,6 +91,10 @@ impl Connection<'_> {
 
     async fn serve(&mut self, signals: &mut watch::Receiver<Signals>) -> Result<(), ProtocolError> {
         let channel = self.channel;
+        // What was said before we listened.
+        if signals.borrow().stop {
+            return Ok(());
+        }
         loop {
             // Kept across signals: a message that is half read must not be lost.
             let mut next = std::pin::pin!(channel.receive());
@@ -138,10 +146,12 @@ impl Connection<'_> {
             Err(e) => return Err(e),
         };
         let bytes = message::encode(header.request, true, &payload);
-        self.channel
-            .send(&bytes, fd.as_ref().map(|fd| fd.as_fd()))
-            .await?;
-        Ok(())
+        // A front-end that does not read must not be waited for: it would hold up the export's end.
+        let send = self.channel.send(&bytes, fd.as_ref().map(|fd| fd.as_fd()));
+        match tokio::time::timeout(SEND_TIMEOUT, send).await {
+            Ok(sent) => Ok(sent?),
+            Err(_) => Err(ProtocolError::Stuck),
+        }
     }
 
     async fn handle(
@@ -203,12 +213,14 @@ impl Connection<'_> {
             Request::SetVringKick { index, .. } => self.set_kick(code, index, fd).await?,
             Request::SetVringCall { index, .. } => {
                 let i = self.index(code, index)?;
+                check_eventfd(&fd)?;
                 let given = clone_fd(&fd)?;
                 self.fds.vrings[i].call = fd;
                 self.with_queue(i, move |q| q.set_call(given)).await;
             }
             Request::SetVringErr { index, .. } => {
                 let i = self.index(code, index)?;
+                check_eventfd(&fd)?;
                 let given = clone_fd(&fd)?;
                 self.fds.vrings[i].err = fd;
                 self.with_queue(i, move |q| q.set_err(given)).await;
@@ -424,8 +436,9 @@ impl Connection<'_> {
     }
 
     async fn apply_memory(&mut self, memory: GuestMemory) -> Result<(), ProtocolError> {
-        self.memory = Arc::new(memory);
+        // The registration goes before the memory that it names.
         self.release_fixed().await;
+        self.memory = Arc::new(memory);
         self.register_fixed().await;
         let mut result = Ok(());
         for i in 0..self.queues.len() {
@@ -721,6 +734,22 @@ impl Connection<'_> {
             .ok()
             .flatten()
     }
+}
+
+/// Interrupts are written on the I/O thread: only to an eventfd, and without waiting.
+fn check_eventfd(fd: &Option<OwnedFd>) -> Result<(), ProtocolError> {
+    let Some(fd) = fd else { return Ok(()) };
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    if link.as_os_str() != "anon_inode:[eventfd]" {
+        return Err(invalid(format_args!(
+            "a call or err descriptor is '{}', not an eventfd",
+            link.display()
+        )));
+    }
+    let flags = rustix::fs::fcntl_getfl(fd).map_err(std::io::Error::from)?;
+    rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
+        .map_err(std::io::Error::from)?;
+    Ok(())
 }
 
 fn clone_fd(fd: &Option<OwnedFd>) -> std::io::Result<Option<OwnedFd>> {

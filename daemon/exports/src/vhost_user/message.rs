@@ -78,6 +78,8 @@ pub enum ProtocolError {
     },
     #[error("{0}")]
     Invalid(String),
+    #[error("the front-end does not read its replies")]
+    Stuck,
     #[error("the connection failed: {0}")]
     Io(#[from] std::io::Error),
 }

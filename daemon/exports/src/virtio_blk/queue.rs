@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use vdisk_block::{Client, Direction, Resolved, WriteFlags, ZeroFlags};
@@ -26,6 +26,10 @@ use vdisk_virtio::{Chain, DirtyLog, GuestMemory, RingAddresses, RingError, Split
 use super::device::Device;
 use super::inflight::InflightQueue;
 use crate::statistics::{QueueStats, RequestClass};
+
+/// Requests taken in one turn: the first of a long batch are answered while the others run, and other queues
+/// of the thread have their turn.
+const MAX_BATCH: usize = 16;
 
 /// The dirty page log, while a migration runs.
 #[derive(Clone)]
@@ -89,6 +93,8 @@ pub struct Queue {
     /// No new requests are taken: the queue is being stopped, or its ring is malformed.
     closed: Cell<bool>,
     broken: Cell<bool>,
+    /// Requests that the storage failed since the queue was started.
+    failed: Cell<u64>,
     idle: Notify,
     this: Weak<Queue>,
     /// What the end of a drain finds the queue by.
@@ -161,6 +167,7 @@ impl Queue {
                 }),
                 closed: Cell::new(false),
                 broken: Cell::new(false),
+                failed: Cell::new(0),
                 idle: Notify::new(),
                 this: this.clone(),
                 kept,
@@ -180,6 +187,11 @@ impl Queue {
     /// Takes no more requests, waits for those in flight, and returns the available index at which the
     /// next owner of the ring goes on.
     pub async fn stop(&self) -> u16 {
+        // What an earlier daemon had taken counts as taken: it must be answered before the ring goes on.
+        while !self.closed.get() && !self.inner.borrow().resubmit.is_empty() {
+            self.poll();
+            self.reactor.sleep(Duration::from_millis(1)).await;
+        }
         self.closed.set(true);
         loop {
             let idle = self.idle.notified();
@@ -232,10 +244,17 @@ impl Queue {
     /// Exchanges the memory table. Requests in flight keep the one they were read under.
     pub fn set_memory(&self, memory: &GuestMemory) -> Result<(), RingError> {
         let mut inner = self.inner.borrow_mut();
+        let inner = &mut *inner;
         let result = inner.ring.relocate(memory);
         match &result {
-            Ok(()) => inner.memory = Rc::new(memory.clone()),
-            Err(error) => self.fail(&mut inner, error),
+            Ok(()) => {
+                inner.memory = Rc::new(memory.clone());
+                // Slots that are not in use must not keep the old table mapped.
+                for &token in &inner.free {
+                    inner.slots[token as usize].memory = inner.memory.clone();
+                }
+            }
+            Err(error) => self.fail(inner, error),
         }
         result
     }
@@ -571,8 +590,7 @@ impl Source for Queue {
         }
         let mut inner = self.inner.borrow_mut();
         let mut any = false;
-        // At most one round of the ring before others have their turn.
-        for _ in 0..inner.ring.size() {
+        for _ in 0..MAX_BATCH {
             match self.take_one(&mut inner) {
                 Ok(true) => any = true,
                 Ok(false) => break,
@@ -600,15 +618,21 @@ impl Source for Queue {
             Ok(()) => Status::Ok,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Status::Unsupported,
             Err(error) => {
-                let slot = &inner.slots[token as usize];
-                tracing::warn!(
-                    export = self.device.options.id,
-                    queue = self.index,
-                    request = slot.class.name(),
-                    bytes = slot.len,
-                    %error,
-                    "a request failed"
-                );
+                let failed = self.failed.get() + 1;
+                self.failed.set(failed);
+                // A guest can make requests fail at will: it must not fill the log with them.
+                if failed.is_power_of_two() {
+                    let slot = &inner.slots[token as usize];
+                    tracing::warn!(
+                        export = self.device.options.id,
+                        queue = self.index,
+                        request = slot.class.name(),
+                        bytes = slot.len,
+                        %error,
+                        failed,
+                        "requests fail"
+                    );
+                }
                 Status::IoErr
             }
         };

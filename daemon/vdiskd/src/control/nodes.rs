@@ -80,7 +80,7 @@ impl Control {
                 .max();
             (node, above, block.unwrap_or(1))
         };
-        let block = block.max(node.limits().request_alignment);
+        let block = block.max(node.storage_block_size());
         let before = node.size();
         if node.is_read_only() {
             return Err(Error::invalid(format!(
