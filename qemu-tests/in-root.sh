@@ -9,8 +9,11 @@ root=$lab/$1
 shift
 sudo=$([ "$(id -u)" = 0 ] || echo sudo)
 $sudo mkdir -p "$root$scratch" "$root$lab"
-exec $sudo unshare -m sh -c '
+exec $sudo unshare --mount --propagation unchanged sh -c '
     set -e
+    # Nothing of this is to be seen outside. (Within a chroot / is no mount point, and whoever made the
+    # chroot has seen to it.)
+    mount --make-rprivate / 2>/dev/null || true
     root=$1 scratch=$2 lab=$3
     shift 3
     mount --bind "$scratch" "$root$scratch"
