@@ -13,10 +13,34 @@ lacking=$(missing | tr '\n' ' ')
 [ -n "$lacking" ] || exit 0
 echo "== packages (missing: $lacking)"
 if command -v apt-get >/dev/null; then
+    packages="build-essential ca-certificates curl cpio dbus e2fsprogs fio kmod mmdebstrap python3 python3-dbus
+        qemu-system-x86 qemu-utils systemd util-linux xz-utils"
+    install() {
+        # shellcheck disable=SC2086
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get -q "$@" install -y --no-install-recommends $packages
+    }
     $sudo apt-get -q update
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends \
-        build-essential ca-certificates curl cpio dbus e2fsprogs fio kmod mmdebstrap python3 python3-dbus \
-        qemu-system-x86 qemu-utils systemd util-linux xz-utils
+    # A machine that has a part of QEMU from backports, which are not among its sources (any more), cannot take
+    # the rest from the release: then backports are looked at for this one call, in a folder of our own.
+    install || {
+        release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+        echo "== packages: once more, QEMU from $release-backports"
+        apt=$(mktemp -d)
+        chmod 755 "$apt"
+        trap 'rm -rf "$apt"' EXIT
+        mkdir -p "$apt/parts" "$apt/lists/partial"
+        for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
+            [ -e "$file" ] && sed -e "/^Suites:.* $release\( \|\$\)/ s/\$/ $release-backports/" \
+                -e "s/^\(deb .* \)$release \(.*\)/&\n\1$release-backports \2/" "$file" >"$apt/parts/${file##*/}"
+        done
+        [ ! -e "$apt/parts/sources.list" ] || mv "$apt/parts/sources.list" "$apt/parts/main.list"
+        printf 'Package: src:qemu src:seabios\nPin: release n=%s-backports\nPin-Priority: 990\n' "$release" >"$apt/pin"
+        set -- -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts="$apt/parts" \
+            -o Dir::State::Lists="$apt/lists" -o Dir::Etc::Preferences="$apt/pin"
+        $sudo apt-get -q "$@" update
+        install "$@"
+        rm -rf "$apt"
+    }
 elif command -v dnf >/dev/null; then
     $sudo dnf -q install -y --setopt=install_weak_deps=False \
         gcc glibc-static make curl cpio dbus-daemon e2fsprogs fio kmod mmdebstrap python3 python3-dbus \
