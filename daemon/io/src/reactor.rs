@@ -71,6 +71,9 @@ struct SourceState {
     kick: RefCell<Option<(u32, OwnedFd)>>,
     window: Cell<PollWindow>,
     last_work: Cell<Instant>,
+    /// Worked since it was last looked at for retirement: its window starts then, after the guest was
+    /// signalled. (Signalling may take as long as a good part of the window.)
+    fresh: Cell<bool>,
     active: Cell<bool>,
     /// Was polled since it became active: what a poll finds from now on, it finds without notice.
     polled: Cell<bool>,
@@ -300,6 +303,7 @@ impl Reactor {
             kick: RefCell::new(None),
             window: Cell::default(),
             last_work: Cell::new(self.now.get()),
+            fresh: Cell::new(false),
             active: Cell::new(false),
             polled: Cell::new(false),
             touched: Cell::new(false),
@@ -750,6 +754,7 @@ impl Reactor {
                 break;
             };
             state.touched.set(false);
+            state.fresh.set(true);
             state.source.finish_batch();
         }
     }
@@ -763,6 +768,9 @@ impl Reactor {
             let Some(state) = self.active.borrow().get(at).cloned() else {
                 break;
             };
+            if state.fresh.replace(false) {
+                state.last_work.set(now);
+            }
             if now.saturating_duration_since(state.last_work.get()) < state.window.get().get(max) {
                 at += 1;
                 continue;

@@ -28,11 +28,18 @@ use super::inflight::InflightQueue;
 use crate::statistics::{QueueStats, RequestClass};
 
 /// Requests taken in one turn, before other queues of the thread have theirs.
-const MAX_BATCH: usize = 64;
+const MAX_BATCH: u16 = 64;
 
-/// As `MAX_BATCH`, for requests that are done by the time they are submitted (null storage, the page cache):
-/// the guest gets to see the first of them while the others run.
-const MAX_IMMEDIATE: u32 = 8;
+/// As `MAX_BATCH`, for requests that the page cache answers as they are submitted: the guest gets to see the
+/// first of them while the others run.
+const MAX_BUFFERED: u32 = 8;
+
+/// After this many requests that were answered without the storage, the guest is shown them, in the middle
+/// of a batch.
+const PUBLISH_EVERY: u32 = 8;
+
+/// Chains whose memory is fetched into the cache together.
+const PREFETCH: u16 = 8;
 
 /// The dirty page log, while a migration runs.
 #[derive(Clone)]
@@ -96,7 +103,9 @@ pub struct Queue {
     /// No new requests are taken: the queue is being stopped, or its ring is malformed.
     closed: Cell<bool>,
     broken: Cell<bool>,
-    /// Requests of this turn that are done as they are submitted.
+    /// Requests of this turn that the page cache answers.
+    buffered: Cell<u32>,
+    /// Requests of this turn that were answered without the storage.
     immediate: Cell<u32>,
     /// Requests that the storage failed since the queue was started.
     failed: Cell<u64>,
@@ -173,6 +182,7 @@ impl Queue {
                 closed: Cell::new(false),
                 broken: Cell::new(false),
                 failed: Cell::new(0),
+                buffered: Cell::new(0),
                 immediate: Cell::new(0),
                 idle: Notify::new(),
                 this: this.clone(),
@@ -399,7 +409,7 @@ impl Queue {
                         Direction::Write => OpKind::Write,
                     };
                     if !file.is_direct() {
-                        self.immediate.set(self.immediate.get() + 1);
+                        self.buffered.set(self.buffered.get() + 1);
                     }
                     let Some(id) = self.id.get() else {
                         return Some(Some(Status::IoErr));
@@ -542,6 +552,32 @@ impl Queue {
         });
     }
 
+    /// Shows the guest what was answered, and interrupts it if it wants that.
+    fn publish(&self, inner: &mut Inner, interrupt: bool) {
+        if inner.ring.has_unpublished() {
+            inner.ring.publish();
+            if let Some(inflight) = &mut inner.inflight {
+                inflight.published(inner.ring.published());
+            }
+            if let Some(Logging {
+                log,
+                used_addr: Some(used),
+            }) = &inner.logging
+            {
+                log.mark(*used, 4);
+            }
+        }
+        if interrupt
+            && inner.ring.has_unsignalled()
+            && inner.ring.needs_signal()
+            && let Some(call) = &inner.call
+        {
+            self.stats.interrupts.add(1);
+            self.reactor.stats().syscalls.add(1);
+            signal(call);
+        }
+    }
+
     /// Answers a request: status, used ring, statistics. Published at the end of the batch.
     #[inline]
     fn answer(&self, inner: &mut Inner, token: u32, status: Status) {
@@ -601,9 +637,15 @@ impl Source for Queue {
         let mut inner = self.inner.borrow_mut();
         let mut any = false;
         self.immediate.set(0);
-        for _ in 0..MAX_BATCH {
-            if self.immediate.get() >= MAX_IMMEDIATE {
-                break;
+        self.buffered.set(0);
+        let mut shown = 0;
+        for n in 0..MAX_BATCH {
+            if n.is_multiple_of(PREFETCH) {
+                let inner = &mut *inner;
+                let ahead = inner.ring.available().unwrap_or(0).min(PREFETCH);
+                if ahead > 1 {
+                    inner.ring.prefetch(&inner.memory, ahead);
+                }
             }
             match self.take_one(&mut inner) {
                 Ok(true) => any = true,
@@ -613,9 +655,17 @@ impl Source for Queue {
                     break;
                 }
             }
-            if self.closed.get() {
+            if self.closed.get() || self.buffered.get() >= MAX_BUFFERED {
                 break;
             }
+            if self.immediate.get() - shown >= PUBLISH_EVERY {
+                // A guest that sleeps is woken for the first answers; one that is awake sees the rest.
+                self.publish(&mut inner, shown == 0);
+                shown = self.immediate.get();
+            }
+        }
+        if self.immediate.get() > shown {
+            self.publish(&mut inner, true);
         }
         if any && inner.memory.is_broken() {
             self.fail(&mut inner, &RingError::Gone);
@@ -654,28 +704,7 @@ impl Source for Queue {
     }
 
     fn finish_batch(&self) {
-        let mut inner = self.inner.borrow_mut();
-        let inner = &mut *inner;
-        if inner.ring.has_unpublished() {
-            inner.ring.publish();
-            if let Some(inflight) = &mut inner.inflight {
-                inflight.published(inner.ring.published());
-            }
-            if let Some(Logging {
-                log,
-                used_addr: Some(used),
-            }) = &inner.logging
-            {
-                log.mark(*used, 4);
-            }
-            if inner.ring.needs_signal()
-                && let Some(call) = &inner.call
-            {
-                self.stats.interrupts.add(1);
-                self.reactor.stats().syscalls.add(1);
-                signal(call);
-            }
-        }
+        self.publish(&mut self.inner.borrow_mut(), true);
         if self.closed.get() && self.client.in_flight() == 0 {
             self.idle.notify_waiters();
         }
