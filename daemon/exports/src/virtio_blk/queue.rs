@@ -36,7 +36,7 @@ const MAX_BUFFERED: u32 = 8;
 
 /// After this many requests that were answered without the storage, the guest is shown them, in the middle
 /// of a batch.
-const PUBLISH_EVERY: u32 = 8;
+const PUBLISH_EVERY: u32 = 4;
 
 /// Chains whose memory is fetched into the cache together.
 const PREFETCH: u16 = 8;
