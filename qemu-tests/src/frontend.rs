@@ -140,6 +140,25 @@ impl Frontend {
         assert!(self.ack(request::SET_VRING_ENABLE, &pair(0, 1), &[]));
     }
 
+    /// Stops queue 0 and returns the available index at which it would go on.
+    pub fn stop_queue(&mut self) -> u16 {
+        let disable = [0u32, 0].map(u32::to_ne_bytes).concat();
+        assert!(self.ack(request::SET_VRING_ENABLE, &disable, &[]));
+        self.send(request::GET_VRING_BASE, 0, &[0; 8], &[]);
+        let state = self.reply().expect("the queue's state is told");
+        u32::from_ne_bytes([state[4], state[5], state[6], state[7]]) as u16
+    }
+
+    /// Resets queue 0 as a front-end does for a driver that uses VIRTIO_F_RING_RESET: stops it, forgets its
+    /// indices, and starts it with a ring of zeroes.
+    pub fn reset_queue(&mut self) {
+        self.stop_queue();
+        self.poke(AVAIL, &[0; 64]);
+        self.poke(USED, &[0; 256]);
+        self.avail = 0;
+        self.start_queue();
+    }
+
     /// Sends a message.
     pub fn send(&mut self, code: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         let mut bytes = Vec::new();

@@ -35,6 +35,41 @@ fn virtio_driver_does_everything() {
 }
 
 #[test]
+fn sixty_four_queues_work_and_one_more_is_refused() {
+    let daemon = Daemon::start(&["--io-threads", "2"]);
+    let (_, socket) = daemon.export("d0", 16 * MIB, &[], &["--queues", "64"]);
+    let mut client = Client::connect(&socket, 64, 2, 4096);
+    let load = Load {
+        op: Op::Write,
+        block: 4096,
+        depth: 2,
+        sequential: false,
+        span: 16 * MIB,
+        duration: Duration::from_millis(200),
+    };
+    assert!(client.run(&load).requests >= 128);
+    let stats = daemon.ctl_json(&["stats"]);
+    let queues = stats["exports"]["d0"]["queues"].as_array().unwrap();
+    assert!(
+        queues.len() == 64 && queues.iter().all(|q| q["requests"].as_u64() >= Some(2)),
+        "{queues:?}"
+    );
+    let socket = daemon.socket("d1");
+    let (_, more) = daemon.ctl_error(&[
+        "export",
+        "add",
+        "d1",
+        "--node",
+        "d0",
+        "--socket",
+        socket.to_str().unwrap(),
+        "--queues",
+        "65",
+    ]);
+    assert!(more.contains("65") && more.contains("64"), "{more}");
+}
+
+#[test]
 fn many_requests_in_flight_on_two_queues() {
     for node in [
         &["cache.direct=off"][..],

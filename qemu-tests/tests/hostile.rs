@@ -389,3 +389,19 @@ fn interrupts_go_to_eventfds_only() {
     drop(f);
     works(&daemon.socket("victim"));
 }
+
+#[test]
+fn a_queue_is_stopped_resumed_and_reset() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    for n in 1..=3 {
+        assert_eq!(f.simple(OUT, n, 512), 0);
+    }
+    assert_eq!(f.stop_queue(), 3);
+    f.start_queue();
+    assert_eq!(f.simple(IN, 1, 512), 0);
+    assert_eq!(f.used(), 4);
+    f.reset_queue();
+    assert_eq!(f.simple(IN, 2, 512), 0);
+    assert_eq!((f.used(), f.stop_queue()), (1, 1));
+}
