@@ -99,6 +99,11 @@ impl Fields {
         )
     }
 
+    /// Looks at an option without taking it.
+    pub fn peek(&self, key: &str) -> Option<&Value> {
+        self.map.get(key)
+    }
+
     pub fn value(&mut self, key: &'static str) -> Option<Value> {
         self.take(key)
     }

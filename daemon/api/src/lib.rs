@@ -21,7 +21,7 @@ pub use export::{
 pub use fields::{Map, Value, expand_dotted};
 pub use iothread::{IoThreadOptions, IoThreadUpdate};
 pub use node::{
-    CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking, NodeOptions,
-    NodeRef, NullOptions, RawOptions,
+    BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,
+    NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
 };
 pub use size::{format_size, parse_size};

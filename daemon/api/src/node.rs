@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
 
 /// The drivers, by name.
-pub const DRIVERS: [&str; 4] = ["file", "host_device", "null-co", "raw"];
+pub const DRIVERS: [&str; 5] = ["file", "host_device", "null-co", "qcow2", "raw"];
 
 /// What a discard request does to the storage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,6 +67,24 @@ pub struct RawOptions {
     pub size: Option<u64>,
 }
 
+/// What an image reads where it has no data of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub enum BackingRef {
+    /// Nothing was said: an image that names a backing file is refused.
+    Unset,
+    /// Zeroes, whatever the image names.
+    None,
+    Node(NodeRef),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Qcow2Options {
+    pub file: NodeRef,
+    pub backing: BackingRef,
+    /// Bytes of L2 tables kept in memory.
+    pub l2_cache_size: Option<u64>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NullOptions {
     pub size: u64,
@@ -80,6 +98,7 @@ pub enum DriverOptions {
     File(FileOptions),
     HostDevice(FileOptions),
     Raw(RawOptions),
+    Qcow2(Qcow2Options),
     NullCo(NullOptions),
 }
 
@@ -89,6 +108,7 @@ impl DriverOptions {
             DriverOptions::File(_) => "file",
             DriverOptions::HostDevice(_) => "host_device",
             DriverOptions::Raw(_) => "raw",
+            DriverOptions::Qcow2(_) => "qcow2",
             DriverOptions::NullCo(_) => "null-co",
         }
     }
@@ -225,6 +245,11 @@ impl NodeOptions {
                 size: f.size("size")?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
+            "qcow2" => DriverOptions::Qcow2(Qcow2Options {
+                l2_cache_size: f.size("l2-cache-size")?,
+                backing: backing_ref(&mut f, &inherited)?,
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
             "null-co" => DriverOptions::NullCo(NullOptions {
                 size: f.size("size")?.unwrap_or(1 << 30),
                 latency_ns: f.integer("latency-ns", 0..=60_000_000_000)?.unwrap_or(0),
@@ -271,6 +296,31 @@ fn file_options(f: &mut Fields) -> Result<FileOptions> {
             )?
             .unwrap_or_default(),
     })
+}
+
+/// The backing node; null, or (D-Bus has no null) the empty string, is none.
+fn backing_ref(f: &mut Fields, inherited: &Inherited) -> Result<BackingRef> {
+    match f.peek("backing") {
+        None => {
+            f.value("backing");
+            Ok(BackingRef::Unset)
+        }
+        Some(Value::Null) => {
+            f.value("backing");
+            Ok(BackingRef::None)
+        }
+        Some(Value::String(s)) if s.is_empty() => {
+            f.value("backing");
+            Ok(BackingRef::None)
+        }
+        Some(_) => {
+            let inherited = Inherited {
+                read_only: true,
+                ..inherited.clone()
+            };
+            node_ref(f, "backing", &inherited).map(BackingRef::Node)
+        }
+    }
 }
 
 fn node_ref(f: &mut Fields, key: &'static str, inherited: &Inherited) -> Result<NodeRef> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vdisk_api::{DriverOptions, Error, Map, NodeOptions, NodeRef, Result};
+use vdisk_api::{BackingRef, DriverOptions, Error, Map, NodeOptions, NodeRef, Result};
 
 use crate::backend::Backend;
 use crate::node::Node;
@@ -192,6 +192,12 @@ impl Graph {
         let mut children = Vec::new();
         if let DriverOptions::Raw(raw) = &options.driver {
             children.push(("file", self.plan_child(&name, &raw.file, plan)?));
+        }
+        if let DriverOptions::Qcow2(qcow2) = &options.driver {
+            children.push(("file", self.plan_child(&name, &qcow2.file, plan)?));
+            if let BackingRef::Node(backing) = &qcow2.backing {
+                children.push(("backing", self.plan_child(&name, backing, plan)?));
+            }
         }
         // Children of the new node may not have taken its name either.
         if plan.steps.iter().any(|s| s.name == name) {

@@ -236,6 +236,12 @@ impl Node {
         Ok(())
     }
 
+    /// Reads what there is of the range without a reactor, for opening what stands on this node.
+    pub(crate) fn read_blocking(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let len = (self.size().saturating_sub(offset)).min(len as u64);
+        self.driver.read_blocking(offset, len as usize)
+    }
+
     pub async fn write(&self, offset: u64, iov: IoVecs, flags: WriteFlags) -> io::Result<()> {
         let len = iov.len() as u64;
         self.check(Direction::Write, offset, len)?;

@@ -56,6 +56,48 @@ impl IoFile {
         self.direct
     }
 
+    /// Reads `len` bytes at `offset`, fewer at the end of the file, with any alignment. Blocks; not for I/O
+    /// threads.
+    pub fn read_blocking(&self, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+        const BLOCK: u64 = 4096;
+        let start = offset - offset % BLOCK;
+        let skip = (offset - start) as usize;
+        let buf = crate::IoVecs::zeroed(
+            (skip + len).next_multiple_of(BLOCK as usize),
+            BLOCK as usize,
+        );
+        let room = buf.segments()[0];
+        let mut have = 0;
+        while have < skip + len {
+            // SAFETY: the buffer has `iov_len` bytes, of which `have` are filled.
+            let n = unsafe {
+                libc::pread(
+                    self.fd.as_raw_fd(),
+                    room.iov_base.cast::<u8>().add(have).cast(),
+                    room.iov_len - have,
+                    (start + have as u64) as i64,
+                )
+            };
+            match n {
+                0 => break,
+                n if n > 0 => have += n as usize,
+                _ => {
+                    let error = std::io::Error::last_os_error();
+                    if error.kind() != std::io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+            // With O_DIRECT a part of a block is the end of the file.
+            if self.direct && !have.is_multiple_of(512) {
+                break;
+            }
+        }
+        let mut out = vec![0; len.min(have.saturating_sub(skip))];
+        buf.copy_to_slice(skip, &mut out);
+        Ok(out)
+    }
+
     /// The kernel has reported that it could not write data back. It drops such data and reports it once:
     /// a flush that succeeds later says nothing about it.
     pub fn note_lost_data(&self) {

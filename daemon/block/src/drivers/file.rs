@@ -295,6 +295,10 @@ impl Driver for File {
         })
     }
 
+    fn read_blocking(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        self.file.read_blocking(offset, len)
+    }
+
     fn write(
         &self,
         offset: u64,

@@ -3,6 +3,7 @@
 mod file;
 mod locks;
 mod null;
+mod qcow2;
 mod raw;
 
 use std::fmt;
@@ -53,6 +54,12 @@ pub enum SlowReason {
     SmallBlocks,
     DetectZeroes,
     Latency,
+    /// It is compressed.
+    Compressed,
+    /// The table that says where it is must be read first.
+    Metadata,
+    /// Its parts are in several places.
+    Scattered,
 }
 
 impl fmt::Display for SlowReason {
@@ -64,6 +71,9 @@ impl fmt::Display for SlowReason {
                 "the logical block size is smaller than the storage's blocks: writes are serialised"
             }
             SlowReason::DetectZeroes => "detect-zeroes looks at the data of writes",
+            SlowReason::Compressed => "the data is compressed",
+            SlowReason::Metadata => "the table of the image must be read first",
+            SlowReason::Scattered => "the data is in several places",
             SlowReason::Latency => "latency-ns delays requests",
         })
     }
@@ -107,6 +117,12 @@ pub trait Driver: Send + Sync {
 
     fn write(&self, offset: u64, iov: IoVecs, flags: WriteFlags)
     -> LocalFuture<'_, io::Result<()>>;
+
+    /// Reads `len` bytes at `offset`, fewer at the end, without a reactor: for opening what stands on this
+    /// driver. May block.
+    fn read_blocking(&self, _offset: u64, _len: usize) -> io::Result<Vec<u8>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Makes every write that has completed durable.
     fn flush(&self) -> LocalFuture<'_, io::Result<()>>;
@@ -172,6 +188,7 @@ pub(crate) fn open(
         DriverOptions::File(o) => file::open(name, options, o, false),
         DriverOptions::HostDevice(o) => file::open(name, options, o, true),
         DriverOptions::Raw(o) => raw::open(name, options, o, children),
+        DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }
 }

@@ -94,6 +94,10 @@ impl Driver for Raw {
         Box::pin(self.file.read(self.offset + offset, iov))
     }
 
+    fn read_blocking(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        self.file.read_blocking(self.offset + offset, len)
+    }
+
     fn write(
         &self,
         offset: u64,

@@ -1,0 +1,325 @@
+//! qcow2 images made by QEMU's tools, read through vdiskd and compared with what those tools read.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vdisk_qemu_tests::Daemon;
+use vdisk_qemu_tests::blk_client::Client;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 24 * MIB;
+
+fn tool(program: &str, args: &[&str]) {
+    let out = Command::new(program).args(args).output();
+    let out = out.unwrap_or_else(|e| panic!("{program}: {e}: run 'make setup'"));
+    assert!(out.status.success(), "{program} {args:?}: {out:?}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are ASCII")
+}
+
+/// Writes patterns in pieces that begin and end within clusters and subclusters.
+fn fill(image: &Path, seed: u64) {
+    let mut commands = Vec::new();
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for i in 0..40u64 {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        let len = (x % 300 + 1) * 512;
+        let at = (x >> 20) % ((SIZE - len) / 512) * 512;
+        commands.push(match i % 8 {
+            6 => format!("write -z {at} {len}"),
+            7 => format!("discard {at} {len}"),
+            _ => format!("write -P {} {at} {len}", (seed + i) % 255 + 1),
+        });
+    }
+    let mut args = vec!["-d", "unmap", "-f", "qcow2"];
+    for c in &commands {
+        args.extend(["-c", c.as_str()]);
+    }
+    args.push(text(image));
+    tool("qemu-io", &args);
+}
+
+/// What qemu-img makes of the image.
+fn expected(image: &Path) -> Vec<u8> {
+    let raw = image.with_extension("raw");
+    tool(
+        "qemu-img",
+        &[
+            "convert",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            text(image),
+            text(&raw),
+        ],
+    );
+    std::fs::read(raw).unwrap()
+}
+
+fn assert_same(got: &[u8], want: &[u8], at: u64, what: &str) {
+    if let Some(i) = got.iter().zip(want).position(|(a, b)| a != b) {
+        panic!(
+            "{what}: byte {} is {:#x}, not {:#x}",
+            at + i as u64,
+            got[i],
+            want[i]
+        );
+    }
+}
+
+/// Reads the whole export, in large pieces and again in small ones at odd places.
+fn compare(daemon: &Daemon, id: &str, want: &[u8]) {
+    let mut client = Client::connect(&daemon.socket(id), 1, 1, 1 << 20);
+    assert_eq!(client.capacity(), want.len() as u64);
+    let mut buf = vec![0; 1 << 20];
+    for at in (0..want.len()).step_by(1 << 20) {
+        let n = buf.len().min(want.len() - at);
+        assert_eq!(client.read(at as u64, &mut buf[..n]), 0, "{id} at {at}");
+        assert_same(&buf[..n], &want[at..at + n], at as u64, id);
+    }
+    for i in 0..2000usize {
+        let n = 512 * (i % 13 + 1);
+        let at = (i * 7919 * 512) % (want.len() - n) / 512 * 512;
+        assert_eq!(client.read(at as u64, &mut buf[..n]), 0, "{id} at {at}");
+        assert_same(&buf[..n], &want[at..at + n], at as u64, id);
+    }
+}
+
+fn add(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
+    let filename = format!("file.filename={}", image.display());
+    let mut args = vec![
+        "node",
+        "add",
+        id,
+        "driver=qcow2",
+        "read-only=on",
+        "file.driver=file",
+        &filename,
+    ];
+    args.extend(more);
+    daemon.ctl(&args);
+}
+
+fn export(daemon: &Daemon, id: &str) {
+    let socket = daemon.socket(id);
+    daemon.ctl(&["export", "add", id, "--node", id, "--socket", text(&socket)]);
+}
+
+fn create(daemon: &Daemon, name: &str, options: &str) -> PathBuf {
+    let image = daemon.path(&format!("{name}.qcow2"));
+    let size = SIZE.to_string();
+    let mut args = vec!["create", "-q", "-f", "qcow2"];
+    if !options.is_empty() {
+        args.extend(["-o", options]);
+    }
+    args.extend([text(&image), &size]);
+    tool("qemu-img", &args);
+    image
+}
+
+#[test]
+fn images_of_all_kinds_read_as_qemu_reads_them() {
+    let daemon = Daemon::start(&[]);
+    for (i, (name, options, cache)) in [
+        ("plain", "", "cache.direct=off"),
+        ("version2", "compat=0.10", "cache.direct=off"),
+        ("tiny", "cluster_size=512", "cache.direct=off"),
+        ("huge", "cluster_size=2M", "cache.direct=on"),
+        ("metadata", "preallocation=metadata", "cache.direct=off"),
+        ("falloc", "preallocation=falloc", "cache.direct=on"),
+        (
+            "lazy",
+            "lazy_refcounts=on,refcount_bits=1",
+            "cache.direct=off",
+        ),
+        (
+            "subclusters",
+            "extended_l2=on,cluster_size=128k",
+            "cache.direct=off",
+        ),
+        (
+            "direct-subclusters",
+            "extended_l2=on,cluster_size=16k",
+            "cache.direct=on",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let image = create(&daemon, name, options);
+        fill(&image, i as u64 + 1);
+        let want = expected(&image);
+        add(&daemon, name, &image, &[cache]);
+        export(&daemon, name);
+        compare(&daemon, name, &want);
+    }
+    // Nearly everything goes straight to the file.
+    let stats = daemon.ctl_json(&["stats"]);
+    let plain = &stats["exports"]["plain"]["queues"][0];
+    let (fast, slow) = (plain["fast"].as_u64(), plain["slow"].as_u64());
+    assert!(fast > slow.map(|s| 4 * s), "{plain}");
+}
+
+#[test]
+fn a_small_table_cache_reads_the_same() {
+    let daemon = Daemon::start(&["--io-engine", "threads"]);
+    let image = create(&daemon, "d0", "cluster_size=512");
+    fill(&image, 77);
+    add(&daemon, "d0", &image, &["l2-cache-size=2048"]);
+    export(&daemon, "d0");
+    compare(&daemon, "d0", &expected(&image));
+}
+
+#[test]
+fn compressed_images_read_as_qemu_reads_them() {
+    let daemon = Daemon::start(&[]);
+    let source = create(&daemon, "source", "");
+    fill(&source, 5);
+    let want = expected(&source);
+    for (name, options) in [
+        ("deflate", "compression_type=zlib"),
+        ("zstd", "compression_type=zstd,cluster_size=2M"),
+        ("small", "compression_type=zlib,cluster_size=4k"),
+    ] {
+        let image = daemon.path(&format!("{name}.qcow2"));
+        let convert = ["convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", options];
+        let mut args = convert.to_vec();
+        args.extend([text(&source), text(&image)]);
+        tool("qemu-img", &args);
+        add(&daemon, name, &image, &["cache.direct=off"]);
+        export(&daemon, name);
+        compare(&daemon, name, &want);
+    }
+}
+
+#[test]
+fn backing_chains_are_followed_only_when_named() {
+    let daemon = Daemon::start(&[]);
+    let base = daemon.path("base.qcow2");
+    // Shorter than what stands on it.
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&base), "23M"],
+    );
+    let write = ["-f", "qcow2", "-c", "write -P 9 0 23M", text(&base)];
+    tool("qemu-io", &write);
+    let mut below = base.clone();
+    let mut images = vec![base];
+    for i in 0..3 {
+        let image = daemon.path(&format!("overlay{i}.qcow2"));
+        let size = SIZE.to_string();
+        let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+        let mut args = create.to_vec();
+        args.extend([text(&below), text(&image), &size]);
+        tool("qemu-img", &args);
+        fill(&image, 20 + i);
+        images.push(image.clone());
+        below = image;
+    }
+    let want = expected(&below);
+
+    // Named by the image alone: refused, with the way to allow it.
+    let filename = format!("file.filename={}", below.display());
+    let options = [
+        "driver=qcow2",
+        "read-only=on",
+        "file.driver=file",
+        &filename,
+    ];
+    let refused = |more: &[&str]| {
+        let mut args = vec!["node", "add", "top"];
+        args.extend(options);
+        args.extend(more);
+        daemon.ctl_error(&args).1
+    };
+    let e = refused(&[]);
+    assert!(
+        e.contains("overlay1.qcow2") && e.contains("'backing'"),
+        "{e}"
+    );
+    assert_eq!(
+        daemon.ctl_json(&["node", "list"]).as_array().map(Vec::len),
+        Some(0)
+    );
+
+    add(&daemon, "n0", &images[0], &[]);
+    for (i, image) in images.iter().enumerate().skip(1) {
+        let backing = format!("backing=n{}", i - 1);
+        add(&daemon, &format!("n{i}"), image, &[&backing]);
+    }
+    export(&daemon, "n3");
+    compare(&daemon, "n3", &want);
+    let (_, e) = daemon.ctl_error(&["node", "remove", "n1"]);
+    assert!(e.contains("n2"), "{e}");
+
+    // Without the backing file the rest reads as zeroes.
+    add(&daemon, "alone", &images[1], &["backing="]);
+    let (code, e) = daemon.ctl_error(&["node", "resize", "alone", "+1M"]);
+    assert!(code != 0 && e.contains("read-only"), "{e}");
+}
+
+#[test]
+fn what_cannot_be_opened_is_refused_by_name() {
+    let daemon = Daemon::start(&[]);
+    let refused = |image: &Path, more: &[&str], messages: &[&str]| {
+        let filename = format!("file.filename={}", image.display());
+        let mut args = vec![
+            "node",
+            "add",
+            "bad",
+            "driver=qcow2",
+            "file.driver=file",
+            &filename,
+        ];
+        args.extend(more);
+        let (_, e) = daemon.ctl_error(&args);
+        for message in messages {
+            assert!(e.contains(message), "{e}");
+        }
+    };
+    let plain = create(&daemon, "plain", "");
+    refused(&plain, &[], &["cannot be written", "read-only=on"]);
+    let raw = daemon.image("raw", MIB);
+    refused(&raw, &["read-only=on"], &["not a qcow2 image"]);
+    let data = daemon.path("data");
+    let external = create(
+        &daemon,
+        "external",
+        &format!("data_file={}", data.display()),
+    );
+    refused(&external, &["read-only=on"], &["external data file"]);
+    daemon.ctl(&[
+        "node",
+        "add",
+        "writable",
+        "driver=file",
+        &format!("filename={}", plain.display()),
+    ]);
+    let args = [
+        "node",
+        "add",
+        "bad",
+        "driver=qcow2",
+        "read-only=on",
+        "file=writable",
+    ];
+    let (_, e) = daemon.ctl_error(&args);
+    assert!(e.contains("'writable' can be written"), "{e}");
+    // Cut off in the middle of its tables: reads fail, the daemon stays.
+    let cut = create(&daemon, "cut", "");
+    fill(&cut, 3);
+    let file = std::fs::OpenOptions::new().write(true).open(&cut).unwrap();
+    file.set_len(4 * 65536).unwrap();
+    add(&daemon, "cut", &cut, &[]);
+    export(&daemon, "cut");
+    let mut client = Client::connect(&daemon.socket("cut"), 1, 1, 1 << 20);
+    let mut buf = vec![0; 1 << 20];
+    assert_eq!(client.read(0, &mut buf), -libc::EIO);
+    drop(client);
+    assert!(daemon.ctl(&["tree"]).contains("cut"));
+}
