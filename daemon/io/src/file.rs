@@ -18,7 +18,18 @@ pub struct IoFile {
     fd: OwnedFd,
     id: u32,
     direct: bool,
+    write_blocks: bool,
     lost_data: AtomicBool,
+}
+
+/// Regular files everywhere but where buffered writes are known to support `RWF_NOWAIT`.
+fn is_on_file_system_that_blocks(fd: &OwnedFd) -> bool {
+    const XFS: i64 = 0x5846_5342;
+    const BTRFS: i64 = 0x9123_683e;
+    let regular = rustix::fs::fstat(fd).is_ok_and(|s| {
+        rustix::fs::FileType::from_raw_mode(s.st_mode) == rustix::fs::FileType::RegularFile
+    });
+    regular && rustix::fs::fstatfs(fd).is_ok_and(|s| !matches!(s.f_type, XFS | BTRFS))
 }
 
 static IDS: Mutex<Ids> = Mutex::new(Ids {
@@ -39,7 +50,9 @@ impl IoFile {
             ids.next += 1;
             ids.next - 1
         });
+        let write_blocks = !direct && is_on_file_system_that_blocks(&fd);
         Arc::new(IoFile {
+            write_blocks,
             fd,
             id,
             direct,
@@ -50,6 +63,12 @@ impl IoFile {
     /// A number that no other open file has; small numbers are used again.
     pub fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Writes to the page cache cannot be made without waiting (`RWF_NOWAIT`) on this file system: a ring would
+    /// hand each to a kernel thread, one by one.
+    pub(crate) fn write_blocks(&self) -> bool {
+        self.write_blocks
     }
 
     pub fn is_direct(&self) -> bool {

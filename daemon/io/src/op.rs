@@ -61,6 +61,8 @@ pub(crate) struct RawOp {
     pub fixed_buffer: Option<u16>,
     /// O_DIRECT is set on the file.
     pub direct: bool,
+    /// See [`crate::IoFile::write_blocks`].
+    pub write_blocks: bool,
     pub iov: *const libc::iovec,
     pub iov_count: u32,
     /// Byte offset in the file.

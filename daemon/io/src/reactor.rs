@@ -427,6 +427,7 @@ impl Reactor {
             // SAFETY: the caller vouches for the segments.
             fixed_buffer: unsafe { self.fixed_buffer(iov, iov_count) },
             direct: file.is_direct(),
+            write_blocks: file.write_blocks(),
             iov,
             iov_count,
             offset,
@@ -469,6 +470,7 @@ impl Reactor {
             // SAFETY: `iov` holds the segments.
             fixed_buffer: unsafe { self.fixed_buffer(ptr, count) },
             direct: file.is_direct(),
+            write_blocks: file.write_blocks(),
             iov: ptr,
             iov_count: count,
             offset,
@@ -493,6 +495,7 @@ impl Reactor {
             fixed_file: self.fixed_file(file),
             fixed_buffer: None,
             direct: file.is_direct(),
+            write_blocks: file.write_blocks(),
             iov: std::ptr::null(),
             iov_count: 0,
             offset,

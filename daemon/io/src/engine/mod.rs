@@ -11,7 +11,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::op::RawOp;
+use crate::op::{OpKind, RawOp};
 use crate::stats::ThreadStats;
 use crate::thread::Shared;
 
@@ -141,6 +141,10 @@ impl Engine {
     /// Queues an operation; it starts with the next `enter` at the latest.
     pub fn push(&mut self, key: u32, op: &RawOp, stats: &ThreadStats) {
         let taken = match &mut self.backend {
+            Backend::Uring(_) if op.kind == OpKind::Write && op.write_blocks => {
+                self.pool.push_write(key, *op);
+                return;
+            }
             Backend::Uring(_) if op.kind.is_ioctl() => false,
             Backend::Uring(u) => {
                 u.push(key, op, stats);

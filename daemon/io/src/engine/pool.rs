@@ -11,6 +11,8 @@ use crate::thread::Shared;
 
 /// Enough to keep a disk busy from one I/O thread.
 const MAX_WORKERS: usize = 16;
+/// Writes to the page cache that are reported together: the guest sees the first of many while the rest runs.
+const WRITE_BATCH: usize = 16;
 /// A worker without work goes away after this time.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -30,6 +32,9 @@ unsafe impl Send for Job {}
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
+    /// Writes to the page cache. One worker does them all: the kernel lets one at a time into a file anyway.
+    writes: VecDeque<Job>,
+    has_writer: bool,
     workers: usize,
     idle: usize,
     closing: bool,
@@ -38,6 +43,7 @@ struct State {
 struct Inner {
     state: Mutex<State>,
     work: Condvar,
+    write_work: Condvar,
     done: Mutex<Vec<(u32, i32)>>,
     has_done: AtomicBool,
     shared: Arc<Shared>,
@@ -54,6 +60,7 @@ impl Pool {
         Pool(Arc::new(Inner {
             state: Mutex::default(),
             work: Condvar::new(),
+            write_work: Condvar::new(),
             done: Mutex::default(),
             has_done: AtomicBool::new(false),
             shared: shared.clone(),
@@ -73,8 +80,8 @@ impl Pool {
                 Err(e) if state.workers == 0 => {
                     // Nobody would ever take the job: fail it (and others that wait with it).
                     for job in state.jobs.drain(..) {
-                        self.0
-                            .finish(job.key, -e.raw_os_error().unwrap_or(libc::EAGAIN));
+                        let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
+                        self.0.finish(&[(job.key, -errno)]);
                     }
                 }
                 Err(_) => {}
@@ -84,13 +91,42 @@ impl Pool {
         self.0.work.notify_one();
     }
 
+    /// Does a write to the page cache in the one thread for them, in the order of the calls.
+    pub fn push_write(&self, key: u32, op: RawOp) {
+        let mut state = locked(&self.0.state);
+        state.writes.push_back(Job { key, op });
+        if !state.has_writer {
+            let inner = self.0.clone();
+            let spawned = std::thread::Builder::new()
+                .name("vdiskd-writer".into())
+                .spawn(move || inner.write_back());
+            match spawned {
+                Ok(_) => state.has_writer = true,
+                Err(e) => {
+                    state.writes.pop_back();
+                    let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
+                    self.0.finish(&[(key, -errno)]);
+                }
+            }
+            return;
+        }
+        let first = state.writes.len() == 1;
+        drop(state);
+        if first {
+            self.0.write_work.notify_one();
+        }
+    }
+
     /// Takes a job back that no worker has started.
     pub fn cancel(&self, key: u32) {
         let mut state = locked(&self.0.state);
-        if let Some(at) = state.jobs.iter().position(|j| j.key == key) {
-            state.jobs.remove(at);
-            drop(state);
-            self.0.finish(key, -libc::ECANCELED);
+        let state = &mut *state;
+        for jobs in [&mut state.jobs, &mut state.writes] {
+            if let Some(at) = jobs.iter().position(|j| j.key == key) {
+                jobs.remove(at);
+                self.0.finish(&[(key, -libc::ECANCELED)]);
+                return;
+            }
         }
     }
 
@@ -109,14 +145,45 @@ impl Drop for Pool {
     fn drop(&mut self) {
         locked(&self.0.state).closing = true;
         self.0.work.notify_all();
+        self.0.write_work.notify_all();
     }
 }
 
 impl Inner {
-    fn finish(&self, key: u32, result: i32) {
-        locked(&self.done).push((key, result));
+    fn finish(&self, results: &[(u32, i32)]) {
+        locked(&self.done).extend_from_slice(results);
         self.has_done.store(true, Ordering::Release);
         self.shared.notify();
+    }
+
+    fn write_back(&self) {
+        let mut batch = Vec::with_capacity(WRITE_BATCH);
+        let mut results = Vec::with_capacity(WRITE_BATCH);
+        let mut state = locked(&self.state);
+        loop {
+            let n = state.writes.len().min(WRITE_BATCH);
+            if n > 0 {
+                batch.extend(state.writes.drain(..n));
+                drop(state);
+                results.extend(batch.drain(..).map(|job| (job.key, result_of(&job.op))));
+                self.finish(&results);
+                results.clear();
+                state = locked(&self.state);
+                continue;
+            }
+            if state.closing {
+                break;
+            }
+            let (s, timeout) = self
+                .write_work
+                .wait_timeout(state, IDLE)
+                .unwrap_or_else(|e| e.into_inner());
+            state = s;
+            if timeout.timed_out() && state.writes.is_empty() {
+                break;
+            }
+        }
+        state.has_writer = false;
     }
 
     fn work(&self) {
@@ -124,11 +191,7 @@ impl Inner {
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 drop(state);
-                let result = match run(&job.op) {
-                    Ok(n) => n as i32,
-                    Err(e) => -e.raw_os_error().unwrap_or(libc::EIO),
-                };
-                self.finish(job.key, result);
+                self.finish(&[(job.key, result_of(&job.op))]);
                 state = locked(&self.state);
                 continue;
             }
@@ -147,6 +210,13 @@ impl Inner {
             }
         }
         state.workers -= 1;
+    }
+}
+
+fn result_of(op: &RawOp) -> i32 {
+    match run(op) {
+        Ok(n) => n as i32,
+        Err(e) => -e.raw_os_error().unwrap_or(libc::EIO),
     }
 }
 
