@@ -34,7 +34,7 @@ pub mod request {
 /// Guest-physical and front-end address of the one memory region.
 pub const BASE: u64 = 0x10_0000;
 /// Its length.
-pub const LEN: u64 = 0x10_0000;
+pub const LEN: u64 = 0x80_0000;
 
 /// Where the parts of the queue are in the region.
 pub const DESC: u64 = 0;

@@ -405,3 +405,73 @@ fn a_queue_is_stopped_resumed_and_reset() {
     assert_eq!(f.simple(IN, 2, 512), 0);
     assert_eq!((f.used(), f.stop_queue()), (1, 1));
 }
+
+#[test]
+fn a_huge_read_is_refused_and_a_large_one_of_zeroes_is_not() {
+    let daemon = Daemon::start(&[]);
+    let socket = daemon.socket("zero");
+    daemon.ctl(&[
+        "node",
+        "add",
+        "zero",
+        "driver=null-co",
+        "size=1T",
+        "read-zeroes=on",
+    ]);
+    daemon.export_node("zero", "zero", &[]);
+    let mut f = Frontend::start(&socket);
+    // The same half of the guest's memory, 4 MiB, again and again: 512 times are 2 GiB, the most that is allowed.
+    let half = (LEN / 2) as u32;
+    let at = BASE + LEN / 2;
+    let table = |f: &Frontend, count: u16| {
+        let list = DATA + 0x1000;
+        f.descriptor(
+            list,
+            0,
+            Desc {
+                addr: BASE + DATA,
+                len: 16,
+                flags: NEXT,
+                next: 1,
+            },
+        );
+        for i in 1..=count {
+            f.descriptor(
+                list,
+                i,
+                Desc {
+                    addr: at,
+                    len: half,
+                    flags: NEXT | WRITE,
+                    next: i + 1,
+                },
+            );
+        }
+        let status = Desc {
+            addr: BASE + DATA + 64,
+            len: 1,
+            flags: WRITE,
+            next: 0,
+        };
+        f.descriptor(list, count + 1, status);
+        let entry = Desc {
+            addr: BASE + list,
+            len: 16 * (u32::from(count) + 2),
+            flags: INDIRECT,
+            next: 0,
+        };
+        f.descriptor(DESC, 0, entry);
+    };
+    f.header(DATA, IN, 0);
+    for (count, status) in [(8, 0), (513, 1), (8, 0)] {
+        f.poke(DATA + 64, &[0xaa]);
+        f.poke(LEN / 2, &[0xff; 64]);
+        table(&f, count);
+        let before = f.used();
+        f.submit(0);
+        wait_for("the request's end", || (f.used() != before).then_some(()));
+        assert_eq!(f.peek(DATA + 64, 1), [status], "{count} segments");
+        let want = if status == 0 { [0; 64] } else { [0xff; 64] };
+        assert_eq!(f.peek(LEN / 2, 64), want);
+    }
+}

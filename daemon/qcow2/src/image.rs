@@ -28,6 +28,9 @@ pub enum Lookup {
     NeedsTable { index: usize, offset: u64 },
 }
 
+/// A lookup goes through at most so many entries: a long range of small clusters must not keep a thread.
+const MAX_STEPS: usize = 4096;
+
 const L1_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 pub struct Image {
@@ -78,7 +81,10 @@ impl Image {
         let mut found: Option<Mapping> = None;
         let end = offset.saturating_add(len);
         let mut at = offset;
-        while at < end {
+        for _ in 0..MAX_STEPS {
+            if at >= end {
+                break;
+            }
             let next = match self.one(at)? {
                 Lookup::Mapped(m) => m,
                 // What is known so far is an answer.

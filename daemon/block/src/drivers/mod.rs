@@ -7,11 +7,12 @@ mod qcow2;
 mod raw;
 
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 
 use vdisk_api::{DriverOptions, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
@@ -163,6 +164,23 @@ pub trait Driver: Send + Sync {
     /// Lets go of everything, on no particular thread. No request is in flight.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {})
+    }
+}
+
+/// Fills a buffer with zeroes, piece by piece: others on the I/O thread have their turns in between.
+pub(crate) async fn zero_in_turns(iov: &IoVecs) {
+    const PIECE: usize = 1 << 20;
+    for at in (0..iov.len()).step_by(PIECE) {
+        iov.zero(at, PIECE.min(iov.len() - at));
+        let mut waited = false;
+        poll_fn(|cx| {
+            if std::mem::replace(&mut waited, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
     }
 }
 

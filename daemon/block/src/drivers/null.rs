@@ -6,7 +6,9 @@ use std::time::Duration;
 use vdisk_api::{NodeOptions, NullOptions};
 use vdisk_io::IoVecs;
 
-use super::{Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
+use super::{
+    Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor, zero_in_turns,
+};
 use crate::node::{WriteFlags, ZeroFlags};
 
 struct Null {
@@ -54,10 +56,12 @@ impl Driver for Null {
     }
 
     fn read(&self, _offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
-        if self.read_zeroes {
-            iov.zero(0, iov.len());
-        }
-        self.wait()
+        Box::pin(async move {
+            if self.read_zeroes {
+                zero_in_turns(&iov).await;
+            }
+            self.wait().await
+        })
     }
 
     fn write(&self, _: u64, _: IoVecs, _: WriteFlags) -> LocalFuture<'_, io::Result<()>> {

@@ -14,7 +14,9 @@ use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result}
 use vdisk_io::IoVecs;
 use vdisk_qcow2::{Header, Image, Kind, Limits as ImageLimits, Lookup, MAX_HEADER};
 
-use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason};
+use super::{
+    Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, zero_in_turns,
+};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 
 /// Clusters of one image that are decompressed at a time: bounds the memory that guests can ask for.
@@ -125,7 +127,7 @@ fn read_only<T>() -> LocalFuture<'static, io::Result<T>> {
 async fn read_or_zero(node: &Node, offset: u64, iov: IoVecs) -> io::Result<()> {
     let len = iov.len();
     let have = node.size().saturating_sub(offset).min(len as u64) as usize;
-    iov.zero(have, len - have);
+    zero_in_turns(&iov.slice(have, len - have)).await;
     if have == 0 {
         return Ok(());
     }
@@ -194,7 +196,7 @@ impl Qcow2 {
             match (m.kind, &self.backing) {
                 (Kind::Data(host), _) => read_or_zero(&self.file, host, part).await?,
                 (Kind::Unallocated, Some(backing)) => read_or_zero(backing, at, part).await?,
-                (Kind::Zero | Kind::Unallocated, _) => part.zero(0, len),
+                (Kind::Zero | Kind::Unallocated, _) => zero_in_turns(&part).await,
                 (Kind::Compressed { offset, len: raw }, _) => {
                     let data = self.decompress(at, offset, raw).await?;
                     let within = (at & (self.image.cluster() - 1)) as usize;

@@ -34,6 +34,13 @@ const MAX_BATCH: u16 = 64;
 /// first of them while the others run.
 const MAX_BUFFERED: u32 = 8;
 
+/// The longest read or write, in bytes. A guest may describe much more, the same memory again and again, and would
+/// keep the I/O thread from its neighbours. (QEMU has about the same limit.)
+const MAX_TRANSFER: u64 = 1 << 31;
+
+/// Reads of zeroes up to this many bytes are done at once, longer ones by the slow path, in turns.
+const MAX_ZEROES: u64 = 1 << 20;
+
 /// After this many requests that were answered without the storage, the guest is shown them, in the middle
 /// of a batch.
 const PUBLISH_EVERY: u32 = 4;
@@ -386,7 +393,12 @@ impl Queue {
         let slot = &mut inner.slots[token as usize];
         let offset = request.sector.checked_mul(SECTOR_SIZE);
         let offset = match offset {
-            Some(at) if (at | request.len) & self.block_mask == 0 && request.len > 0 => at,
+            Some(at)
+                if (at | request.len) & self.block_mask == 0
+                    && (1..=MAX_TRANSFER).contains(&request.len) =>
+            {
+                at
+            }
             _ => return self.answer(inner, token, Status::IoErr),
         };
         if direction == Direction::Read {
@@ -430,6 +442,7 @@ impl Queue {
                     }
                     Some(None)
                 }
+                Resolved::Zeroes if request.len > MAX_ZEROES => None,
                 Resolved::Zeroes => {
                     for v in segments.iter() {
                         // SAFETY: a segment of mapped guest memory.
