@@ -92,6 +92,21 @@ fn workloads(seconds: f64) -> Vec<Workload> {
             add(1, 1 << 20, 4, true);
         }
     }
+    for depth in [32, 128] {
+        let load = Load {
+            op: Op::Read,
+            block: 4096,
+            depth,
+            sequential: false,
+            span: SPAN,
+            duration,
+        };
+        out.push(Workload {
+            storage: "qcow2",
+            queues: 1,
+            load,
+        });
+    }
     out
 }
 
@@ -161,6 +176,22 @@ fn image(dir: &Path, name: &str) -> PathBuf {
     path
 }
 
+/// The same as a qcow2 image, all of it allocated.
+fn qcow2_image(dir: &Path, name: &str) -> PathBuf {
+    let raw = image(dir, "raw");
+    let path = dir.join(name);
+    let done = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, &path])
+        .status();
+    assert!(
+        done.is_ok_and(|s| s.success()),
+        "qemu-img is installed: run 'make setup'"
+    );
+    let _ = std::fs::remove_file(raw);
+    path
+}
+
 fn start_vdiskd(args: &Args) -> Vdiskd {
     let poll = args.poll_max_ns.to_string();
     let daemon = Daemon::start(&["--poll-max-ns", &poll, "--io-engine", &args.io_engine]);
@@ -179,6 +210,24 @@ fn start_vdiskd(args: &Args) -> Vdiskd {
         &["cache.direct=on"],
         &[fixed],
     );
+    let filename = format!(
+        "file.filename={}",
+        qcow2_image(&dir, "image.qcow2").display()
+    );
+    daemon.ctl(&[
+        "node",
+        "add",
+        "qcow2",
+        "driver=qcow2",
+        "read-only=on",
+        "file.driver=file",
+        &filename,
+    ]);
+    let socket = daemon.socket("qcow2");
+    let socket = socket.to_str().expect("socket paths are ASCII");
+    daemon.ctl(&[
+        "export", "add", "qcow2", "--node", "qcow2", "--socket", socket, fixed,
+    ]);
     pin(daemon.pid(), "1");
     Vdiskd(daemon)
 }
@@ -213,16 +262,21 @@ fn start_qsd(dir: &Path) -> Option<Qsd> {
         "null-co,node-name=null,size=1073741824".to_owned(),
         file("cached", ""),
         file("direct", ",cache.direct=on"),
+        format!(
+            "qcow2,node-name=qcow2,read-only=on,file.driver=file,file.filename={},file.aio=io_uring",
+            qcow2_image(dir, "qsd.qcow2").display()
+        ),
     ] {
         args.push("--blockdev".into());
         args.push(blockdev);
     }
-    for name in ["null", "cached", "direct"] {
+    for name in ["null", "cached", "direct", "qcow2"] {
         let socket = dir.join(format!("{name}.qsd"));
         args.push("--export".into());
         args.push(format!(
-            "vhost-user-blk,id={name},node-name={name},addr.type=unix,addr.path={},iothread=io0,writable=on,num-queues=2",
-            socket.display()
+            "vhost-user-blk,id={name},node-name={name},addr.type=unix,addr.path={},iothread=io0,writable={},num-queues=2",
+            socket.display(),
+            if name == "qcow2" { "off" } else { "on" },
         ));
     }
     let child = run(&args).stdin(Stdio::null()).spawn().ok()?;
@@ -232,7 +286,7 @@ fn start_qsd(dir: &Path) -> Option<Qsd> {
         version,
     };
     wait_for("qemu-storage-daemon's sockets", || {
-        qsd.socket("direct").exists().then_some(())
+        qsd.socket("qcow2").exists().then_some(())
     });
     pin(qsd.pid(), "1");
     Some(qsd)
