@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -70,9 +71,36 @@ pub struct Guest {
 impl Guest {
     /// Boots a guest and waits until its PID 1 listens.
     pub fn boot(options: GuestOptions) -> Guest {
+        // QEMU's multi-threaded TCG now and then aborts while firmware moves devices around ("iotlb_to_section:
+        // Assertion failed", seen in 10.0 on a busy machine). Only that, before the guest runs, is tried again.
+        for _ in 0..2 {
+            let mut guest = Guest::start(options.clone());
+            if guest.comes_up() {
+                return guest;
+            }
+            eprintln!("QEMU aborted before the guest was up: once more");
+        }
         let mut guest = Guest::start(options);
         guest.wait_ready();
         guest
+    }
+
+    /// Waits for the guest's PID 1; false if QEMU aborted instead.
+    fn comes_up(&mut self) -> bool {
+        // An end of the stream is the end of QEMU; data, or silence for too long, is for `wait_ready`.
+        if !self.lines.fill_buf().is_ok_and(<[u8]>::is_empty) {
+            self.wait_ready();
+            return true;
+        }
+        let aborted = self.qemu.wait().is_ok_and(|s| {
+            s.signal() == Some(libc::SIGABRT) || s.code() == Some(128 + libc::SIGABRT)
+        });
+        assert!(
+            aborted,
+            "the guest did not boot; console:\n{}",
+            self.console()
+        );
+        false
     }
 
     /// Starts QEMU without waiting for the guest (which may be waiting for a migration).

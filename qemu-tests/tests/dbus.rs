@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use serde_json::json;
-use vdisk_qemu_tests::{Daemon, vdiskctl_binary, wait_for};
+use vdisk_qemu_tests::{Daemon, Qmp, vdiskctl_binary, wait_for};
 
 const MIB: u64 = 1 << 20;
 
@@ -600,6 +600,7 @@ fn images_are_locked_against_qemu_and_the_other_way_round() {
     daemon.ctl(&["node", "remove", "d"]);
     // QEMU has it open for writing.
     let blockdev = format!("driver=file,node-name=d,{filename}");
+    let monitor = daemon.path("monitor");
     let mut qemu = Command::new("qemu-system-x86_64")
         .args([
             "-M",
@@ -610,12 +611,15 @@ fn images_are_locked_against_qemu_and_the_other_way_round() {
             "none",
             "-accel",
             "tcg",
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", monitor.display()),
         ])
         .args(["-blockdev", &blockdev, "-device", "virtio-blk-pci,drive=d"])
         .spawn()
         .unwrap();
-    let held = || !qemu_io(&["-f", "raw", "-c", "write 0 512", path]).0;
-    wait_for("QEMU's lock", || held().then_some(()));
+    // Its monitor answers when everything is open. (Trying the lock could take it from QEMU.)
+    let _monitor = Qmp::connect(&monitor);
+    assert!(!qemu_io(&["-f", "raw", "-c", "write 0 512", path]).0);
     let (code, message) = daemon.ctl_error(&["node", "add", "d", "driver=file", &filename]);
     assert_eq!(code, 4, "{message}");
     assert!(
