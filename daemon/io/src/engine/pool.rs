@@ -1,6 +1,6 @@
 //! Threads that do blocking operations for one I/O thread.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -29,12 +29,18 @@ struct Job {
 // thread they are used.
 unsafe impl Send for Job {}
 
+enum Work {
+    One(Job),
+    /// The writes to the file with this number.
+    Writes(u32),
+}
+
 #[derive(Default)]
 struct State {
-    jobs: VecDeque<Job>,
-    /// Writes to the page cache. One worker does them all: the kernel lets one at a time into a file anyway.
-    writes: VecDeque<Job>,
-    has_writer: bool,
+    work: VecDeque<Work>,
+    /// Writes to the page cache, by file, while a worker has or will have them: one at a time, as the kernel
+    /// lets one at a time into a file anyway.
+    writes: HashMap<u32, VecDeque<Job>>,
     workers: usize,
     idle: usize,
     closing: bool,
@@ -43,7 +49,6 @@ struct State {
 struct Inner {
     state: Mutex<State>,
     work: Condvar,
-    write_work: Condvar,
     done: Mutex<Vec<(u32, i32)>>,
     has_done: AtomicBool,
     shared: Arc<Shared>,
@@ -60,7 +65,6 @@ impl Pool {
         Pool(Arc::new(Inner {
             state: Mutex::default(),
             work: Condvar::new(),
-            write_work: Condvar::new(),
             done: Mutex::default(),
             has_done: AtomicBool::new(false),
             shared: shared.clone(),
@@ -68,9 +72,24 @@ impl Pool {
     }
 
     pub fn push(&self, key: u32, op: RawOp) {
+        self.add(Work::One(Job { key, op }), locked(&self.0.state));
+    }
+
+    /// Does a write to the page cache, after those to the same file that were pushed before.
+    pub fn push_write(&self, key: u32, op: RawOp) {
         let mut state = locked(&self.0.state);
-        state.jobs.push_back(Job { key, op });
-        if state.jobs.len() > state.idle && state.workers < MAX_WORKERS {
+        let job = Job { key, op };
+        if let Some(writes) = state.writes.get_mut(&op.file_id) {
+            writes.push_back(job);
+            return;
+        }
+        state.writes.insert(op.file_id, VecDeque::from([job]));
+        self.add(Work::Writes(op.file_id), state);
+    }
+
+    fn add(&self, work: Work, mut state: MutexGuard<'_, State>) {
+        state.work.push_back(work);
+        if state.work.len() > state.idle && state.workers < MAX_WORKERS {
             let inner = self.0.clone();
             let spawned = std::thread::Builder::new()
                 .name("vdiskd-worker".into())
@@ -78,11 +97,16 @@ impl Pool {
             match spawned {
                 Ok(_) => state.workers += 1,
                 Err(e) if state.workers == 0 => {
-                    // Nobody would ever take the job: fail it (and others that wait with it).
-                    for job in state.jobs.drain(..) {
-                        let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
-                        self.0.finish(&[(job.key, -errno)]);
-                    }
+                    // Nobody would ever take the work: fail it (and other that waits with it).
+                    let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
+                    let state = &mut *state;
+                    let one = state.work.drain(..).filter_map(|w| match w {
+                        Work::One(job) => Some(job),
+                        Work::Writes(_) => None,
+                    });
+                    let writes = state.writes.drain().flat_map(|(_, jobs)| jobs);
+                    let failed: Vec<_> = one.chain(writes).map(|j| (j.key, -errno)).collect();
+                    self.0.finish(&failed);
                 }
                 Err(_) => {}
             }
@@ -91,42 +115,23 @@ impl Pool {
         self.0.work.notify_one();
     }
 
-    /// Does a write to the page cache in the one thread for them, in the order of the calls.
-    pub fn push_write(&self, key: u32, op: RawOp) {
-        let mut state = locked(&self.0.state);
-        state.writes.push_back(Job { key, op });
-        if !state.has_writer {
-            let inner = self.0.clone();
-            let spawned = std::thread::Builder::new()
-                .name("vdiskd-writer".into())
-                .spawn(move || inner.write_back());
-            match spawned {
-                Ok(_) => state.has_writer = true,
-                Err(e) => {
-                    state.writes.pop_back();
-                    let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
-                    self.0.finish(&[(key, -errno)]);
-                }
-            }
-            return;
-        }
-        let first = state.writes.len() == 1;
-        drop(state);
-        if first {
-            self.0.write_work.notify_one();
-        }
-    }
-
     /// Takes a job back that no worker has started.
     pub fn cancel(&self, key: u32) {
         let mut state = locked(&self.0.state);
-        let state = &mut *state;
-        for jobs in [&mut state.jobs, &mut state.writes] {
-            if let Some(at) = jobs.iter().position(|j| j.key == key) {
-                jobs.remove(at);
-                self.0.finish(&[(key, -libc::ECANCELED)]);
-                return;
-            }
+        let is_it = |w: &Work| matches!(w, Work::One(j) if j.key == key);
+        let mut found = false;
+        if let Some(at) = state.work.iter().position(is_it) {
+            state.work.remove(at);
+            found = true;
+        }
+        for jobs in state.writes.values_mut() {
+            let before = jobs.len();
+            jobs.retain(|j| j.key != key);
+            found |= jobs.len() != before;
+        }
+        drop(state);
+        if found {
+            self.0.finish(&[(key, -libc::ECANCELED)]);
         }
     }
 
@@ -145,7 +150,6 @@ impl Drop for Pool {
     fn drop(&mut self) {
         locked(&self.0.state).closing = true;
         self.0.work.notify_all();
-        self.0.write_work.notify_all();
     }
 }
 
@@ -156,42 +160,34 @@ impl Inner {
         self.shared.notify();
     }
 
-    fn write_back(&self) {
-        let mut batch = Vec::with_capacity(WRITE_BATCH);
-        let mut results = Vec::with_capacity(WRITE_BATCH);
-        let mut state = locked(&self.state);
+    /// Does the writes to a file until there are no more.
+    fn write_all(&self, file: u32) {
         loop {
-            let n = state.writes.len().min(WRITE_BATCH);
-            if n > 0 {
-                batch.extend(state.writes.drain(..n));
-                drop(state);
-                results.extend(batch.drain(..).map(|job| (job.key, result_of(&job.op))));
-                self.finish(&results);
-                results.clear();
-                state = locked(&self.state);
-                continue;
-            }
-            if state.closing {
-                break;
-            }
-            let (s, timeout) = self
-                .write_work
-                .wait_timeout(state, IDLE)
-                .unwrap_or_else(|e| e.into_inner());
-            state = s;
-            if timeout.timed_out() && state.writes.is_empty() {
-                break;
-            }
+            let mut state = locked(&self.state);
+            let jobs: Vec<Job> = match state.writes.get_mut(&file) {
+                Some(writes) if !writes.is_empty() => {
+                    writes.drain(..writes.len().min(WRITE_BATCH)).collect()
+                }
+                _ => {
+                    state.writes.remove(&file);
+                    return;
+                }
+            };
+            drop(state);
+            let results: Vec<_> = jobs.iter().map(|j| (j.key, result_of(&j.op))).collect();
+            self.finish(&results);
         }
-        state.has_writer = false;
     }
 
     fn work(&self) {
         let mut state = locked(&self.state);
         loop {
-            if let Some(job) = state.jobs.pop_front() {
+            if let Some(work) = state.work.pop_front() {
                 drop(state);
-                self.finish(&[(job.key, result_of(&job.op))]);
+                match work {
+                    Work::One(job) => self.finish(&[(job.key, result_of(&job.op))]),
+                    Work::Writes(file) => self.write_all(file),
+                }
                 state = locked(&self.state);
                 continue;
             }
@@ -205,7 +201,7 @@ impl Inner {
                 .unwrap_or_else(|e| e.into_inner());
             state = s;
             state.idle -= 1;
-            if timeout.timed_out() && state.jobs.is_empty() {
+            if timeout.timed_out() && state.work.is_empty() {
                 break;
             }
         }
