@@ -194,6 +194,22 @@ impl Client {
         })
     }
 
+    /// Submits one write of a chunk for each slot of each queue, somewhere below `span`, and waits for none.
+    pub fn start_writes(&mut self, span: u64) {
+        let mut next = Positions::new(span / self.chunk as u64, false);
+        let depth = self.memory.len / self.chunk / self.queues.len();
+        for i in 0..self.queues.len() {
+            for slot in i * depth..(i + 1) * depth {
+                let (buf, len) = (self.buffer(slot), self.chunk);
+                let at = next.get() * len as u64;
+                // SAFETY: each slot has a buffer of its own, which is not touched again.
+                let result = unsafe { self.queues[i].write_raw(at, buf, len, slot) };
+                result.expect("there is room");
+            }
+            self.notifiers[i].notify().expect("the kick works");
+        }
+    }
+
     /// Runs a load on all queues from one thread that sleeps in poll(2) when there is nothing to do.
     pub fn run(&mut self, load: &Load) -> Measured {
         let mut out = Measured::default();

@@ -263,6 +263,197 @@ fn backing_chains_are_followed_only_when_named() {
     assert!(code != 0 && e.contains("read-only"), "{e}");
 }
 
+fn add_writable(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
+    let filename = format!("file.filename={}", image.display());
+    let mut args = vec![
+        "node",
+        "add",
+        id,
+        "driver=qcow2",
+        "discard=unmap",
+        &filename,
+    ];
+    args.push("file.driver=file");
+    args.extend(more);
+    daemon.ctl(&args);
+    daemon.export_node(id, id, &[]);
+}
+
+/// What `qemu-img check` has to say: nothing.
+fn assert_sound(image: &Path) {
+    let out = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2", text(image)])
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{image:?}: {out:?}");
+}
+
+/// Random writes, zeroes and discards from a client, and the same to `model`.
+fn change(client: &mut Client, model: &mut [u8], seed: u64, n: usize) {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let size = model.len() as u64;
+    for i in 0..n {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        let longest = [8, 100, 1000][(x >> 8) as usize % 3];
+        let len = ((x % longest + 1) * 512).min(size);
+        let at = (x >> 20) % ((size - len) / 512 + 1) * 512;
+        let range = at as usize..(at + len) as usize;
+        match x >> 60 {
+            0 => {
+                assert_eq!(client.write_zeroes(at, len, x & 1 == 0), 0);
+                model[range].fill(0);
+            }
+            1 => {
+                // What is discarded may read as anything it was, or zeroes: it is written again.
+                assert_eq!(client.discard(at, len), 0);
+                let data = vec![i as u8 | 1; len as usize];
+                assert_eq!(client.write(at, &data), 0);
+                model[range].copy_from_slice(&data);
+            }
+            2 => assert_eq!(client.flush(), 0),
+            _ => {
+                let data: Vec<u8> = (0..len).map(|b| (b / 512 + x) as u8).collect();
+                assert_eq!(client.write(at, &data), 0, "{at} {len}");
+                model[range].copy_from_slice(&data);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_what_qemu_reads() {
+    let daemon = Daemon::start(&[]);
+    for (i, (name, options, more)) in [
+        ("w-plain", "", &["cache.direct=off"][..]),
+        ("w-version2", "compat=0.10", &["cache.direct=off"]),
+        (
+            "w-tiny",
+            "cluster_size=512",
+            &["cache.direct=on", "l2-cache-size=8192"],
+        ),
+        ("w-huge", "cluster_size=2M", &["cache.direct=on"]),
+        (
+            "w-metadata",
+            "preallocation=metadata",
+            &["cache.direct=off"],
+        ),
+        ("w-falloc", "preallocation=falloc", &["cache.direct=on"]),
+        (
+            "w-lazy",
+            "lazy_refcounts=on,refcount_bits=1",
+            &["cache.direct=off"],
+        ),
+        (
+            "w-subclusters",
+            "extended_l2=on,cluster_size=128k",
+            &["cache.direct=off"],
+        ),
+        (
+            "w-wide",
+            "refcount_bits=64,cluster_size=4k",
+            &["cache.direct=off", "pass-discard-other=on"],
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let image = create(&daemon, name, options);
+        fill(&image, i as u64 + 40);
+        let mut model = expected(&image);
+        add_writable(&daemon, name, &image, more);
+        let mut client = Client::connect(&daemon.socket(name), 1, 1, 1 << 20);
+        change(&mut client, &mut model, i as u64 + 1, 300);
+        drop(client);
+        compare(&daemon, name, &model);
+        daemon.ctl(&["export", "remove", name]);
+        daemon.ctl(&["node", "remove", name]);
+        assert_sound(&image);
+        assert_same(&expected(&image), &model, 0, name);
+        // And QEMU goes on with it.
+        fill(&image, i as u64 + 90);
+        assert_sound(&image);
+    }
+}
+
+#[test]
+fn overlays_are_written_and_what_is_below_is_not() {
+    let daemon = Daemon::start(&[]);
+    for (name, options, base_format) in [
+        ("o3", "", "qcow2"),
+        ("o2", "compat=0.10", "raw"),
+        ("osub", "extended_l2=on,cluster_size=64k", "qcow2"),
+    ] {
+        let base = daemon.path(&format!("{name}.base"));
+        tool(
+            "qemu-img",
+            &["create", "-q", "-f", base_format, text(&base), "20M"],
+        );
+        let write = ["-f", base_format, "-c", "write -P 9 1M 18M", text(&base)];
+        tool("qemu-io", &write);
+        let before = std::fs::read(&base).unwrap();
+        let image = daemon.path(&format!("{name}.qcow2"));
+        let size = SIZE.to_string();
+        let mut args = vec!["create", "-q", "-f", "qcow2", "-F", base_format];
+        args.extend(["-b", text(&base)]);
+        if !options.is_empty() {
+            args.extend(["-o", options]);
+        }
+        args.extend([text(&image), &size]);
+        tool("qemu-img", &args);
+        let mut model = expected(&image);
+        let driver = format!("backing.driver={base_format}");
+        let filename = format!("backing.file.filename={}", base.display());
+        let backing = [driver.as_str(), "backing.file.driver=file", &filename];
+        add_writable(&daemon, name, &image, &backing);
+        let mut client = Client::connect(&daemon.socket(name), 1, 1, 1 << 20);
+        change(&mut client, &mut model, 7, 300);
+        drop(client);
+        compare(&daemon, name, &model);
+        daemon.ctl(&["node", "resize", name, "+1M"]);
+        model.resize(model.len() + (1 << 20), 0);
+        compare(&daemon, name, &model);
+        daemon.ctl(&["export", "remove", name]);
+        daemon.ctl(&["node", "remove", name]);
+        assert_sound(&image);
+        assert_same(&expected(&image), &model, 0, name);
+        assert!(std::fs::read(&base).unwrap() == before);
+    }
+}
+
+/// A daemon that is killed while queues on several threads write.
+#[test]
+fn what_was_flushed_survives_kill() {
+    for (round, engine) in ["uring", "threads", "aio"].into_iter().enumerate() {
+        let mut daemon = Daemon::start(&["--io-engine", engine, "--io-threads", "2"]);
+        let image = create(&daemon, "d0", "cluster_size=4k");
+        add_writable(&daemon, "d0", &image, &[]);
+        let mut client = Client::connect(&daemon.socket("d0"), 1, 1, 1 << 20);
+        let mut model = vec![0; SIZE as usize];
+        change(&mut client, &mut model, round as u64 + 11, 400);
+        assert_eq!(client.flush(), 0);
+        drop(client);
+        // More, of which nothing is flushed, elsewhere.
+        let mut client = Client::connect(&daemon.socket("d0"), 2, 64, 4096);
+        client.start_writes(SIZE / 2);
+        daemon.kill();
+        drop(client);
+        // The kernel lets go of the image when the last request in flight has ended.
+        let out = vdisk_qemu_tests::wait_for("the image's lock", || {
+            let check = ["check", "-f", "qcow2", "--output=json", text(&image)];
+            let out = Command::new("qemu-img").args(check).output().ok()?;
+            (!out.stdout.is_empty()).then_some(out)
+        });
+        let report = String::from_utf8_lossy(&out.stdout).into_owned();
+        // 3: leaks and nothing else.
+        assert!(matches!(out.status.code(), Some(0 | 3)), "{report}");
+        let got = expected(&image);
+        let half = (SIZE / 2) as usize;
+        assert_same(&got[half..], &model[half..], SIZE / 2, engine);
+    }
+}
+
 #[test]
 fn what_cannot_be_opened_is_refused_by_name() {
     let daemon = Daemon::start(&[]);
@@ -283,7 +474,6 @@ fn what_cannot_be_opened_is_refused_by_name() {
         }
     };
     let plain = create(&daemon, "plain", "");
-    refused(&plain, &[], &["cannot be written", "read-only=on"]);
     let raw = daemon.image("raw", MIB);
     refused(&raw, &["read-only=on"], &["not a qcow2 image"]);
     let data = daemon.path("data");
@@ -300,6 +490,14 @@ fn what_cannot_be_opened_is_refused_by_name() {
         "driver=file",
         &format!("filename={}", plain.display()),
     ]);
+    daemon.ctl(&["node", "add", "image", "driver=qcow2", "file=writable"]);
+    // One image, one owner.
+    let second = ["node", "add", "bad", "driver=qcow2", "file=writable"];
+    let (_, e) = daemon.ctl_error(&second);
+    assert!(e.contains("'writable'") && e.contains("'image'"), "{e}");
+    let (_, e) = daemon.ctl_error(&["node", "resize", "writable", "+1M"]);
+    assert!(e.contains("'image'"), "{e}");
+    daemon.ctl(&["node", "remove", "image"]);
     let args = [
         "node",
         "add",

@@ -83,6 +83,13 @@ pub struct Qcow2Options {
     pub backing: BackingRef,
     /// Bytes of L2 tables kept in memory.
     pub l2_cache_size: Option<u64>,
+    /// Bytes of refcount blocks kept in memory.
+    pub refcount_cache_size: Option<u64>,
+    /// Whether space goes back to the storage that the guest gave up, that a deleted snapshot had, or that is free for
+    /// another reason.
+    pub pass_discard_request: Option<bool>,
+    pub pass_discard_snapshot: Option<bool>,
+    pub pass_discard_other: Option<bool>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -247,6 +254,10 @@ impl NodeOptions {
             }),
             "qcow2" => DriverOptions::Qcow2(Qcow2Options {
                 l2_cache_size: f.size("l2-cache-size")?,
+                refcount_cache_size: f.size("refcount-cache-size")?,
+                pass_discard_request: f.boolean("pass-discard-request")?,
+                pass_discard_snapshot: f.boolean("pass-discard-snapshot")?,
+                pass_discard_other: f.boolean("pass-discard-other")?,
                 backing: backing_ref(&mut f, &inherited)?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),

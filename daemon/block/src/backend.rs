@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
-use vdisk_io::{IoThread, Reactor};
+use vdisk_io::{Generation, IoThread, Reactor};
 
 use crate::node::Node;
 
@@ -68,6 +68,7 @@ impl Backend {
     pub fn attach(
         self: &Arc<Self>,
         thread: &IoThread,
+        reactor: &Rc<Reactor>,
         resume: impl Fn(&Rc<Reactor>) + Send + Sync + 'static,
     ) -> Client {
         let id = ClientId(self.next_id.fetch_add(1, Ordering::Relaxed));
@@ -83,6 +84,8 @@ impl Backend {
             generation: Cell::new(self.generation.load(Ordering::Acquire)),
             node: RefCell::new(self.node()),
             backend: self.clone(),
+            reactor: reactor.clone(),
+            counts: Default::default(),
             shared,
         }
     }
@@ -145,6 +148,9 @@ impl Drop for DrainGuard {
 pub struct Client {
     backend: Arc<Backend>,
     shared: Arc<Shared>,
+    reactor: Rc<Reactor>,
+    /// Requests counted in each generation of the thread.
+    counts: [Cell<u64>; 2],
     node: RefCell<Arc<Node>>,
     generation: Cell<u64>,
 }
@@ -160,16 +166,24 @@ impl Client {
         self.backend.drains.load(Ordering::Relaxed) != 0
     }
 
-    /// Counts a request. Only while [`Client::is_drained`] is false.
+    /// Counts a request. Only while [`Client::is_drained`] is false. What is returned belongs to the request
+    /// until its [`Client::end`].
     #[inline]
-    pub fn begin(&self) {
+    pub fn begin(&self) -> Generation {
         let n = &self.shared.in_flight;
         n.store(n.load(Ordering::Relaxed) + 1, Ordering::Release);
+        let generation = self.reactor.in_flight().begin();
+        let count = &self.counts[generation.index()];
+        count.set(count.get() + 1);
+        generation
     }
 
     /// A counted request was answered.
     #[inline]
-    pub fn end(&self) {
+    pub fn end(&self, generation: Generation) {
+        let count = &self.counts[generation.index()];
+        count.set(count.get() - 1);
+        self.reactor.in_flight().end(generation, 1);
         let counter = &self.shared.in_flight;
         let n = counter.load(Ordering::Relaxed) - 1;
         counter.store(n, Ordering::Release);
@@ -199,6 +213,10 @@ impl Drop for Client {
     fn drop(&mut self) {
         locked(&self.backend.clients).retain(|c| c.id != self.shared.id);
         // Whoever waits for requests of this client need not any more.
+        for generation in Generation::ALL {
+            let n = self.counts[generation.index()].get();
+            self.reactor.in_flight().end(generation, n);
+        }
         self.shared.in_flight.store(0, Ordering::SeqCst);
         self.shared.idle.notify_waiters();
     }

@@ -7,7 +7,7 @@ use vdisk_api::{BackingRef, DriverOptions, Error, Map, NodeOptions, NodeRef, Res
 
 use crate::backend::Backend;
 use crate::node::Node;
-use crate::permission::{Permissions, Use};
+use crate::permission::{Permissions, Use, image_child_use};
 
 /// Something that uses a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +118,11 @@ impl Plan {
 }
 
 impl Opened {
+    /// The nodes, children first.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.entries.iter().map(|(_, e)| &e.node)
+    }
+
     /// Gives up what was opened.
     pub async fn close(self) {
         for (_, entry) in self.entries.into_iter().rev() {
@@ -198,6 +203,13 @@ impl Graph {
             if let BackingRef::Node(backing) = &qcow2.backing {
                 children.push(("backing", self.plan_child(&name, backing, plan)?));
             }
+            for (role, child) in &children {
+                if let Child::Existing(node) = child {
+                    let wants = image_child_use(role, !options.read_only);
+                    let user = Parent::Node(name.clone());
+                    self.check(node.name(), &user, &wants, (node.name(), &wants))?;
+                }
+            }
         }
         // Children of the new node may not have taken its name either.
         if plan.steps.iter().any(|s| s.name == name) {
@@ -243,7 +255,8 @@ impl Graph {
         names
     }
 
-    /// Takes a node, and the children that were made for it, out of the graph. They are to be closed.
+    /// Takes a node, and the children that were made for it, out of the graph. They are to be deactivated and closed
+    /// in this order.
     pub fn remove(&mut self, name: &str) -> Result<Vec<Arc<Node>>> {
         let entry = self.entry(name)?;
         if let Some(parent) = self.parents(name).first() {
@@ -292,7 +305,7 @@ impl Graph {
             all = all.merge(user.wants);
         }
         for parent in self.parent_nodes(name) {
-            all = all.merge(self.wants_of_node(parent, extra));
+            all = all.merge(self.use_of_child(parent, name, extra));
         }
         if let Some((node, wants)) = extra
             && node == name
@@ -300,6 +313,37 @@ impl Graph {
             all = all.merge(*wants);
         }
         all
+    }
+
+    /// What a node does to one of its children.
+    fn use_of_child(&self, parent: &str, child: &str, extra: Option<(&str, &Use)>) -> Use {
+        let entry = self.nodes.get(parent);
+        let role = entry.and_then(|e| e.children.iter().find(|(_, c)| c == child));
+        match (entry, role) {
+            (Some(e), Some((role, _))) if e.node.driver_name() == "qcow2" => {
+                image_child_use(role, !e.node.is_read_only())
+            }
+            _ => self.wants_of_node(parent, extra),
+        }
+    }
+
+    /// Refuses to resize a node if one of its users does not allow it.
+    pub fn check_resize(&self, name: &str) -> Result<()> {
+        for parent in self.parent_nodes(name) {
+            let wants = self.use_of_child(parent, name, None);
+            if !wants.shared.contains(Permissions::RESIZE) && self.is_image(parent) {
+                return Err(Error::in_use(format!(
+                    "node '{name}' holds the image of node '{parent}', which decides about its size: resize that"
+                )));
+            }
+            self.check_resize(parent)?;
+        }
+        Ok(())
+    }
+
+    fn is_image(&self, name: &str) -> bool {
+        let entry = self.nodes.get(name);
+        entry.is_some_and(|e| e.node.driver_name() == "qcow2")
     }
 
     /// Checks that `user` may use `name` as it wants to, all the way down.
@@ -320,12 +364,12 @@ impl Graph {
             if *user == Parent::Node(parent.to_owned()) {
                 continue;
             }
-            if let Some(what) = self.wants_of_node(parent, None).conflict(wants) {
+            if let Some(what) = self.use_of_child(parent, name, None).conflict(wants) {
                 return refuse(&Parent::Node(parent.to_owned()), what);
             }
         }
         for (_, child) in &entry.children {
-            let below = self.wants_of_node(name, Some(extra));
+            let below = self.use_of_child(name, child, Some(extra));
             self.check(child, &Parent::Node(name.to_owned()), &below, extra)?;
         }
         Ok(())
@@ -384,7 +428,10 @@ impl Graph {
     /// bottom of it changes with it.
     pub fn resized_with(&self, name: &str) -> (Vec<Arc<Backend>>, Vec<Arc<Node>>) {
         let mut bottom = name;
-        while let Some((_, child)) = self.nodes.get(bottom).and_then(|e| e.children.first()) {
+        while let Some(entry) = self.nodes.get(bottom)
+            && entry.node.has_size_of_child()
+            && let Some((_, child)) = entry.children.first()
+        {
             bottom = child;
         }
         self.above(bottom)

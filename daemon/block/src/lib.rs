@@ -11,14 +11,13 @@
 //!   may change.
 //! * A resolved mapping is used at once, within the same counted request.
 //! * Two writes that touch the same storage block are serialised if either of them is smaller than the
-//!   block (see `range_lock`).
+//!   block (see [`vdisk_io::RangeLock`]).
 
 mod backend;
 mod drivers;
 mod graph;
 mod node;
 mod permission;
-mod range_lock;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard};
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};

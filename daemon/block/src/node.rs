@@ -7,10 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
-use vdisk_io::{IoVecs, segments_aligned};
+use vdisk_io::{IoVecs, RangeLock, segments_aligned};
 
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
-use crate::range_lock::RangeLock;
 
 /// Bounce buffers have at most about this many bytes, whatever a guest asks for.
 const CHUNK: u64 = 1 << 20;
@@ -371,6 +370,17 @@ impl Node {
         Ok(())
     }
 
+    /// Takes space for the range, so that writes to it cannot fail for want of it.
+    pub async fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(Direction::Write, offset, len)?;
+        self.driver.reserve(offset, len).await
+    }
+
+    /// Whether it can become larger, and then reads as zeroes.
+    pub fn grows(&self) -> bool {
+        self.driver.grows()
+    }
+
     /// Changes the size to `size` bytes. The caller has drained everything above.
     pub async fn resize(&self, size: u64) -> io::Result<u64> {
         if self.read_only {
@@ -390,6 +400,22 @@ impl Node {
         if let Some(size) = self.driver.size_from_children() {
             self.size.store(size, Relaxed);
         }
+    }
+
+    /// The size is that of the child: they change together.
+    pub(crate) fn has_size_of_child(&self) -> bool {
+        self.driver.size_from_children().is_some()
+    }
+
+    /// Makes ready for requests. On an I/O thread, after everything below.
+    pub async fn activate(&self) -> io::Result<()> {
+        self.driver.activate().await
+    }
+
+    /// Brings what is kept in memory to the storage. On an I/O thread, before anything below; no request is in
+    /// flight, and none may come any more.
+    pub async fn deactivate(&self) -> io::Result<()> {
+        self.driver.deactivate().await
     }
 
     /// Lets go of the storage. No request is in flight, and none may come any more.

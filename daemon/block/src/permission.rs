@@ -95,6 +95,20 @@ impl Use {
     }
 }
 
+/// What the driver of an image format does to a child on its own account, whoever uses the image: it has tables to
+/// write, and to trust.
+pub(crate) fn image_child_use(role: &str, writable: bool) -> Use {
+    let read = Permissions::CONSISTENT_READ;
+    Use {
+        taken: if writable && role == "file" {
+            read.and(Permissions::WRITE).and(Permissions::RESIZE)
+        } else {
+            read
+        },
+        shared: read.and(Permissions::WRITE_UNCHANGED),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

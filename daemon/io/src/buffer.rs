@@ -5,6 +5,8 @@ use std::any::Any;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
+use crate::executor::give_way;
+
 /// Zeroed heap memory with a chosen alignment, for O_DIRECT and bounce buffers.
 pub struct AlignedBuf {
     ptr: NonNull<u8>,
@@ -79,6 +81,22 @@ impl IoVecs {
             len,
             keep: Rc::new(buf),
         }
+    }
+
+    /// The parts one after the other, sharing their memory.
+    pub fn concat(parts: Vec<IoVecs>) -> IoVecs {
+        IoVecs {
+            vecs: parts.iter().flat_map(|p| p.vecs.iter().copied()).collect(),
+            len: parts.iter().map(IoVecs::len).sum(),
+            keep: Rc::new(parts),
+        }
+    }
+
+    /// A copy of all bytes.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut out = vec![0; self.len];
+        self.copy_to_slice(0, &mut out);
+        out
     }
 
     /// A new buffer that holds a copy of `data`.
@@ -191,6 +209,17 @@ impl IoVecs {
         });
     }
 
+    /// Writes zeroes to all of it, piece by piece: others on the I/O thread have their turns in between.
+    pub async fn zero_in_turns(&self) {
+        const PIECE: usize = 1 << 20;
+        for at in (0..self.len).step_by(PIECE) {
+            self.zero(at, PIECE.min(self.len - at));
+            if at + PIECE < self.len {
+                give_way().await;
+            }
+        }
+    }
+
     /// Whether every byte is zero at the time of the look.
     pub fn is_zero(&self) -> bool {
         self.vecs.iter().all(|v| {
@@ -265,6 +294,15 @@ mod tests {
         let mut out = [0; 20];
         b.copy_to_slice(0, &mut out);
         assert_eq!(&out, b"abcdefghijklmnopqrst");
+    }
+
+    #[test]
+    fn concatenated_parts_share_their_memory() {
+        let (a, b) = (IoVecs::from_slice(b"abc"), two_parts());
+        let both = IoVecs::concat(vec![a, b.slice(5, 10)]);
+        both.copy_from_slice(2, b"0123456789");
+        assert_eq!(both.to_vec(), b"ab0123456789\0");
+        assert_eq!(b.slice(5, 10).to_vec(), b"123456789\0");
     }
 
     #[test]

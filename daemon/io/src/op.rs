@@ -7,6 +7,8 @@ pub enum Fallocate {
     PunchHole,
     /// Keeps or allocates the blocks; reads give zeroes (`FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE`).
     ZeroRange,
+    /// Allocates the blocks; reads give what they gave (`FALLOC_FL_KEEP_SIZE`).
+    Reserve,
 }
 
 impl Fallocate {
@@ -14,6 +16,7 @@ impl Fallocate {
         match self {
             Fallocate::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             Fallocate::ZeroRange => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+            Fallocate::Reserve => libc::FALLOC_FL_KEEP_SIZE,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::buffer::IoVecs;
 use crate::engine::{Engine, Event, Wait};
 use crate::executor::Executor;
 use crate::file::IoFile;
+use crate::in_flight::InFlight;
 use crate::op::{OpKind, RawOp};
 use crate::poll_window::PollWindow;
 use crate::stats::ThreadStats;
@@ -176,6 +177,7 @@ pub struct Reactor {
     events: RefCell<Vec<Event>>,
     kept: RefCell<HashMap<u64, Rc<dyn Any>>>,
     next_kept: Cell<u64>,
+    in_flight: InFlight,
 }
 
 /// Names a value that was left with a reactor; may be sent anywhere.
@@ -215,6 +217,7 @@ impl Reactor {
             events: RefCell::default(),
             kept: RefCell::default(),
             next_kept: Cell::new(0),
+            in_flight: InFlight::default(),
             shared,
         })
     }
@@ -243,6 +246,12 @@ impl Reactor {
 
     pub fn stats(&self) -> &ThreadStats {
         &self.shared.stats
+    }
+
+    /// The requests that this thread serves at the moment.
+    #[inline]
+    pub fn in_flight(&self) -> &InFlight {
+        &self.in_flight
     }
 
     /// Runs a future on this thread.

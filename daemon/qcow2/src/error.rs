@@ -27,6 +27,30 @@ pub enum Error {
     },
     #[error("the compressed cluster at guest offset {0:#x} cannot be decompressed")]
     Compressed(u64),
+    #[error("entry {index} of the refcount table is corrupt: {value:#x}")]
+    RefcountTable { index: u64, value: u64 },
+    #[error("a cluster would have more references than fit into {bits} bits")]
+    RefcountOverflow { bits: u32 },
+    #[error("version 2 of the format has no {0}: use version 3 (compat 1.1)")]
+    NeedsVersion3(&'static str),
+    #[error("it was not closed, and {0} of its references cannot be repaired")]
+    NotRepaired(u64),
+    #[error("clusters beyond the end of the file have references: it is corrupt")]
+    BeyondEnd,
+    #[error("the image would be larger than the format allows")]
+    TooLarge,
+    #[error("new data would be put over the image's own tables: it is corrupt")]
+    Overlap,
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl From<Error> for std::io::Error {
+    fn from(e: Error) -> std::io::Error {
+        let kind = match e {
+            Error::TooLarge => std::io::ErrorKind::StorageFull,
+            _ => std::io::ErrorKind::InvalidData,
+        };
+        std::io::Error::new(kind, e)
+    }
+}

@@ -1,5 +1,6 @@
 //! The header (specification, sections "Header" and "Header extensions").
 
+use crate::bitmap::BitmapDirectory;
 use crate::compress::Compression;
 use crate::error::{Error, Result};
 
@@ -10,14 +11,39 @@ const MAGIC: u32 = 0x5146_49fb;
 pub const MAX_HEADER: usize = 2 << 20;
 
 /// The largest L1 table, in bytes. (QEMU has the same limit.)
-const MAX_L1: u64 = 32 << 20;
+pub(crate) const MAX_L1: u64 = 32 << 20;
 
 const MIN_LENGTH_V2: usize = 72;
 const MIN_LENGTH_V3: usize = 104;
 
+/// The length of the headers that are made here.
+const LENGTH_V3: usize = 112;
+
+/// Bits and names of all features, by kind: incompatible (0), compatible (1), autoclear (2).
+const FEATURE_NAMES: [(u8, u8, &str); 8] = [
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+];
+
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXT_BITMAPS: u32 = 0x2385_2875;
+
+// Offsets of the fields that change while an image is open.
+const AT_SIZE: usize = 24;
+const AT_L1_ENTRIES: usize = 36;
+const AT_L1_OFFSET: usize = 40;
+const AT_REFCOUNT_TABLE: usize = 48;
+const AT_SNAPSHOTS: usize = 60;
+const AT_INCOMPATIBLE: usize = 72;
+const AT_AUTOCLEAR: usize = 88;
 
 const INCOMPAT_DIRTY: u32 = 0;
 const INCOMPAT_CORRUPT: u32 = 1;
@@ -25,14 +51,10 @@ const INCOMPAT_DATA_FILE: u32 = 2;
 const INCOMPAT_COMPRESSION: u32 = 3;
 const INCOMPAT_EXTENDED_L2: u32 = 4;
 
-/// Names of the incompatible features that the specification defines, for images without a table of names.
-const INCOMPAT_NAMES: [&str; 5] = [
-    "dirty bit",
-    "corrupt bit",
-    "external data file",
-    "compression type",
-    "extended L2 entries",
-];
+/// The bitmaps extension is valid.
+pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1;
+/// The data of an external data file is the guest's disk as it is.
+pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 2;
 
 /// What a header says, checked. Offsets and lengths are bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +66,9 @@ pub struct Header {
     pub size: u64,
     pub l1_entries: u32,
     pub l1_offset: u64,
+    pub refcount_table_offset: u64,
+    /// Clusters of the refcount table.
+    pub refcount_table_clusters: u32,
     /// A reference count has 2^`refcount_order` bits.
     pub refcount_order: u32,
     /// L2 entries have 16 bytes, with a bitmap for 32 subclusters.
@@ -54,9 +79,15 @@ pub struct Header {
     /// Somebody found the tables to be corrupt.
     pub corrupt: bool,
     pub snapshots: u32,
+    pub snapshots_offset: u64,
+    /// Bits of compatible features: those that are not known do not matter.
+    pub compatible: u64,
+    /// Bits of features whose data a writer that does not know them makes invalid.
+    pub autoclear: u64,
     /// The name of the backing file, as it stands in the image: untrusted, and never opened by itself.
     pub backing_file: Option<String>,
     pub backing_format: Option<String>,
+    pub bitmaps: Option<BitmapDirectory>,
 }
 
 fn be32(bytes: &[u8], at: usize) -> Option<u32> {
@@ -82,6 +113,7 @@ struct Extensions {
     backing_format: Option<String>,
     /// Names of incompatible features by bit.
     names: Vec<(u8, String)>,
+    bitmaps: Option<BitmapDirectory>,
 }
 
 impl Header {
@@ -217,6 +249,11 @@ impl Header {
         if !size.is_multiple_of(512) {
             return field("the size of the disk", size, "a multiple of 512 is allowed");
         }
+        let autoclear = if version == 3 {
+            u64_at(AT_AUTOCLEAR)?
+        } else {
+            0
+        };
         Ok(Header {
             version,
             cluster_bits,
@@ -228,10 +265,118 @@ impl Header {
             compression,
             dirty: has(INCOMPAT_DIRTY),
             corrupt: has(INCOMPAT_CORRUPT),
-            snapshots: u32_at(60)?,
+            snapshots: u32_at(AT_SNAPSHOTS)?,
+            snapshots_offset: u64_at(64)?,
+            refcount_table_offset: u64_at(AT_REFCOUNT_TABLE)?,
+            refcount_table_clusters: u32_at(56)?,
+            compatible: if version == 3 { u64_at(80)? } else { 0 },
+            autoclear,
             backing_file: backing_file(first, u64_at(8)?, u32_at(16)?)?,
             backing_format: extensions.backing_format,
+            // Without its autoclear bit the extension is out of date.
+            bitmaps: extensions
+                .bitmaps
+                .filter(|_| autoclear & AUTOCLEAR_BITMAPS != 0),
         })
+    }
+}
+
+impl Header {
+    /// Bytes at the beginning of an image that [`Header::patch`] needs.
+    pub const PATCHED: usize = 512;
+
+    /// Brings the fields that may change while an image is open into the beginning of the file.
+    pub fn patch(&self, bytes: &mut [u8; Header::PATCHED]) {
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(AT_SIZE, &self.size.to_be_bytes());
+        put(AT_L1_ENTRIES, &self.l1_entries.to_be_bytes());
+        put(AT_L1_OFFSET, &self.l1_offset.to_be_bytes());
+        put(AT_REFCOUNT_TABLE, &self.refcount_table_offset.to_be_bytes());
+        put(
+            AT_REFCOUNT_TABLE + 8,
+            &self.refcount_table_clusters.to_be_bytes(),
+        );
+        put(AT_SNAPSHOTS, &self.snapshots.to_be_bytes());
+        put(AT_SNAPSHOTS + 4, &self.snapshots_offset.to_be_bytes());
+        if self.version == 3 {
+            let state =
+                u8::from(self.dirty) << INCOMPAT_DIRTY | u8::from(self.corrupt) << INCOMPAT_CORRUPT;
+            let last = AT_INCOMPATIBLE + 7;
+            put(AT_AUTOCLEAR, &self.autoclear.to_be_bytes());
+            bytes[last] = bytes[last] & !3 | state;
+        }
+    }
+
+    /// The beginning of a new image with this header: the header, its extensions and the name of the backing file.
+    pub(crate) fn encode(&self) -> Result<Vec<u8>> {
+        let mut out = vec![0; Header::PATCHED];
+        out[..4].copy_from_slice(&MAGIC.to_be_bytes());
+        let mut put = |at: usize, value: &[u8]| out[at..at + value.len()].copy_from_slice(value);
+        put(4, &self.version.to_be_bytes());
+        put(20, &self.cluster_bits.to_be_bytes());
+        let mut length = MIN_LENGTH_V2;
+        let mut extensions = Vec::new();
+        let mut extension = |kind: u32, data: &[u8]| {
+            extensions.extend(kind.to_be_bytes());
+            extensions.extend((data.len() as u32).to_be_bytes());
+            extensions.extend(data);
+            extensions.resize(extensions.len().next_multiple_of(8), 0);
+        };
+        if let Some(format) = &self.backing_format {
+            extension(EXT_BACKING_FORMAT, format.as_bytes());
+        }
+        if self.version == 3 {
+            length = LENGTH_V3;
+            let zstd = self.compression == Compression::Zstd;
+            let incompatible = u64::from(zstd) << INCOMPAT_COMPRESSION
+                | u64::from(self.extended_l2) << INCOMPAT_EXTENDED_L2;
+            put(AT_INCOMPATIBLE, &incompatible.to_be_bytes());
+            put(80, &self.compatible.to_be_bytes());
+            put(96, &self.refcount_order.to_be_bytes());
+            put(100, &(LENGTH_V3 as u32).to_be_bytes());
+            put(104, &[u8::from(zstd)]);
+            // Small clusters have no room for them beside the name of a backing file.
+            let room = (1usize << self.cluster_bits) - LENGTH_V3;
+            let others = self.backing_file.as_ref().map_or(0, |n| n.len() + 64);
+            let mut names = Vec::new();
+            for (kind, bit, name) in FEATURE_NAMES {
+                let mut entry = vec![kind, bit];
+                entry.extend(name.as_bytes());
+                entry.resize(48, 0);
+                names.extend(entry);
+            }
+            if names.len() + 16 + others <= room {
+                extension(EXT_FEATURE_NAMES, &names);
+            }
+        }
+        extension(EXT_END, &[]);
+        if let Some(name) = &self.backing_file {
+            let at = length + extensions.len();
+            put(8, &(at as u64).to_be_bytes());
+            put(16, &(name.len() as u32).to_be_bytes());
+            extensions.extend(name.as_bytes());
+        }
+        let mut fields = [0; Header::PATCHED];
+        fields.copy_from_slice(&out);
+        self.patch(&mut fields);
+        let mut out = fields[..length].to_vec();
+        out.extend(extensions);
+        if out.len() > 1 << self.cluster_bits {
+            return field(
+                "the length of the header with the name of the backing file",
+                out.len() as u64,
+                "it must fit into a cluster: choose larger clusters or a shorter name",
+            );
+        }
+        out.resize(1 << self.cluster_bits, 0);
+        Ok(out)
+    }
+
+    /// Entries of an L1 table for a disk of `size` bytes.
+    pub fn l1_entries_for(&self, size: u64) -> u64 {
+        let cluster = 1u64 << self.cluster_bits;
+        let per_table = cluster / if self.extended_l2 { 16 } else { 8 };
+        size.div_ceil(cluster).div_ceil(per_table)
     }
 }
 
@@ -275,6 +420,16 @@ fn extensions(first: &[u8], mut at: usize) -> Result<Extensions> {
                         .push((entry[1], String::from_utf8_lossy(name).into_owned()));
                 }
             }
+            EXT_BITMAPS => {
+                out.bitmaps = match (be32(data, 0), be64(data, 8), be64(data, 16)) {
+                    (Some(bitmaps), Some(size), Some(offset)) => Some(BitmapDirectory {
+                        bitmaps,
+                        size,
+                        offset,
+                    }),
+                    _ => return Err(Error::Short("the extension for bitmaps")),
+                };
+            }
             // Unknown extensions are to be ignored (specification, "Header extensions").
             _ => {}
         }
@@ -285,7 +440,7 @@ fn extensions(first: &[u8], mut at: usize) -> Result<Extensions> {
 
 fn feature_name(bit: u32, names: &[(u8, String)]) -> String {
     if bit == INCOMPAT_DATA_FILE {
-        return INCOMPAT_NAMES[bit as usize].to_owned();
+        return "external data file".to_owned();
     }
     let own = names.iter().find(|(b, _)| u32::from(*b) == bit);
     match own {

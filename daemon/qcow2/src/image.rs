@@ -1,20 +1,59 @@
-//! An open image: its header, its L1 table, and as many L2 tables as it may keep.
+//! An open image: where its bytes are, and what is in memory of its tables.
+//!
+//! Invariants:
+//! * An L2 table in memory is never older than the one in the file: a table is read under the lock of its
+//!   number, and dropped only when everything that changed in it is stored.
+//! * An entry of a table refers to a cluster only when all of that cluster's data is written (not yet
+//!   durable).
+//! * A cluster that nothing refers to any more is given to somebody else only when that is durable, and
+//!   when every request has ended that may have found it before.
 
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::Semaphore;
+use vdisk_io::{IoVecs, RangeLock};
+
+use crate::compress::Compression;
 use crate::error::{Error, Result};
-use crate::header::Header;
-use crate::l2_cache::L2Cache;
-use crate::mapping::{Kind, Layout, Mapping};
+use crate::header::{Header, MAX_L1};
+use crate::mapping::{Entry, Kind, Layout, Mapping, OFFSET_MASK};
+use crate::meta::Meta;
+use crate::storage::{Storage, buffer, read_or_zero};
+use crate::tables::{Table, Tables};
 
-/// What an image may use.
+/// How an image is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct Options {
     /// Bytes of L2 tables kept in memory.
     pub l2_cache: u64,
+    /// Bytes of refcount blocks kept in memory.
+    pub refcount_cache: u64,
+    /// Space that the guest gives up goes back to the storage.
+    pub pass_discard_request: bool,
+    /// Space of deleted snapshots goes back to the storage.
+    pub pass_discard_snapshot: bool,
+    /// Space of tables and of clusters that were copied goes back to the storage.
+    pub pass_discard_other: bool,
+    /// Discarded clusters keep their place in the file; only the space goes back to the storage.
+    pub discard_no_unref: bool,
+    /// Metadata is written in multiples of this many bytes, a power of two.
+    pub block_size: usize,
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { l2_cache: 32 << 20 }
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            l2_cache: 32 << 20,
+            refcount_cache: 8 << 20,
+            pass_discard_request: true,
+            pass_discard_snapshot: true,
+            pass_discard_other: false,
+            discard_no_unref: false,
+            block_size: 512,
+        }
     }
 }
 
@@ -23,51 +62,132 @@ impl Default for Limits {
 pub enum Lookup {
     /// The first `len` (at least one) bytes of the range are of one kind.
     Mapped(Mapping),
-    /// This L2 table must be read: a cluster at byte `offset` of the file, to be given to
-    /// [`Image::insert_table`].
-    NeedsTable { index: usize, offset: u64 },
+    /// This L2 table must be read.
+    NeedsTable { index: usize },
 }
 
 /// A lookup goes through at most so many entries: a long range of small clusters must not keep a thread.
 const MAX_STEPS: usize = 4096;
 
-const L1_OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Clusters of one image that are decompressed at a time: bounds the memory that guests can ask for.
+const MAX_DECOMPRESSING: usize = 4;
 
+/// An image, used by any number of threads at once.
 pub struct Image {
-    header: Header,
-    layout: Layout,
-    /// Offsets of the L2 tables; 0 for none.
-    l1: Box<[u64]>,
-    cache: L2Cache,
+    pub(crate) layout: Layout,
+    pub(crate) version: u32,
+    compression: Compression,
+    pub(crate) options: Options,
+    pub(crate) file: Arc<dyn Storage>,
+    pub(crate) backing: Option<Arc<dyn Storage>>,
+    /// What is unallocated may read as something else than zeroes, now or when it is opened another time.
+    pub(crate) has_backing: bool,
+    pub(crate) tables: Tables,
+    size: AtomicU64,
+    meta: Mutex<Meta>,
+    /// Clusters of the guest's disk whose entries somebody is about to change.
+    pub(crate) clusters: RangeLock,
+    /// L1 indices of which the table is being read or made.
+    pub(crate) table_loads: RangeLock,
+    /// Refcount blocks that are being read.
+    pub(crate) block_loads: RangeLock,
+    pub(crate) growing: tokio::sync::Mutex<()>,
+    pub(crate) committing: tokio::sync::Mutex<()>,
+    /// Held by whoever gives unused clusters back.
+    pub(crate) tidying: tokio::sync::Mutex<()>,
+    /// Counts changes of the tables.
+    pub(crate) changes: AtomicU64,
+    /// The change up to which everything is durable.
+    pub(crate) committed: AtomicU64,
+    decompressing: Semaphore,
+    /// The cluster that was decompressed last: its descriptor and its data.
+    decompressed: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
 }
 
-fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+pub(crate) fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     let (chunks, _) = bytes.as_chunks::<8>();
     chunks.iter().map(|b| u64::from_be_bytes(*b))
 }
 
+pub(crate) fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 impl Image {
-    /// `l1` holds the bytes of the L1 table, `header.l1_entries` of 8 bytes.
-    pub fn new(header: Header, l1: &[u8], limits: Limits) -> Result<Image> {
-        let l1: Box<[u64]> = words(l1).take(header.l1_entries as usize).collect();
-        if l1.len() < header.l1_entries as usize {
+    /// `l1` holds the bytes of the L1 table, `header.l1_entries` of 8 bytes. The image can be read; for writing see
+    /// [`Image::activate`].
+    pub fn new(
+        header: Header,
+        l1: &[u8],
+        file: Arc<dyn Storage>,
+        backing: Option<Arc<dyn Storage>>,
+        options: Options,
+    ) -> Result<Image> {
+        if l1.len() / 8 < header.l1_entries as usize {
             return Err(Error::Short("the L1 table"));
         }
         let layout = Layout {
             cluster_bits: header.cluster_bits,
             extended: header.extended_l2,
         };
-        let capacity = limits.l2_cache / layout.cluster();
+        let tables = Tables::new((MAX_L1 / 8) as usize);
+        for (i, entry) in words(l1).take(header.l1_entries as usize).enumerate() {
+            tables.set_l1(i, entry);
+        }
+        let capacity = usize::try_from(options.l2_cache / layout.cluster()).unwrap_or(usize::MAX);
         Ok(Image {
-            cache: L2Cache::new(l1.len(), usize::try_from(capacity).unwrap_or(usize::MAX)),
-            header,
             layout,
-            l1,
+            version: header.version,
+            compression: header.compression,
+            options: Options {
+                block_size: options.block_size.min(layout.cluster() as usize),
+                ..options
+            },
+            file,
+            has_backing: backing.is_some() || header.backing_file.is_some(),
+            backing,
+            tables,
+            size: AtomicU64::new(header.size),
+            meta: Mutex::new(Meta {
+                header,
+                order: Default::default(),
+                capacity: capacity.max(1),
+                in_commit: Default::default(),
+                writing: None,
+            }),
+            clusters: RangeLock::default(),
+            table_loads: RangeLock::default(),
+            block_loads: RangeLock::default(),
+            growing: Default::default(),
+            committing: Default::default(),
+            tidying: Default::default(),
+            changes: AtomicU64::new(0),
+            committed: AtomicU64::new(0),
+            decompressing: Semaphore::new(MAX_DECOMPRESSING),
+            decompressed: Mutex::default(),
         })
     }
 
-    pub fn header(&self) -> &Header {
-        &self.header
+    /// What the header says at the moment.
+    pub fn header(&self) -> Header {
+        self.meta().header.clone()
+    }
+
+    pub(crate) fn meta(&self) -> MutexGuard<'_, Meta> {
+        locked(&self.meta)
+    }
+
+    pub(crate) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// Bytes of the guest's disk.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
     }
 
     /// Bytes of a cluster.
@@ -105,6 +225,7 @@ impl Image {
         let m = found.unwrap_or(Mapping {
             kind: Kind::Unallocated,
             len,
+            writable: false,
         });
         Ok(Lookup::Mapped(Mapping {
             len: m.len.min(len),
@@ -114,206 +235,185 @@ impl Image {
 
     #[inline]
     fn one(&self, at: u64) -> Result<Lookup> {
-        let table_bits = self.layout.table_bits();
-        let index = (at >> (self.layout.cluster_bits + table_bits)) as usize;
-        let Some(&l1) = self.l1.get(index) else {
-            return Err(Error::Short("the L1 table"));
-        };
-        let table = l1 & L1_OFFSET_MASK;
+        let (index, entry) = self.layout.position(at);
+        let table = self.tables.l1(index) & OFFSET_MASK;
         if table == 0 {
-            let span = 1u64 << (self.layout.cluster_bits + table_bits);
+            let span = self.layout.span();
             return Ok(Lookup::Mapped(Mapping {
                 kind: Kind::Unallocated,
                 len: span - (at & (span - 1)),
+                writable: false,
             }));
         }
-        if table & (self.layout.cluster() - 1) != 0 {
-            return Err(Error::Corrupt {
-                what: "the L1 entry",
-                at,
-                value: l1,
-            });
-        }
-        let entry = (at >> self.layout.cluster_bits) as usize & ((1 << table_bits) - 1);
-        let found = self.cache.with(index, |words| {
-            if self.layout.extended {
-                (words[2 * entry], words[2 * entry + 1])
-            } else {
-                (words[entry], 0)
-            }
-        });
-        match found {
-            Some((entry, bitmap)) => Ok(Lookup::Mapped(self.layout.decode(entry, bitmap, at)?)),
-            None => Ok(Lookup::NeedsTable {
-                index,
-                offset: table,
-            }),
+        match self.tables.with(index, |t| t.entry(self.layout, entry)) {
+            Some(entry) => Ok(Lookup::Mapped(self.layout.decode(entry, at)?)),
+            None => Ok(Lookup::NeedsTable { index }),
         }
     }
 
-    /// Takes an L2 table in: the whole cluster that [`Lookup::NeedsTable`] asked for.
-    pub fn insert_table(&self, index: usize, bytes: &[u8]) -> Result<()> {
-        let table: Box<[u64]> = words(bytes).collect();
-        if table.len() as u64 * 8 != self.cluster() {
-            return Err(Error::Short("an L2 table"));
+    /// Makes sure that an L2 table was in memory at one moment.
+    pub(crate) async fn load_table(&self, index: usize) -> io::Result<()> {
+        let _held = self.table_loads.lock(index as u64..index as u64 + 1).await;
+        self.load_table_held(index).await
+    }
+
+    /// As [`Image::load_table`], for whoever holds the number of the table.
+    pub(crate) async fn load_table_held(&self, index: usize) -> io::Result<()> {
+        let l1 = self.tables.l1(index);
+        if l1 & OFFSET_MASK == 0 || self.tables.has(index) {
+            return Ok(());
         }
-        self.cache.insert(index, table);
+        let table = self.read_table(index, l1).await?;
+        self.insert_table(index, table);
         Ok(())
     }
 
-    /// Decompresses the cluster that `at` lies in.
-    pub fn decompress(&self, at: u64, data: &[u8]) -> Result<Vec<u8>> {
-        let mut out = vec![0; self.cluster() as usize];
-        if self.header.compression.decompress(data, &mut out) {
-            Ok(out)
-        } else {
-            Err(Error::Compressed(at & !(self.cluster() - 1)))
+    async fn read_table(&self, index: usize, l1: u64) -> io::Result<Arc<Table>> {
+        let offset = l1 & OFFSET_MASK;
+        if offset & (self.cluster() - 1) != 0 {
+            return Err(Error::Corrupt {
+                what: "the L1 entry",
+                at: index as u64 * self.layout.span(),
+                value: l1,
+            }
+            .into());
+        }
+        let bytes = self
+            .read_metadata(offset, self.cluster(), "an L2 table")
+            .await?;
+        Ok(Table::new(words(&bytes)))
+    }
+
+    /// Takes a table in; another that was not used lately goes if there are too many.
+    pub(crate) fn insert_table(&self, index: usize, table: Arc<Table>) {
+        let mut meta = self.meta();
+        if !self.tables.put(index, Some(table)) {
+            meta.evict(self, index);
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// An image of 512-byte clusters: header, L1 table, L2 table, data.
-    fn image() -> Vec<u8> {
-        let mut b = vec![0u8; 8 * 512];
-        b[..4].copy_from_slice(b"QFI\xfb");
-        let mut put32 = |at: usize, v: u32| b[at..at + 4].copy_from_slice(&v.to_be_bytes());
-        put32(4, 3);
-        put32(20, 9);
-        put32(36, 4);
-        put32(96, 4);
-        put32(100, 104);
-        let mut put64 = |at: usize, v: u64| b[at..at + 8].copy_from_slice(&v.to_be_bytes());
-        put64(24, 64 << 10);
-        put64(40, 512);
-        put64(512, 1024 | 1 << 63);
-        put64(1024, 1536 | 1 << 63);
-        put64(1032, 2048 | 1 << 63);
-        put64(1040, 1);
-        put64(1048, 3072);
-        b
+    pub(crate) async fn read_metadata(
+        &self,
+        offset: u64,
+        len: u64,
+        what: &'static str,
+    ) -> io::Result<Vec<u8>> {
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > self.file.size())
+        {
+            return Err(Error::Short(what).into());
+        }
+        let iov = buffer(len as usize);
+        self.file.read(offset, iov.clone()).await?;
+        Ok(iov.to_vec())
     }
 
-    /// Does what a driver does, on an image in memory.
-    fn read(bytes: &[u8], offset: u64, len: u64) -> Result<Vec<Mapping>> {
-        let header = Header::parse(bytes, bytes.len() as u64)?;
-        let l1 =
-            header.l1_offset as usize..header.l1_offset as usize + header.l1_entries as usize * 8;
-        let image = Image::new(header, &bytes[l1], Limits::default())?;
-        let (mut at, end) = (offset, (offset + len).min(image.header().size));
-        let mut out = Vec::new();
-        while at < end {
-            match image.lookup(at, end - at)? {
+    /// The entries of `n` clusters (at least one) from the one that `at` lies in, within one L2 table.
+    pub(crate) async fn entries(&self, at: u64, n: usize) -> io::Result<Vec<Entry>> {
+        let (index, first) = self.layout.position(at);
+        loop {
+            if self.tables.l1(index) & OFFSET_MASK == 0 {
+                return Ok(vec![Entry::default(); n]);
+            }
+            let all = |t: &Table| {
+                (first..first + n)
+                    .map(|i| t.entry(self.layout, i))
+                    .collect()
+            };
+            if let Some(entries) = self.tables.with(index, all) {
+                return Ok(entries);
+            }
+            self.load_table(index).await?;
+        }
+    }
+
+    // Reading.
+
+    /// The whole cluster around `at`, whose compressed data is here.
+    pub(crate) async fn decompress(
+        &self,
+        at: u64,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<Arc<Vec<u8>>> {
+        let last = || {
+            let last = locked(&self.decompressed);
+            last.as_ref()
+                .and_then(|(place, data)| (*place == offset).then(|| data.clone()))
+        };
+        if let Some(data) = last() {
+            return Ok(data);
+        }
+        let _permit = self.decompressing.acquire().await;
+        // Somebody else may have done it meanwhile.
+        if let Some(data) = last() {
+            return Ok(data);
+        }
+        let raw = IoVecs::zeroed(len as usize, 512);
+        read_or_zero(&*self.file, offset, raw.clone()).await?;
+        let mut data = vec![0; self.cluster() as usize];
+        if !self.compression.decompress(&raw.to_vec(), &mut data) {
+            return Err(Error::Compressed(at & !(self.cluster() - 1)).into());
+        }
+        let data = Arc::new(data);
+        *locked(&self.decompressed) = Some((offset, data.clone()));
+        Ok(data)
+    }
+
+    /// What was decompressed may lie where something else is now.
+    pub(crate) fn forget_decompressed(&self) {
+        *locked(&self.decompressed) = None;
+    }
+
+    /// Reads a range within the disk.
+    pub async fn read(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        let mut done = 0;
+        while done < iov.len() {
+            let at = offset + done as u64;
+            let m = match self.lookup(at, (iov.len() - done) as u64)? {
+                Lookup::Mapped(m) => m,
+                Lookup::NeedsTable { index } => {
+                    self.load_table(index).await?;
+                    continue;
+                }
+            };
+            let len = m.len as usize;
+            let part = iov.slice(done, len);
+            match (m.kind, &self.backing) {
+                (Kind::Data(host), _) => read_or_zero(&*self.file, host, part).await?,
+                (Kind::Unallocated, Some(backing)) => read_or_zero(&**backing, at, part).await?,
+                (Kind::Zero | Kind::Unallocated, _) => part.zero_in_turns().await,
+                (Kind::Compressed { offset, len: raw }, _) => {
+                    let data = self.decompress(at, offset, raw).await?;
+                    let within = (at & (self.cluster() - 1)) as usize;
+                    part.copy_from_slice(0, &data[within..within + len]);
+                }
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Whether a range reads as zeroes for certain, by what the tables say.
+    pub(crate) async fn reads_zero(&self, range: Range<u64>) -> io::Result<bool> {
+        let mut at = range.start;
+        while at < range.end {
+            match self.lookup(at, range.end - at)? {
+                Lookup::NeedsTable { index } => self.load_table(index).await?,
                 Lookup::Mapped(m) => {
-                    assert!(m.len > 0 && m.len <= end - at);
-                    if let Kind::Compressed { offset, len } = m.kind {
-                        let from = (offset as usize).min(bytes.len());
-                        let to = from.saturating_add(len as usize).min(bytes.len());
-                        let _ = image.decompress(at, &bytes[from..to]);
+                    let zero = match (m.kind, &self.backing) {
+                        (Kind::Zero, _) | (Kind::Unallocated, None) => true,
+                        (Kind::Unallocated, Some(b)) => at >= b.size(),
+                        _ => false,
+                    };
+                    if !zero {
+                        return Ok(false);
                     }
                     at += m.len;
-                    out.push(m);
-                }
-                Lookup::NeedsTable { index, offset } => {
-                    let table = usize::try_from(offset)
-                        .ok()
-                        .and_then(|o| bytes.get(o..)?.get(..image.cluster() as usize))
-                        .ok_or(Error::Short("an L2 table"))?;
-                    image.insert_table(index, table)?;
                 }
             }
         }
-        Ok(out)
-    }
-
-    #[test]
-    fn neighbours_are_one_mapping() {
-        let map = |kind, len| Mapping { kind, len };
-        assert_eq!(
-            read(&image(), 100, 4096).unwrap(),
-            [
-                map(Kind::Data(1636), 924),
-                map(Kind::Zero, 512),
-                map(Kind::Data(3072), 512),
-                map(Kind::Unallocated, 4096 - 924 - 1024),
-            ]
-        );
-    }
-
-    #[test]
-    fn wrong_headers_are_named() {
-        let check = |at: usize, bytes: &[u8], message: &str| {
-            let mut b = image();
-            b[at..at + bytes.len()].copy_from_slice(bytes);
-            let e = read(&b, 0, 512).unwrap_err().to_string();
-            assert!(e.contains(message), "{e}");
-        };
-        check(0, b"QFI\0", "magic");
-        check(4, &[0, 0, 0, 9], "version 9");
-        check(20, &[0, 0, 0, 8], "cluster bits is 8");
-        check(20, &[0, 0, 0, 22], "cluster bits is 22");
-        check(24, &[0xff; 8], "too few");
-        check(32, &[0, 0, 0, 1], "legacy AES");
-        check(32, &[0, 0, 0, 2], "LUKS");
-        check(36, &[0xff; 4], "at most 4194304");
-        check(40, &[0, 0, 0, 0, 0, 0, 0, 1], "outside the file");
-        check(40, &[0x7f; 8], "outside the file");
-        check(79, &[4], "external data file");
-        check(72, &[0x80], "bit 63");
-        check(79, &[8], "compression type");
-        check(96, &[0, 0, 0, 7], "refcount order is 7");
-        check(100, &[0, 0, 0, 3], "length of the header is 3");
-        check(
-            8,
-            &[0, 0, 0, 0, 0xff, 0, 0, 0, 0, 0, 0, 9],
-            "name of the backing file",
-        );
-        check(512, &[0, 0xff, 0, 0, 0, 0, 0, 0], "L2 table");
-        assert!(matches!(read(&image()[..60], 0, 1), Err(Error::Short(_))));
-    }
-
-    #[test]
-    fn the_cache_is_bounded() {
-        let mut b = image();
-        // All L1 entries with the same table.
-        for i in 0..4 {
-            b[512 + 8 * i..520 + 8 * i].copy_from_slice(&1024u64.to_be_bytes());
-        }
-        let header = Header::parse(&b, b.len() as u64).unwrap();
-        let image = Image::new(header, &b[512..], Limits { l2_cache: 1024 }).unwrap();
-        for index in 0..2 {
-            for l1 in 0..2 {
-                image.insert_table(l1 + 2 * index, &b[1024..1536]).unwrap();
-            }
-            assert_eq!(image.cache.len(), 2);
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4096))]
-        #[test]
-        fn no_image_breaks_the_reader(
-            changes in prop::collection::vec((0usize..2048, any::<u8>()), 0..12),
-            words in prop::collection::vec((0usize..192, any::<u64>()), 0..4),
-        ) {
-            let mut b = image();
-            for (at, value) in words {
-                b[512 + 8 * at..520 + 8 * at].copy_from_slice(&value.to_be_bytes());
-            }
-            for (at, value) in changes {
-                // The head, and the tables, more often than the rest.
-                let at = if at > 1024 { at } else { at % 112 };
-                b[at] = value;
-            }
-            if let Ok(map) = read(&b, 0, 64 << 10) {
-                let total: u64 = map.iter().map(|m| m.len).sum();
-                prop_assert!(total <= 64 << 10);
-            }
-        }
+        Ok(true)
     }
 }

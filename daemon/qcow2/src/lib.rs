@@ -1,20 +1,38 @@
-//! The qcow2 image format (QEMU, docs/interop/qcow2): what a header says, and where the bytes of a range are.
+//! The qcow2 image format (QEMU, docs/interop/qcow2): reading and writing, safe against power cuts.
 //!
-//! Nothing here does I/O: whoever has the file reads what [`Image`] asks for, and the same code serves a
-//! fast path that must not wait, a slow path that may, tests in memory and fuzzers.
+//! An [`Image`] lies in a [`Storage`]. [`Image::lookup`] says at once where the bytes of a range are, without
+//! a lock or an allocation, if the tables for that are in memory: a driver sends such requests straight to the
+//! file. Everything else is done by the `async` methods, from any number of I/O threads at once.
 //!
 //! Images are hostile. Every offset, length and count is checked before it is used; memory is bounded by
-//! [`Limits`] and by the maximum sizes of the format, not by what an image says.
+//! [`Options`] and by the maximum sizes of the format, not by what an image says.
 
+mod activate;
+mod allocator;
+mod bitmap;
+mod check;
+mod commit;
 mod compress;
+mod create;
 mod error;
 mod header;
 mod image;
-mod l2_cache;
 mod mapping;
+mod meta;
+mod refcount;
+mod resize;
+mod snapshot;
+mod storage;
+mod tables;
+mod write;
 
+pub use bitmap::BitmapDirectory;
+pub use check::{CHECK_MEMORY, Repair, Report};
 pub use compress::Compression;
+pub use create::{CreateOptions, Preallocation};
 pub use error::{Error, Result};
 pub use header::{Header, MAX_HEADER};
-pub use image::{Image, Limits, Lookup};
+pub use image::{Image, Lookup, Options};
 pub use mapping::{Kind, Mapping};
+pub use snapshot::Snapshot;
+pub use storage::{LocalFuture, Storage};

@@ -22,6 +22,8 @@ pub struct Mapping {
     pub kind: Kind,
     /// Bytes of the guest's disk.
     pub len: u64,
+    /// It is data that belongs to nobody else (the COPIED flag): it may be written where it is.
+    pub writable: bool,
 }
 
 impl Mapping {
@@ -35,64 +37,190 @@ impl Mapping {
         goes_on.then_some(Mapping {
             kind: self.kind,
             len: self.len + next.len,
+            writable: self.writable && next.writable,
         })
     }
 }
 
-const FLAG_COMPRESSED: u64 = 1 << 62;
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-const FLAG_ZERO: u64 = 1;
+/// The table or cluster has a reference count of exactly one.
+pub(crate) const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+pub(crate) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const ZERO: u64 = 1;
+
+/// All subclusters have data.
+const ALL_DATA: u64 = 0xffff_ffff;
+/// All subclusters read as zeroes.
+const ALL_ZERO: u64 = ALL_DATA << 32;
+
+/// An L2 entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub word: u64,
+    /// For each of 32 subclusters: data (low half), zeroes (high half). 0 in images without subclusters.
+    pub bitmap: u64,
+}
+
+impl Entry {
+    pub fn is_compressed(self) -> bool {
+        self.word & COMPRESSED != 0
+    }
+
+    /// Where the data of the cluster is, or may be put; 0 if nowhere. Not for compressed clusters.
+    pub fn host(self) -> u64 {
+        self.word & OFFSET_MASK
+    }
+
+    /// The cluster has a place in the file that nobody else has: data may be written there.
+    pub fn is_own(self) -> bool {
+        self.word & COPIED != 0 && !self.is_compressed() && self.host() != 0
+    }
+
+    pub fn with_copied(self, copied: bool) -> Entry {
+        let word = self.word & !COPIED | if copied { COPIED } else { 0 };
+        Entry { word, ..self }
+    }
+}
 
 /// What the L2 tables of an image look like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub cluster_bits: u32,
     pub extended: bool,
 }
 
 impl Layout {
+    #[inline]
     pub fn cluster(self) -> u64 {
         1 << self.cluster_bits
     }
 
+    /// What can be data, zero or unallocated by itself: a cluster or a subcluster, in bytes.
+    pub fn unit(self) -> u64 {
+        self.cluster() / if self.extended { 32 } else { 1 }
+    }
+
     /// Bits of a guest offset that choose an entry within a table.
+    #[inline]
     pub fn table_bits(self) -> u32 {
         self.cluster_bits - if self.extended { 4 } else { 3 }
     }
 
+    /// Bytes of the guest's disk that one table is for.
+    pub fn span(self) -> u64 {
+        1 << (self.cluster_bits + self.table_bits())
+    }
+
+    /// The number of the L2 table, and of the entry in it.
+    #[inline]
+    pub fn position(self, at: u64) -> (usize, usize) {
+        let index = (at >> (self.cluster_bits + self.table_bits())) as usize;
+        let entry = (at >> self.cluster_bits) as usize & ((1 << self.table_bits()) - 1);
+        (index, entry)
+    }
+
+    /// Words of `n` entries from `first` on.
+    pub fn words(self, first: usize, n: usize) -> std::ops::Range<usize> {
+        let each = if self.extended { 2 } else { 1 };
+        first * each..(first + n) * each
+    }
+
+    /// The entry of a cluster that has data in the subclusters of which `from..to` (bytes within the cluster) is a
+    /// part, and is for the rest what `old` was.
+    pub fn with_data(self, old: Entry, host: u64, from: u64, to: u64) -> Entry {
+        let word = host | COPIED;
+        if !self.extended {
+            return Entry { word, bitmap: 0 };
+        }
+        let unit = self.unit();
+        let (first, last) = (from / unit, to.div_ceil(unit));
+        let data = ((1u64 << last) - 1) & !((1u64 << first) - 1);
+        let bitmap = (old.bitmap | data) & !(data << 32);
+        Entry { word, bitmap }
+    }
+
+    /// The entry of a cluster that reads as zeroes, with or without a place of its own in the file.
+    pub fn zero(self, host: u64) -> Entry {
+        let copied = if host == 0 { 0 } else { COPIED };
+        if self.extended {
+            Entry {
+                word: host | copied,
+                bitmap: ALL_ZERO,
+            }
+        } else {
+            Entry {
+                word: host | copied | ZERO,
+                bitmap: 0,
+            }
+        }
+    }
+
+    /// The entry of a compressed cluster of `len` bytes at `offset`. None if that cannot be expressed.
+    pub fn compressed(self, offset: u64, len: u64) -> Option<Entry> {
+        let size_shift = 62 - (self.cluster_bits - 8);
+        let sectors = (offset + len).div_ceil(512) - offset / 512 - 1;
+        let fits = offset >> size_shift == 0 && sectors >> (self.cluster_bits - 8) == 0;
+        fits.then_some(Entry {
+            word: COMPRESSED | sectors << size_shift | offset,
+            bitmap: 0,
+        })
+    }
+
+    /// Where the bytes of a compressed cluster are: offset, and length up to the end of the last sector.
+    pub fn compressed_place(self, word: u64) -> (u64, u64) {
+        let size_shift = 62 - (self.cluster_bits - 8);
+        let offset = word & ((1 << size_shift) - 1);
+        let sectors = (word >> size_shift) & ((1 << (self.cluster_bits - 8)) - 1);
+        (offset, (sectors + 1) * 512 - offset % 512)
+    }
+
+    /// Clusters of the file that an entry refers to: the first, and how many.
+    pub fn references(self, entry: Entry) -> Option<(u64, u64)> {
+        if entry.is_compressed() {
+            let (offset, len) = self.compressed_place(entry.word);
+            let first = offset >> self.cluster_bits;
+            return Some((first, ((offset + len - 1) >> self.cluster_bits) - first + 1));
+        }
+        let host = entry.host();
+        (host != 0).then_some((host >> self.cluster_bits, 1))
+    }
+
     /// The mapping of `at`, which has this entry, up to the end of its cluster or subcluster.
     #[inline]
-    pub fn decode(self, entry: u64, bitmap: u64, at: u64) -> Result<Mapping> {
+    pub fn decode(self, entry: Entry, at: u64) -> Result<Mapping> {
+        let Entry { word, bitmap } = entry;
         let within = at & (self.cluster() - 1);
         let whole = |kind| {
             Ok(Mapping {
                 kind,
                 len: self.cluster() - within,
+                writable: word & COPIED != 0,
             })
         };
         let corrupt = |what, value| Err(Error::Corrupt { what, at, value });
-        if entry & FLAG_COMPRESSED != 0 {
+        if entry.is_compressed() {
             if bitmap != 0 {
                 return corrupt("the subcluster bitmap of a compressed cluster", bitmap);
             }
-            let size_shift = 62 - (self.cluster_bits - 8);
-            let offset = entry & ((1 << size_shift) - 1);
-            let sectors = (entry >> size_shift) & ((1 << (self.cluster_bits - 8)) - 1);
-            let len = (sectors + 1) * 512 - offset % 512;
-            return whole(Kind::Compressed { offset, len });
+            let (offset, len) = self.compressed_place(word);
+            return Ok(Mapping {
+                kind: Kind::Compressed { offset, len },
+                len: self.cluster() - within,
+                writable: false,
+            });
         }
-        let offset = entry & OFFSET_MASK;
+        let offset = entry.host();
         if offset & (self.cluster() - 1) != 0 {
-            return corrupt("the L2 entry", entry);
+            return corrupt("the L2 entry", word);
         }
         if !self.extended {
-            return whole(match (entry & FLAG_ZERO != 0, offset) {
+            return whole(match (word & ZERO != 0, offset) {
                 (true, _) => Kind::Zero,
                 (false, 0) => Kind::Unallocated,
                 (false, host) => Kind::Data(host + within),
             });
         }
-        let sub = self.cluster() / 32;
+        let sub = self.unit();
         let index = within / sub;
         let (allocated, zero) = (bitmap >> index & 1 != 0, bitmap >> (index + 32) & 1 != 0);
         let kind = match (allocated, zero) {
@@ -105,6 +233,53 @@ impl Layout {
         Ok(Mapping {
             kind,
             len: sub - within % sub,
+            writable: word & COPIED != 0,
         })
+    }
+
+    /// Whether the cluster has data in the file, compressed or not, that a copy of it must take along.
+    pub fn has_data(self, entry: Entry) -> bool {
+        if entry.is_compressed() {
+            return true;
+        }
+        if self.extended {
+            entry.bitmap & ALL_DATA != 0
+        } else {
+            entry.host() != 0 && entry.word & ZERO == 0
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn compressed_descriptors_cover_their_bytes(bits in 9u32..=21, offset in 0u64..1 << 40, len in 1u64..1 << 21) {
+            let layout = Layout { cluster_bits: bits, extended: false };
+            let len = len.min(layout.cluster());
+            if let Some(entry) = layout.compressed(offset, len) {
+                let (at, n) = layout.compressed_place(entry.word);
+                prop_assert_eq!(at, offset);
+                prop_assert!(n >= len && n < len + 512);
+                prop_assert_eq!((at + n) % 512, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn data_in_a_subcluster_leaves_the_others() {
+        let layout = Layout {
+            cluster_bits: 16,
+            extended: true,
+        };
+        let old = layout.zero(0);
+        let new = layout.with_data(old, 0x10000, 2048, 4097);
+        assert_eq!(new.bitmap, 0xffff_fff9_0000_0006);
+        assert!(new.is_own() && layout.has_data(new) && !layout.has_data(old));
+        let whole = layout.with_data(Entry::default(), 0x10000, 0, 65536);
+        assert_eq!(whole.bitmap, ALL_DATA);
     }
 }

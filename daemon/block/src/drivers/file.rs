@@ -280,6 +280,7 @@ impl Driver for File {
             file: &self.file,
             offset,
             no_flush: self.no_flush,
+            settled: true,
         }
     }
 
@@ -371,6 +372,20 @@ impl Driver for File {
                 Ok(())
             }
         })
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            if self.is_device {
+                return Ok(());
+            }
+            let reserve = OpKind::Fallocate(Fallocate::Reserve);
+            self.range(reserve, offset, len).await
+        })
+    }
+
+    fn grows(&self) -> bool {
+        !self.is_device
     }
 
     fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {

@@ -3,16 +3,15 @@
 mod file;
 mod locks;
 mod null;
-mod qcow2;
+pub(crate) mod qcow2;
 mod raw;
 
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
 
 use vdisk_api::{DriverOptions, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
@@ -35,6 +34,8 @@ pub enum Resolved<'a> {
         offset: u64,
         /// Flushes are ignored (`cache.no-flush`): a durable write is an ordinary one.
         no_flush: bool,
+        /// The place itself is known durably: a durable write needs nothing else.
+        settled: bool,
     },
     /// Nowhere: reads give zeroes.
     Zeroes,
@@ -55,6 +56,8 @@ pub enum SlowReason {
     SmallBlocks,
     DetectZeroes,
     Latency,
+    /// New clusters are needed for it.
+    Allocates,
     /// It is compressed.
     Compressed,
     /// The table that says where it is must be read first.
@@ -72,6 +75,7 @@ impl fmt::Display for SlowReason {
                 "the logical block size is smaller than the storage's blocks: writes are serialised"
             }
             SlowReason::DetectZeroes => "detect-zeroes looks at the data of writes",
+            SlowReason::Allocates => "the write needs new clusters",
             SlowReason::Compressed => "the data is compressed",
             SlowReason::Metadata => "the table of the image must be read first",
             SlowReason::Scattered => "the data is in several places",
@@ -139,6 +143,16 @@ pub trait Driver: Send + Sync {
         flags: ZeroFlags,
     ) -> LocalFuture<'_, io::Result<()>>;
 
+    /// Takes space for the range.
+    fn reserve(&self, _offset: u64, _len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    }
+
+    /// Whether it can become larger, and then reads as zeroes.
+    fn grows(&self) -> bool {
+        false
+    }
+
     /// Changes the size to `size` bytes and returns what it is now.
     fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>>;
 
@@ -161,26 +175,20 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// Makes ready for requests, after everything below is. On an I/O thread.
+    fn activate(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Brings everything that is kept in memory to the storage, before anything below does. On an I/O thread; no
+    /// request is in flight, and none follows.
+    fn deactivate(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Lets go of everything, on no particular thread. No request is in flight.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {})
-    }
-}
-
-/// Fills a buffer with zeroes, piece by piece: others on the I/O thread have their turns in between.
-pub(crate) async fn zero_in_turns(iov: &IoVecs) {
-    const PIECE: usize = 1 << 20;
-    for at in (0..iov.len()).step_by(PIECE) {
-        iov.zero(at, PIECE.min(iov.len() - at));
-        let mut waited = false;
-        poll_fn(|cx| {
-            if std::mem::replace(&mut waited, true) {
-                return Poll::Ready(());
-            }
-            cx.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await;
     }
 }
 

@@ -6,9 +6,7 @@ use std::time::Duration;
 use vdisk_api::{NodeOptions, NullOptions};
 use vdisk_io::IoVecs;
 
-use super::{
-    Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor, zero_in_turns,
-};
+use super::{Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
 use crate::node::{WriteFlags, ZeroFlags};
 
 struct Null {
@@ -58,7 +56,7 @@ impl Driver for Null {
     fn read(&self, _offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
             if self.read_zeroes {
-                zero_in_turns(&iov).await;
+                iov.zero_in_turns().await;
             }
             self.wait().await
         })

@@ -1,34 +1,115 @@
-//! Driver `qcow2`: images in QEMU's format, for reading.
+//! Driver `qcow2`: images in QEMU's format.
 //!
-//! Where the bytes are is `vdisk_qcow2`'s knowledge; here are the requests: what lies in one piece in the
-//! file or in the backing node is resolved, the rest is put together by the slow path.
-//!
-//! Invariant: the image does not change while it is open. Both children must be read-only, so tables that
-//! were read once stay right, and a resolved mapping needs no protection.
+//! Where the bytes are, and how that changes, is `vdisk_qcow2`'s knowledge. What lies in one piece in the file or
+//! in the backing node, and may be read or written where it is, is resolved; the rest takes the slow path
+//! through the engine.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
 use vdisk_io::IoVecs;
-use vdisk_qcow2::{Header, Image, Kind, Limits as ImageLimits, Lookup, MAX_HEADER};
+use vdisk_qcow2::{Header, Image, Kind, Lookup, MAX_HEADER, Options, Storage};
 
-use super::{
-    Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, zero_in_turns,
-};
+use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 
-/// Clusters of one image that are decompressed at a time: bounds the memory that guests can ask for.
-const MAX_DECOMPRESSING: usize = 4;
+/// Clusters that were given up are free for something else after this time.
+const TIDY_DELAY: Duration = Duration::from_secs(1);
+
+/// A node that an image lies in, or that stands behind it.
+pub struct NodeStorage(pub Arc<Node>);
+
+impl Storage for NodeStorage {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.0.read(offset, iov))
+    }
+
+    fn write(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.0.write(offset, iov, WriteFlags::default()))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.0.flush())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.0.discard(offset, len))
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.0.reserve(offset, len))
+    }
+
+    fn grows(&self) -> bool {
+        self.0.grows()
+    }
+
+    fn set_size(&self, size: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let size = size.next_multiple_of(self.0.limits().request_alignment);
+            self.0.resize(size).await?;
+            Ok(())
+        })
+    }
+
+    fn quiesce(&self) -> LocalFuture<'_, ()> {
+        Box::pin(vdisk_io::quiesce())
+    }
+}
 
 struct Qcow2 {
-    image: Image,
+    image: Arc<Image>,
     file: Arc<Node>,
     backing: Option<Arc<Node>>,
-    decompressing: Semaphore,
-    /// The cluster that was decompressed last: its guest offset and its data.
-    decompressed: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
+    read_only: bool,
+    /// Something waits to give unused clusters back.
+    tidying: Arc<AtomicBool>,
+}
+
+/// What kind of error an image that cannot be used is.
+pub fn image_error(what: &str, e: vdisk_qcow2::Error) -> Error {
+    use vdisk_qcow2::Error as E;
+    match e {
+        E::Feature(_) | E::Encrypted(_) => {
+            Error::not_supported(format!("{what}: the image cannot be opened: {e}"))
+        }
+        e => Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "{what}: the image cannot be opened: {e}; look at it with 'vdiskctl image check', or set another driver"
+            ),
+        ),
+    }
+}
+
+/// Reads the header and the L1 table; may block.
+pub fn open_image(
+    what: &str,
+    file: &Arc<Node>,
+    backing: Option<&Arc<Node>>,
+    mut options: Options,
+) -> Result<Image> {
+    let cannot = |e: io::Error| Error::io(format_args!("{what}: its header cannot be read"), &e);
+    let head = file
+        .read_blocking(0, file.size().min(MAX_HEADER as u64) as usize)
+        .map_err(cannot)?;
+    let header = Header::parse(&head, file.size()).map_err(|e| image_error(what, e))?;
+    let l1 = file
+        .read_blocking(header.l1_offset, header.l1_entries as usize * 8)
+        .map_err(cannot)?;
+    options.block_size = file.limits().request_alignment.max(512) as usize;
+    // Clusters may be smaller than blocks.
+    file.announce_block_size(1 << header.cluster_bits);
+    let storage = |n: &Arc<Node>| Arc::new(NodeStorage(n.clone())) as Arc<dyn Storage>;
+    Image::new(header, &l1, storage(file), backing.map(storage), options)
+        .map_err(|e| image_error(what, e))
 }
 
 pub(super) fn open(
@@ -43,12 +124,15 @@ pub(super) fn open(
         .cloned()
         .ok_or_else(|| Error::failed(format!("{what}: driver qcow2 has no child")))?;
     let backing = children.get(1).cloned();
-    if !node.read_only && !node.auto_read_only {
-        return Err(Error::not_supported(format!(
-            "{what}: qcow2 images cannot be written, only read: set read-only=on"
+    let read_only = node.read_only || (node.auto_read_only && file.is_read_only());
+    if !read_only && file.is_read_only() {
+        return Err(Error::invalid(format!(
+            "{what} is to be written, but its child '{}' is read-only: set read-only=on here, or add that without it",
+            file.name()
         )));
     }
-    for child in children {
+    let fixed = if read_only { children } else { &children[1..] };
+    for child in fixed {
         if !child.is_read_only() {
             return Err(Error::invalid(format!(
                 "{what}: its child '{}' can be written, which would change the image under it: add that with read-only=on",
@@ -56,22 +140,21 @@ pub(super) fn open(
             )));
         }
     }
-    let cannot = |e: io::Error| Error::io(format_args!("{what}: its header cannot be read"), &e);
-    let bad = |e: vdisk_qcow2::Error| match e {
-        vdisk_qcow2::Error::Feature(_) | vdisk_qcow2::Error::Encrypted(_) => {
-            Error::not_supported(format!("{what}: the image cannot be opened: {e}"))
-        }
-        e => Error::new(
-            ErrorKind::Corrupt,
-            format!(
-                "{what}: the image cannot be opened: {e}; look at it with 'qemu-img check', or set another driver"
-            ),
-        ),
+    let defaults = Options::default();
+    let image_options = Options {
+        l2_cache: options.l2_cache_size.unwrap_or(defaults.l2_cache),
+        refcount_cache: options
+            .refcount_cache_size
+            .unwrap_or(defaults.refcount_cache),
+        pass_discard_request: options
+            .pass_discard_request
+            .unwrap_or(node.discard == vdisk_api::Discard::Unmap),
+        pass_discard_snapshot: options.pass_discard_snapshot.unwrap_or(true),
+        pass_discard_other: options.pass_discard_other.unwrap_or(false),
+        ..defaults
     };
-    let head = file
-        .read_blocking(0, file.size().min(MAX_HEADER as u64) as usize)
-        .map_err(cannot)?;
-    let header = Header::parse(&head, file.size()).map_err(bad)?;
+    let image = open_image(&what, &file, backing.as_ref(), image_options)?;
+    let header = image.header();
     match (&header.backing_file, &options.backing) {
         (Some(named), BackingRef::Unset) => {
             return Err(Error::invalid(format!(
@@ -87,124 +170,74 @@ pub(super) fn open(
         }
         _ => {}
     }
+    if header.corrupt && !read_only {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "{what}: the image is marked as corrupt and cannot be written: repair it with 'vdiskctl image repair', or set read-only=on"
+            ),
+        ));
+    }
     if header.corrupt {
         tracing::warn!(
             node = name,
-            "the image is marked as corrupt; repair it with 'qemu-img check -r all'"
+            "the image is marked as corrupt; repair it with 'vdiskctl image repair'"
         );
     }
-    let l1 = file
-        .read_blocking(header.l1_offset, header.l1_entries as usize * 8)
-        .map_err(cannot)?;
-    let limits = ImageLimits {
-        l2_cache: options
-            .l2_cache_size
-            .unwrap_or(ImageLimits::default().l2_cache),
-    };
-    let image = Image::new(header, &l1, limits).map_err(bad)?;
+    if header.bitmaps.is_some() && !read_only {
+        return Err(Error::not_supported(format!(
+            "{what}: the image has persistent dirty bitmaps, which writing would make invalid, and they are not supported: remove them with 'qemu-img bitmap --remove', or set read-only=on"
+        )));
+    }
     Ok(OpenedDriver {
-        size: image.header().size,
-        read_only: true,
+        size: image.size(),
+        read_only,
         driver: Box::new(Qcow2 {
-            image,
+            image: Arc::new(image),
             file,
             backing,
-            decompressing: Semaphore::new(MAX_DECOMPRESSING),
-            decompressed: Mutex::default(),
+            read_only,
+            tidying: Arc::default(),
         }),
     })
 }
 
-fn corrupt(e: vdisk_qcow2::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, e)
-}
+/// Says that nobody waits any more, however the waiting ended.
+struct Tidying(Arc<AtomicBool>);
 
-fn read_only<T>() -> LocalFuture<'static, io::Result<T>> {
-    Box::pin(async { Err(io::Error::from_raw_os_error(libc::EROFS)) })
-}
-
-/// Reads what the node has of the range; beyond its end there are zeroes.
-async fn read_or_zero(node: &Node, offset: u64, iov: IoVecs) -> io::Result<()> {
-    let len = iov.len();
-    let have = node.size().saturating_sub(offset).min(len as u64) as usize;
-    zero_in_turns(&iov.slice(have, len - have)).await;
-    if have == 0 {
-        return Ok(());
+impl Drop for Tidying {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
-    node.read(offset, iov.slice(0, have)).await
 }
 
 impl Qcow2 {
-    async fn load_table(&self, index: usize, offset: u64) -> io::Result<()> {
-        let cluster = self.image.cluster();
-        if offset
-            .checked_add(cluster)
-            .is_none_or(|end| end > self.file.size())
-        {
-            return Err(corrupt(vdisk_qcow2::Error::Short("an L2 table")));
+    /// Has unused clusters given back a little later: that waits for all requests, this one included.
+    fn tidy_later(&self) {
+        if !self.image.is_untidy() || self.tidying.swap(true, Ordering::AcqRel) {
+            return;
         }
-        let table = IoVecs::zeroed(cluster as usize, 4096);
-        self.file.read(offset, table.clone()).await?;
-        let mut bytes = vec![0; cluster as usize];
-        table.copy_to_slice(0, &mut bytes);
-        self.image.insert_table(index, &bytes).map_err(corrupt)
-    }
-
-    /// The whole cluster around `at`, whose compressed data is here.
-    async fn decompress(&self, at: u64, offset: u64, len: u64) -> io::Result<Arc<Vec<u8>>> {
-        let start = at & !(self.image.cluster() - 1);
-        let last = || {
-            let last = self.decompressed.lock().unwrap_or_else(|e| e.into_inner());
-            last.as_ref()
-                .and_then(|(cluster, data)| (*cluster == start).then(|| data.clone()))
+        let guard = Tidying(self.tidying.clone());
+        let Ok(reactor) = reactor() else {
+            return;
         };
-        if let Some(data) = last() {
-            return Ok(data);
-        }
-        let _permit = self.decompressing.acquire().await;
-        // Somebody else may have done it meanwhile.
-        if let Some(data) = last() {
-            return Ok(data);
-        }
-        let raw = IoVecs::zeroed(len as usize, 512);
-        read_or_zero(&self.file, offset, raw.clone()).await?;
-        let mut bytes = vec![0; len as usize];
-        raw.copy_to_slice(0, &mut bytes);
-        let data = Arc::new(self.image.decompress(at, &bytes).map_err(corrupt)?);
-        let mut last = self.decompressed.lock().unwrap_or_else(|e| e.into_inner());
-        *last = Some((start, data.clone()));
-        Ok(data)
+        let (image, file) = (self.image.clone(), self.file.filename());
+        let sleep = reactor.sleep(TIDY_DELAY);
+        reactor.spawn(async move {
+            let _guard = guard;
+            sleep.await;
+            if let Err(error) = image.tidy().await {
+                tracing::warn!(image = file, %error, "clusters cannot be given back");
+            }
+        });
     }
 
-    async fn read_all(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
-        let mut done = 0;
-        while done < iov.len() {
-            let at = offset + done as u64;
-            let m = match self
-                .image
-                .lookup(at, (iov.len() - done) as u64)
-                .map_err(corrupt)?
-            {
-                Lookup::Mapped(m) => m,
-                Lookup::NeedsTable { index, offset } => {
-                    self.load_table(index, offset).await?;
-                    continue;
-                }
-            };
-            let len = m.len as usize;
-            let part = iov.slice(done, len);
-            match (m.kind, &self.backing) {
-                (Kind::Data(host), _) => read_or_zero(&self.file, host, part).await?,
-                (Kind::Unallocated, Some(backing)) => read_or_zero(backing, at, part).await?,
-                (Kind::Zero | Kind::Unallocated, _) => zero_in_turns(&part).await,
-                (Kind::Compressed { offset, len: raw }, _) => {
-                    let data = self.decompress(at, offset, raw).await?;
-                    let within = (at & (self.image.cluster() - 1)) as usize;
-                    part.copy_from_slice(0, &data[within..within + len]);
-                }
-            }
-            done += len;
+    async fn changed(&self, result: io::Result<()>, durable: bool) -> io::Result<()> {
+        result?;
+        if durable {
+            self.image.flush().await?;
         }
+        self.tidy_later();
         Ok(())
     }
 }
@@ -228,6 +261,10 @@ impl Driver for Qcow2 {
         1
     }
 
+    fn announce_block_size(&self, block_size: u64) {
+        self.file.announce_block_size(block_size);
+    }
+
     #[inline]
     fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_> {
         let m = match self.image.lookup(offset, len) {
@@ -236,6 +273,19 @@ impl Driver for Qcow2 {
             Ok(Lookup::NeedsTable { .. }) => return Resolved::Slow(SlowReason::Metadata),
             Err(_) => return Resolved::Slow(SlowReason::Refused),
         };
+        if direction == Direction::Write {
+            let Kind::Data(host) = m.kind else {
+                return Resolved::Slow(SlowReason::Allocates);
+            };
+            if !m.writable {
+                return Resolved::Slow(SlowReason::Allocates);
+            }
+            let mut resolved = self.file.resolve_range(direction, host, len);
+            if let Resolved::Direct { settled, .. } = &mut resolved {
+                *settled &= !self.image.is_dirty();
+            }
+            return resolved;
+        }
         match (m.kind, &self.backing) {
             (Kind::Data(host), _) => self.file.resolve_range(direction, host, len),
             (Kind::Compressed { .. }, _) => Resolved::Slow(SlowReason::Compressed),
@@ -252,31 +302,73 @@ impl Driver for Qcow2 {
     }
 
     fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
-        Box::pin(self.read_all(offset, iov))
+        Box::pin(self.image.read(offset, iov))
     }
 
-    fn write(&self, _: u64, _: IoVecs, _: WriteFlags) -> LocalFuture<'_, io::Result<()>> {
-        read_only()
+    fn write(
+        &self,
+        offset: u64,
+        iov: IoVecs,
+        flags: WriteFlags,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let result = self.image.write(offset, iov).await;
+            self.changed(result, flags.durable).await
+        })
     }
 
     fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
-        // Nothing was written.
-        Box::pin(async { Ok(()) })
+        Box::pin(async move {
+            if self.read_only {
+                return Ok(());
+            }
+            self.image.flush().await?;
+            self.tidy_later();
+            Ok(())
+        })
     }
 
-    fn discard(&self, _: u64, _: u64) -> LocalFuture<'_, io::Result<()>> {
-        read_only()
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let result = self.image.discard(offset, len).await;
+            self.changed(result, false).await
+        })
     }
 
-    fn write_zeroes(&self, _: u64, _: u64, _: ZeroFlags) -> LocalFuture<'_, io::Result<()>> {
-        read_only()
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let result = self.image.write_zeroes(offset, len, flags.may_unmap).await;
+            self.changed(result, flags.durable).await
+        })
     }
 
-    fn resize(&self, _: u64) -> LocalFuture<'_, io::Result<u64>> {
-        read_only()
+    fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {
+        Box::pin(async move {
+            self.image.resize(size).await?;
+            self.tidy_later();
+            Ok(size)
+        })
     }
 
     fn filename(&self) -> Option<String> {
         self.file.filename()
+    }
+
+    fn activate(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            if self.read_only {
+                return Ok(());
+            }
+            self.image.activate().await
+        })
+    }
+
+    fn deactivate(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.image.close())
     }
 }

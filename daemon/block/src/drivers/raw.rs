@@ -124,6 +124,14 @@ impl Driver for Raw {
         Box::pin(self.file.write_zeroes(self.offset + offset, len, flags))
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(self.file.reserve(self.offset + offset, len))
+    }
+
+    fn grows(&self) -> bool {
+        self.size.is_none() && self.file.grows()
+    }
+
     fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {
         Box::pin(async move {
             let end = self

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use vdisk_block::{Client, Direction, Resolved, WriteFlags, ZeroFlags};
-use vdisk_io::{IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
+use vdisk_io::{Generation, IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
 use vdisk_virtio::blk::{
     Malformed, ParsedRequest, RangeSegment, RequestKind, SECTOR_SIZE, Status, feature,
     read_segments,
@@ -83,6 +83,7 @@ struct Slot {
     /// Bytes that the device writes if all goes well, the status included.
     written: u32,
     started: Instant,
+    generation: Generation,
     memory: Rc<GuestMemory>,
 }
 
@@ -166,7 +167,7 @@ impl Queue {
             Queue {
                 index: s.index,
                 stats: s.stats,
-                client: s.device.backend.attach(thread, move |r| {
+                client: s.device.backend.attach(thread, reactor, move |r| {
                     if let Some(queue) = r.kept(kept).and_then(|w| w.upgrade()) {
                         queue.wake();
                     }
@@ -310,6 +311,7 @@ impl Queue {
                     len: 0,
                     written: 0,
                     started: self.reactor.now(),
+                    generation: Generation::default(),
                     memory: inner.memory.clone(),
                 });
                 inner.slots.len() as u32 - 1
@@ -337,7 +339,7 @@ impl Queue {
         if let Some(inflight) = &mut inner.inflight {
             inflight.take(slot.chain.head);
         }
-        self.client.begin();
+        inner.slots[token as usize].generation = self.client.begin();
         self.submit(inner, token);
         Ok(true)
     }
@@ -378,7 +380,7 @@ impl Queue {
 
     /// A chain without room for an answer: the guest gets it back unanswered and the queue stops.
     fn malformed(&self, inner: &mut Inner, token: u32, error: Malformed) {
-        self.client.end();
+        self.client.end(inner.slots[token as usize].generation);
         inner.free.push(token);
         self.fail(inner, &error);
     }
@@ -410,10 +412,13 @@ impl Queue {
         let segments = &slot.chain.segments[request.first..request.first + request.count];
         let fast = self.client.with_node(|node| {
             match node.resolve(direction, offset, request.len, segments) {
+                // The write would be durable, but not where it is.
+                Resolved::Direct { settled: false, .. } if durable => None,
                 Resolved::Direct {
                     file,
                     offset,
                     no_flush,
+                    ..
                 } => {
                     let kind = match direction {
                         Direction::Read => OpKind::Read,
@@ -613,8 +618,9 @@ impl Queue {
         if let Some(logging) = &inner.logging {
             log_answer(logging, &inner.slots[token as usize], entry);
         }
+        let generation = inner.slots[token as usize].generation;
         inner.free.push(token);
-        self.client.end();
+        self.client.end(generation);
     }
 }
 

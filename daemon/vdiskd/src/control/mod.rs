@@ -181,7 +181,9 @@ impl Control {
             }
         }
         for node in &nodes {
-            node.close().await;
+            if let Err(error) = self.close(node).await {
+                tracing::error!(node = node.name(), %error, "the last changes cannot be written");
+            }
         }
         let threads = std::mem::take(&mut self.world().threads);
         for thread in threads.values() {

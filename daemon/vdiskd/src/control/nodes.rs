@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vdisk_api::{Error, NodeOptions, Reply, Result};
-use vdisk_block::Node;
+use vdisk_block::{Node, Opened};
 
 use super::{Control, Event};
 
@@ -21,6 +21,10 @@ impl Control {
                 return Err(error);
             }
         };
+        if let Err(error) = self.activate(&opened).await {
+            opened.close().await;
+            return Err(error);
+        }
         let names = self.world().graph.insert(opened);
         let mut changed = Vec::new();
         for name in names.iter().rev() {
@@ -42,14 +46,54 @@ impl Control {
         Ok(Reply::Nodes(names))
     }
 
+    /// Makes opened nodes ready for requests, from the bottom up.
+    async fn activate(&self, opened: &Opened) -> Result<()> {
+        let thread = self.world().any_thread()?;
+        for node in opened.nodes() {
+            let there = node.clone();
+            thread
+                .run_async(move |_| async move { there.activate().await })
+                .await
+                .map_err(|e| Error::failed(e.to_string()))?
+                .map_err(|e| {
+                    let what = format_args!("node '{}' cannot be made ready", node.name());
+                    Error::io(what, &e)
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Brings what a node keeps in memory to its storage, and lets go of it.
+    pub(super) async fn close(&self, node: &Arc<Node>) -> std::io::Result<()> {
+        let thread = self.world().any_thread().map_err(std::io::Error::other)?;
+        let there = node.clone();
+        let result = thread
+            .run_async(move |_| async move { there.deactivate().await })
+            .await
+            .map_err(std::io::Error::other)
+            .flatten();
+        node.close().await;
+        result
+    }
+
     pub(super) async fn remove_node(&mut self, name: &str) -> Result<Reply> {
         let (children, removed) = {
             let mut world = self.world();
             let children = world.graph.info(name)?.children;
             (children, world.graph.remove(name)?)
         };
+        let mut failed = None;
         for node in removed {
-            node.close().await;
+            if let Err(e) = self.close(&node).await {
+                tracing::error!(node = node.name(), error = %e, "the last changes cannot be written");
+                failed.get_or_insert(Error::io(
+                    format_args!(
+                        "node '{}' was removed, but its last changes cannot be written; what was flushed before is safe",
+                        node.name()
+                    ),
+                    &e,
+                ));
+            }
             tracing::info!(node = node.name(), "node removed");
             self.events.push(Event::NodeRemoved(node.name().to_owned()));
         }
@@ -58,7 +102,7 @@ impl Control {
                 self.events.push(Event::NodeChanged(child));
             }
         }
-        Ok(Reply::Done)
+        failed.map_or(Ok(Reply::Done), Err)
     }
 
     pub(super) async fn resize_node(
@@ -87,6 +131,7 @@ impl Control {
                 "node '{name}' is read-only and cannot be resized: add it without read-only"
             )));
         }
+        self.world().graph.check_resize(name)?;
         if size < before && !shrink {
             return Err(Error::invalid(format!(
                 "node '{name}' has {before} bytes; resizing it to {size} would cut off data: set 'shrink' if that is meant"

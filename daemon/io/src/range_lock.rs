@@ -1,8 +1,8 @@
-//! Serialises requests to overlapping byte ranges of a node, across I/O threads.
+//! Serialises requests to overlapping ranges, across I/O threads.
 //!
 //! A write that covers a storage block only in part reads the block, changes the part and writes the
 //! whole back. Between its read and its write no other write may touch the block, or its data would be
-//! overwritten with what was read before.
+//! overwritten with what was read before. The same goes for the clusters of an image.
 
 use std::future::poll_fn;
 use std::ops::Range;
@@ -15,11 +15,12 @@ struct State {
     waiting: Vec<Waker>,
 }
 
+/// Ranges of bytes, or of whatever the user counts, of which each is held by one at a time.
 #[derive(Default)]
-pub(crate) struct RangeLock(Mutex<State>);
+pub struct RangeLock(Mutex<State>);
 
 /// Holds a range until dropped.
-pub(crate) struct RangeGuard<'a> {
+pub struct RangeGuard<'a> {
     lock: &'a RangeLock,
     range: Range<u64>,
 }
@@ -29,7 +30,7 @@ impl RangeLock {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Waits until nobody holds a byte of `range`, then holds it.
+    /// Waits until nobody holds a part of `range`, then holds it.
     pub async fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
         poll_fn(|cx| {
             let mut state = self.state();

@@ -1,0 +1,338 @@
+//! Making changes durable, in an order in which a power cut at any moment leaves a sound image.
+//!
+//! What a table refers to must be durable before the table is. A commit takes what has changed in memory at one
+//! moment, and writes it in steps with a flush of the storage between them:
+//!
+//! 1. refcount blocks that are new, and the refcount table if it moved;
+//! 2. the header, if the refcount table moved;
+//! 3. entries of the refcount table, reference counts, and L2 tables that are new. (The flush after this step
+//!    makes the guest's data durable, too, that the next step refers to.)
+//! 4. entries of L2 tables and of the L1 table.
+//!
+//! Only after that are references dropped that the change has made superfluous: until then a cluster can
+//! have too many references (a leak), never too few.
+
+use std::io;
+use std::sync::atomic::Ordering;
+
+use futures_util::future::try_join_all;
+
+use crate::error::Error;
+use crate::header::Header;
+use crate::image::Image;
+use crate::mapping::OFFSET_MASK;
+use crate::meta::{DirtyL2, Reason, Unref};
+use crate::refcount::{DirtyBlock, DirtyTable};
+use crate::storage::buffer_of;
+use crate::write::read_only;
+
+/// An L2 table that is to be written.
+struct DirtyL2Table {
+    index: usize,
+    dirty: DirtyL2,
+    /// Byte offset in the file of what follows.
+    offset: u64,
+    data: Vec<u8>,
+}
+
+struct Batch {
+    /// The changes up to this one are in here.
+    upto: u64,
+    table: Option<DirtyTable>,
+    blocks: Vec<DirtyBlock>,
+    l2: Vec<DirtyL2Table>,
+    l1: Option<(std::ops::Range<usize>, u64, Vec<u8>)>,
+    unrefs: Vec<Unref>,
+}
+
+impl Image {
+    /// Whether tables have changed that are not durable yet.
+    #[inline]
+    pub fn is_dirty(&self) -> bool {
+        self.changes.load(Ordering::Acquire) != self.committed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn note_change(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Makes everything durable that was written before.
+    pub async fn flush(&self) -> io::Result<()> {
+        if !self.is_dirty() && !self.has_dirty_refs() {
+            return self.file.flush().await;
+        }
+        let _turn = self.committing.lock().await;
+        self.commit().await
+    }
+
+    /// Writes what has changed if there is much of it.
+    pub(crate) async fn commit_if_full(&self) -> io::Result<()> {
+        if !self.meta().is_full() {
+            return Ok(());
+        }
+        let _turn = self.committing.lock().await;
+        if self.meta().is_full() {
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
+    fn has_dirty_refs(&self) -> bool {
+        let meta = self.meta();
+        meta.writing.as_ref().is_some_and(|w| w.refs.is_dirty())
+    }
+
+    /// Of whoever holds `committing`.
+    async fn commit(&self) -> io::Result<()> {
+        let batch = self.take_batch()?;
+        let result = self.write_batch(&batch).await;
+        self.finish(batch, result.is_ok());
+        result
+    }
+
+    fn take_batch(&self) -> io::Result<Batch> {
+        let mut meta = self.meta();
+        let meta = &mut *meta;
+        let w = meta.writing.as_mut().ok_or_else(read_only)?;
+        let upto = self.changes.load(Ordering::Acquire);
+        let block = self.options.block_size;
+        let mut l2 = Vec::new();
+        for (index, dirty) in std::mem::take(&mut w.l2) {
+            meta.in_commit.insert(index);
+            let each = block / 8;
+            let range = dirty.range.start / each * each..dirty.range.end.next_multiple_of(each);
+            let table = self.tables.l1(index) & OFFSET_MASK;
+            // A table that has changed stays in memory until it was written.
+            if let Some(data) = self.tables.with(index, |t| t.bytes(range.clone())) {
+                l2.push(DirtyL2Table {
+                    index,
+                    dirty,
+                    offset: table + range.start as u64 * 8,
+                    data,
+                });
+            }
+        }
+        let l1 = w.l1.take().map(|range| {
+            // Whole blocks, as far as the table reaches.
+            let each = block / 8;
+            let end = range
+                .end
+                .next_multiple_of(each)
+                .min(meta.header.l1_entries as usize);
+            let start = range.start / each * each;
+            let data = (start..end).flat_map(|i| self.tables.l1(i).to_be_bytes());
+            let offset = meta.header.l1_offset + start as u64 * 8;
+            (range, offset, data.collect())
+        });
+        Ok(Batch {
+            upto,
+            table: w.refs.take_table(),
+            blocks: w.refs.take_blocks(block),
+            l2,
+            l1,
+            unrefs: std::mem::take(&mut w.unrefs),
+        })
+    }
+
+    async fn put_all<'a>(
+        &self,
+        writes: impl Iterator<Item = (u64, &'a Vec<u8>)>,
+    ) -> io::Result<bool> {
+        let writes: Vec<_> = writes
+            .map(|(offset, data)| self.file.write(offset, buffer_of(data)))
+            .collect();
+        let any = !writes.is_empty();
+        try_join_all(writes).await?;
+        Ok(any)
+    }
+
+    async fn write_batch(&self, batch: &Batch) -> io::Result<()> {
+        let new_blocks = batch.blocks.iter().filter(|b| b.new);
+        let moved = batch.table.iter().filter(|t| t.moved.is_some());
+        let first = new_blocks
+            .map(|b| (b.offset, &b.data))
+            .chain(moved.clone().map(|t| (t.offset, &t.data)));
+        if self.put_all(first).await? {
+            self.file.flush().await?;
+        }
+        if moved.count() > 0 {
+            {
+                let mut meta = self.meta();
+                let meta = &mut *meta;
+                if let Some(w) = &meta.writing {
+                    let (offset, clusters) = w.refs.table_place();
+                    meta.header.refcount_table_offset = offset;
+                    meta.header.refcount_table_clusters =
+                        u32::try_from(clusters).map_err(|_| Error::TooLarge)?;
+                }
+            }
+            self.write_header().await?;
+            self.file.flush().await?;
+        }
+        let table = batch.table.iter().filter(|t| t.moved.is_none());
+        let blocks = batch.blocks.iter().filter(|b| !b.new);
+        let new_l2 = batch.l2.iter().filter(|t| t.dirty.new);
+        let before = table
+            .map(|t| (t.offset, &t.data))
+            .chain(blocks.map(|b| (b.offset, &b.data)))
+            .chain(new_l2.map(|t| (t.offset, &t.data)));
+        self.put_all(before).await?;
+        self.file.flush().await?;
+        let old_l2 = batch.l2.iter().filter(|t| !t.dirty.new);
+        let l1 = batch.l1.iter().map(|(_, offset, data)| (*offset, data));
+        let last = old_l2.map(|t| (t.offset, &t.data)).chain(l1);
+        if self.put_all(last).await? {
+            self.file.flush().await?;
+        }
+        Ok(())
+    }
+
+    fn finish(&self, batch: Batch, ok: bool) {
+        let mut meta = self.meta();
+        let meta = &mut *meta;
+        for t in &batch.l2 {
+            meta.in_commit.remove(&t.index);
+            if !ok {
+                meta.l2_changed(t.index, t.dirty.range.clone(), t.dirty.new);
+            }
+        }
+        if let (Some((range, ..)), false) = (&batch.l1, ok) {
+            meta.l1_changed(range.start);
+            meta.l1_changed(range.end - 1);
+        }
+        let Some(w) = &mut meta.writing else {
+            return;
+        };
+        let moved = batch.table.as_ref().and_then(|t| t.moved);
+        if let Some(table) = batch.table {
+            w.refs.table_written(table, ok);
+        }
+        for block in batch.blocks {
+            w.refs.block_written(block, ok);
+        }
+        if !ok {
+            w.unrefs.extend(batch.unrefs);
+            return;
+        }
+        w.unused.extend(batch.unrefs);
+        w.unused.extend(moved.map(|m| Unref {
+            first: m.first,
+            clusters: m.clusters,
+            reason: Reason::Other,
+        }));
+        self.committed.store(batch.upto, Ordering::Release);
+    }
+
+    /// Brings the fields of the header into the file.
+    pub(crate) async fn write_header(&self) -> io::Result<()> {
+        let mut bytes = [0; Header::PATCHED];
+        let old = self
+            .read_metadata(0, Header::PATCHED as u64, "the header")
+            .await?;
+        bytes.copy_from_slice(&old);
+        self.meta().header.patch(&mut bytes);
+        self.file.write(0, buffer_of(&bytes)).await
+    }
+
+    // Giving clusters back.
+
+    /// Whether [`Image::tidy`] has something to do.
+    pub fn is_untidy(&self) -> bool {
+        let meta = self.meta();
+        meta.writing
+            .as_ref()
+            .is_some_and(|w| !w.unrefs.is_empty() || !w.unused.is_empty())
+    }
+
+    /// Makes changes durable that give up clusters, and makes the clusters free once no request uses them any more.
+    /// Not to be called from within a request, which would wait for itself.
+    pub async fn tidy(&self) -> io::Result<()> {
+        let _turn = self.tidying.lock().await;
+        self.tidy_held().await
+    }
+
+    async fn tidy_held(&self) -> io::Result<()> {
+        self.flush().await?;
+        let unused = match &mut self.meta().writing {
+            Some(w) => std::mem::take(&mut w.unused),
+            None => return Ok(()),
+        };
+        if unused.is_empty() {
+            return Ok(());
+        }
+        self.file.quiesce().await;
+        self.forget_decompressed();
+        let mut left = unused.into_iter();
+        for u in left.by_ref() {
+            if let Err(e) = self.unref(u).await {
+                if let Some(w) = &mut self.meta().writing {
+                    w.unused.push(u);
+                    w.unused.extend(left);
+                }
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops references to clusters that nobody uses. The space of those that have none left goes back to the storage
+    /// first: as long as they have a reference nobody takes them.
+    async fn unref(&self, u: Unref) -> io::Result<()> {
+        let pass = match u.reason {
+            Reason::Request => self.options.pass_discard_request,
+            Reason::Snapshot => self.options.pass_discard_snapshot,
+            Reason::Other => self.options.pass_discard_other,
+        };
+        let bits = self.layout.cluster_bits;
+        for c in u.first..u.first + u.clusters {
+            let count = self.with_refs(|w| w.refs.get(c)).await?;
+            if count == 0 {
+                let offset = c << bits;
+                tracing::warn!(
+                    offset,
+                    "a cluster lost a reference that was not counted: check the image"
+                );
+                continue;
+            }
+            if count == 1 && pass {
+                // Only space is lost if that fails.
+                if let Err(error) = self.file.discard(c << bits, self.cluster()).await {
+                    tracing::debug!(%error, "space cannot be given back");
+                }
+            }
+            self.with_refs(|w| {
+                let count = w.refs.get(c)?;
+                w.refs.set(c, count.saturating_sub(1))?;
+                if count <= 1 {
+                    w.alloc.add(c, 1);
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Makes everything durable, gives back what is unused, and cuts off what the file has too much. No request is
+    /// in flight, and none follows.
+    pub async fn close(&self) -> io::Result<()> {
+        let _turn = self.tidying.lock().await;
+        if self.meta().writing.is_none() {
+            return Ok(());
+        }
+        self.tidy_held().await?;
+        self.flush().await?;
+        let end = match &mut self.meta().writing {
+            Some(w) => {
+                w.alloc.trim();
+                w.alloc.end() << self.layout.cluster_bits
+            }
+            None => return Ok(()),
+        };
+        if end < self.file.size() && self.file.grows() {
+            self.file.set_size(end).await?;
+        }
+        self.meta().writing = None;
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! What changes about an image while it is open, and is not looked at on the fast path.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::ops::Range;
+
+use crate::allocator::Allocator;
+use crate::header::Header;
+use crate::image::Image;
+use crate::refcount::Refcounts;
+
+/// Why clusters lose a reference: decides whether their space goes back to the storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The guest discarded or zeroed them.
+    Request,
+    /// A snapshot was deleted.
+    Snapshot,
+    /// They were copied, or held tables.
+    Other,
+}
+
+/// Clusters that lose one reference each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Unref {
+    pub first: u64,
+    pub clusters: u64,
+    pub reason: Reason,
+}
+
+/// What of an L2 table is not stored yet.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DirtyL2 {
+    /// Words.
+    pub range: Range<usize>,
+    /// The L1 table in the file does not refer to it yet.
+    pub new: bool,
+}
+
+/// For images that may be written.
+pub(crate) struct Writing {
+    pub refs: Refcounts,
+    pub alloc: Allocator,
+    /// L2 tables that have changed, by L1 index.
+    pub l2: BTreeMap<usize, DirtyL2>,
+    /// L1 entries that have changed.
+    pub l1: Option<Range<usize>>,
+    /// References that go away with changes that are not stored yet.
+    pub unrefs: Vec<Unref>,
+    /// As `unrefs`, after the changes were stored: the clusters wait for requests that may still use them.
+    pub unused: Vec<Unref>,
+}
+
+pub(crate) struct Meta {
+    pub header: Header,
+    /// The L2 tables in memory, the next to go first.
+    pub order: VecDeque<usize>,
+    /// How many there may be.
+    pub capacity: usize,
+    /// L2 tables that are being written: must stay.
+    pub in_commit: HashSet<usize>,
+    pub writing: Option<Writing>,
+}
+
+impl Meta {
+    /// Makes room after a table was taken in.
+    pub fn evict(&mut self, image: &Image, newest: usize) {
+        self.order.push_back(newest);
+        let mut looks = 2 * self.order.len();
+        while self.order.len() > self.capacity && looks > 0 {
+            looks -= 1;
+            let Some(oldest) = self.order.pop_front() else {
+                break;
+            };
+            let changed = self.in_commit.contains(&oldest)
+                || self
+                    .writing
+                    .as_ref()
+                    .is_some_and(|w| w.l2.contains_key(&oldest));
+            let used = image.tables().take_used(oldest);
+            if used || changed || oldest == newest {
+                self.order.push_back(oldest);
+            } else {
+                image.tables().put(oldest, None);
+            }
+        }
+    }
+
+    /// Notes that words of a table have changed.
+    pub fn l2_changed(&mut self, index: usize, words: Range<usize>, new: bool) {
+        let Some(w) = &mut self.writing else {
+            return;
+        };
+        match w.l2.get_mut(&index) {
+            Some(d) => {
+                d.range = d.range.start.min(words.start)..d.range.end.max(words.end);
+                d.new |= new;
+            }
+            None => {
+                w.l2.insert(index, DirtyL2 { range: words, new });
+            }
+        }
+    }
+
+    pub fn l1_changed(&mut self, index: usize) {
+        if let Some(w) = &mut self.writing {
+            w.l1 = Some(match w.l1.take() {
+                Some(r) => r.start.min(index)..r.end.max(index + 1),
+                None => index..index + 1,
+            });
+        }
+    }
+
+    /// So much has changed that it should be written.
+    pub fn is_full(&self) -> bool {
+        const MAX_UNREFS: usize = 4096;
+        self.writing.as_ref().is_some_and(|w| {
+            2 * w.l2.len() > self.capacity || w.refs.is_full() || w.unrefs.len() > MAX_UNREFS
+        })
+    }
+}

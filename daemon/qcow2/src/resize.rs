@@ -1,0 +1,131 @@
+//! Changing the size of the guest's disk.
+
+use std::io;
+
+use crate::error::Error;
+use crate::header::MAX_L1;
+use crate::image::Image;
+use crate::meta::{Reason, Unref};
+use crate::storage::buffer_of;
+use crate::write::read_only;
+
+impl Image {
+    /// Changes the size of the disk, in bytes, a multiple of 512. What is new reads as zeroes; what is cut off is
+    /// lost. No request may be in flight. Durable when it returns.
+    pub async fn resize(&self, size: u64) -> io::Result<()> {
+        let header = self.header();
+        let before = self.size();
+        if self.meta().writing.is_none() {
+            return Err(read_only());
+        }
+        if !size.is_multiple_of(512) {
+            return Err(Error::Field {
+                what: "the size of the disk",
+                value: size,
+                allowed: "a multiple of 512 is allowed",
+            }
+            .into());
+        }
+        if size < before && header.snapshots > 0 && self.version < 3 {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "images of version 2 with snapshots cannot be made smaller: their snapshots do not say how large they are",
+            ));
+        }
+        let entries = header.l1_entries_for(size);
+        if entries * 8 > MAX_L1 {
+            return Err(Error::TooLarge.into());
+        }
+        if size < before {
+            // Nothing of what is cut off may come back when the disk grows again.
+            let whole = size.next_multiple_of(self.cluster());
+            if whole > size {
+                self.zero_new(size, whole.min(before)).await?;
+            }
+            if whole < before {
+                self.cut_off(whole..before.next_multiple_of(self.cluster()))
+                    .await?;
+            }
+            self.flush().await?;
+        } else {
+            if entries > u64::from(header.l1_entries) {
+                self.grow_l1(entries).await?;
+            }
+            // The rest of the last cluster was never seen, and may be anything; the backing file may be
+            // longer than the disk was.
+            let backing = self.backing.as_ref().map_or(0, |b| b.size());
+            let last = before.next_multiple_of(self.cluster());
+            let end = if self.has_backing {
+                last.max(backing)
+            } else {
+                last
+            };
+            let end = end.min(size);
+            if end > before {
+                self.set_size(size);
+                let zeroed = self.zero_new(before, end).await;
+                self.set_size(before);
+                zeroed?;
+            }
+            self.flush().await?;
+        }
+        self.meta().header.size = size;
+        self.write_header().await?;
+        self.file.flush().await?;
+        self.set_size(size);
+        Ok(())
+    }
+
+    async fn zero_new(&self, from: u64, to: u64) -> io::Result<()> {
+        match self.write_zeroes(from, to - from, true).await {
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+                // Version 2 has no zero clusters.
+                const PIECE: u64 = 1 << 20;
+                let mut at = from;
+                while at < to {
+                    let n = PIECE.min(to - at);
+                    self.write(at, crate::storage::buffer(n as usize)).await?;
+                    at += n;
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// Moves the L1 table to a place with room for `entries`.
+    async fn grow_l1(&self, entries: u64) -> io::Result<()> {
+        self.flush().await?;
+        let bits = self.layout.cluster_bits;
+        let clusters = (entries * 8).div_ceil(self.cluster());
+        let run = self
+            .with_refs(|w| w.alloc.take_exactly(&mut w.refs, clusters))
+            .await?;
+        self.grow_to_end().await?;
+        let table: Vec<u8> = (0..entries as usize)
+            .flat_map(|i| self.tables.l1(i).to_be_bytes())
+            .collect();
+        self.file
+            .write(run.first << bits, buffer_of(&table))
+            .await?;
+        // The counts, and the new table.
+        self.flush().await?;
+        let old = self.header();
+        // The place first, then the length: with one of them the header is right in between, too.
+        self.meta().header.l1_offset = run.first << bits;
+        self.write_header().await?;
+        self.file.flush().await?;
+        self.meta().header.l1_entries = entries as u32;
+        self.write_header().await?;
+        self.file.flush().await?;
+        if let Some(w) = &mut self.meta().writing {
+            let old_clusters = (u64::from(old.l1_entries) * 8).div_ceil(self.cluster());
+            w.unused.push(Unref {
+                first: old.l1_offset >> bits,
+                clusters: old_clusters,
+                reason: Reason::Other,
+            });
+        }
+        Ok(())
+    }
+}

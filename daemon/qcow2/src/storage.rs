@@ -1,0 +1,69 @@
+//! What an image is stored in.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+
+use vdisk_io::IoVecs;
+
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// A file or device that an image lies in, or that stands behind it. Offsets and lengths are bytes, of any
+/// alignment.
+///
+/// What a write puts there may be lost, in any part and any order, until a flush that began after the write
+/// had ended has ended: all of the crash safety of the engine stands on this, and on nothing more. (Pieces of
+/// 16 bytes at multiples of 16, the largest entry of a table, are written wholly or not at all; no more is asked of
+/// a sector.)
+pub trait Storage: Send + Sync {
+    /// Bytes. Reads and writes stay within.
+    fn size(&self) -> u64;
+
+    fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>>;
+
+    fn write(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Makes every write that has ended durable.
+    fn flush(&self) -> LocalFuture<'_, io::Result<()>>;
+
+    /// The range is not needed any more. May do nothing.
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Takes space for the range, so that writes to it cannot fail for want of it. What it reads as stays.
+    fn reserve(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Whether it can grow.
+    fn grows(&self) -> bool;
+
+    /// Grows or shrinks; what is new reads as zeroes. `Unsupported` if the size is fixed.
+    fn set_size(&self, size: u64) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Waits until every request that was in flight when this was called has ended: see
+    /// [`vdisk_io::quiesce`].
+    fn quiesce(&self) -> LocalFuture<'_, ()>;
+}
+
+/// A buffer of `len` bytes for metadata, aligned for O_DIRECT.
+pub(crate) fn buffer(len: usize) -> IoVecs {
+    IoVecs::zeroed(len, 4096)
+}
+
+pub(crate) fn buffer_of(data: &[u8]) -> IoVecs {
+    let iov = buffer(data.len());
+    iov.copy_from_slice(0, data);
+    iov
+}
+
+/// Reads what there is; beyond the end there are zeroes.
+pub(crate) async fn read_or_zero(
+    storage: &dyn Storage,
+    offset: u64,
+    iov: IoVecs,
+) -> io::Result<()> {
+    let have = storage.size().saturating_sub(offset).min(iov.len() as u64) as usize;
+    iov.slice(have, iov.len() - have).zero_in_turns().await;
+    if have == 0 {
+        return Ok(());
+    }
+    storage.read(offset, iov.slice(0, have)).await
+}

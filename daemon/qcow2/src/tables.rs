@@ -1,0 +1,155 @@
+//! The L1 table and the L2 tables that are in memory: looked up without a lock by any number of threads.
+//!
+//! Invariant: tables are changed, taken in and dropped under the lock of [`crate::meta::Meta`] only.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwapOption;
+
+use crate::mapping::{Entry, Layout};
+
+const CHUNK: usize = 512;
+
+/// The words of one L2 table, in the host's byte order.
+pub(crate) struct Table {
+    words: Box<[AtomicU64]>,
+    /// Was looked at since the cache last wanted to drop it.
+    used: AtomicBool,
+}
+
+impl Table {
+    pub fn new(words: impl Iterator<Item = u64>) -> Arc<Table> {
+        Arc::new(Table {
+            words: words.map(AtomicU64::new).collect(),
+            used: AtomicBool::new(true),
+        })
+    }
+
+    /// The entry of a cluster. An entry of two words is read as it was at one time.
+    #[inline]
+    pub fn entry(&self, layout: Layout, index: usize) -> Entry {
+        if !layout.extended {
+            return Entry {
+                word: self.words[index].load(Ordering::Acquire),
+                bitmap: 0,
+            };
+        }
+        let (word, bitmap) = (&self.words[2 * index], &self.words[2 * index + 1]);
+        loop {
+            let before = bitmap.load(Ordering::Acquire);
+            let entry = Entry {
+                word: word.load(Ordering::Acquire),
+                bitmap: before,
+            };
+            if bitmap.load(Ordering::Acquire) == before {
+                return entry;
+            }
+        }
+    }
+
+    /// Changes the entry of a cluster. In between, a reader sees neither a place without data nor data
+    /// without a place.
+    pub fn set(&self, layout: Layout, index: usize, entry: Entry) {
+        if !layout.extended {
+            self.words[index].store(entry.word, Ordering::Release);
+            return;
+        }
+        let (word, bitmap) = (&self.words[2 * index], &self.words[2 * index + 1]);
+        if entry.host() == 0 {
+            bitmap.store(entry.bitmap, Ordering::Release);
+            word.store(entry.word, Ordering::Release);
+        } else {
+            word.store(entry.word, Ordering::Release);
+            bitmap.store(entry.bitmap, Ordering::Release);
+        }
+    }
+
+    /// The bytes of a range of words, as they are stored.
+    pub fn bytes(&self, words: std::ops::Range<usize>) -> Vec<u8> {
+        self.words[words]
+            .iter()
+            .flat_map(|w| w.load(Ordering::Acquire).to_be_bytes())
+            .collect()
+    }
+
+    /// A copy.
+    pub fn duplicate(&self) -> Arc<Table> {
+        Table::new(self.words.iter().map(|w| w.load(Ordering::Acquire)))
+    }
+}
+
+#[derive(Default)]
+struct Slot {
+    l1: AtomicU64,
+    table: ArcSwapOption<Table>,
+}
+
+/// By L1 index. Memory is taken for those parts of the L1 table only in which there is something.
+pub(crate) struct Tables {
+    chunks: Box<[OnceLock<Box<[Slot]>>]>,
+}
+
+impl Tables {
+    /// For L1 tables of up to `max` entries.
+    pub fn new(max: usize) -> Tables {
+        Tables {
+            chunks: (0..max.div_ceil(CHUNK)).map(|_| OnceLock::new()).collect(),
+        }
+    }
+
+    #[inline]
+    fn slot(&self, index: usize) -> Option<&Slot> {
+        self.chunks.get(index / CHUNK)?.get()?.get(index % CHUNK)
+    }
+
+    /// The L1 entry; 0 if there is none.
+    #[inline]
+    pub fn l1(&self, index: usize) -> u64 {
+        self.slot(index).map_or(0, |s| s.l1.load(Ordering::Acquire))
+    }
+
+    /// `index` is below the maximum that the tables were made for.
+    pub fn set_l1(&self, index: usize, entry: u64) {
+        if entry == 0 && self.slot(index).is_none() {
+            return;
+        }
+        let chunk = self.chunks[index / CHUNK]
+            .get_or_init(|| (0..CHUNK).map(|_| Slot::default()).collect());
+        chunk[index % CHUNK].l1.store(entry, Ordering::Release);
+    }
+
+    /// Runs `f` with the table, if it is here.
+    #[inline]
+    pub fn with<R>(&self, index: usize, f: impl FnOnce(&Table) -> R) -> Option<R> {
+        let table = self.slot(index)?.table.load();
+        let table = table.as_deref()?;
+        if !table.used.load(Ordering::Relaxed) {
+            table.used.store(true, Ordering::Relaxed);
+        }
+        Some(f(table))
+    }
+
+    /// Whether the table was looked at since this was last asked.
+    pub fn take_used(&self, index: usize) -> bool {
+        let Some(slot) = self.slot(index) else {
+            return false;
+        };
+        let table = slot.table.load();
+        table
+            .as_deref()
+            .is_some_and(|t| t.used.swap(false, Ordering::Relaxed))
+    }
+
+    pub fn has(&self, index: usize) -> bool {
+        self.slot(index).is_some_and(|s| s.table.load().is_some())
+    }
+
+    /// Takes a table in, or drops it. True if one was there before.
+    pub fn put(&self, index: usize, table: Option<Arc<Table>>) -> bool {
+        match self.slot(index) {
+            Some(slot) => slot.table.swap(table).is_some(),
+            None => false,
+        }
+    }
+}

@@ -1,0 +1,496 @@
+//! Writes that change where things are: allocation, copy on write, zeroes and discards.
+//!
+//! Whoever changes entries holds their clusters (`Image::clusters`), and nothing else while it waits for
+//! the storage: requests to other clusters go on beside it.
+
+use std::io;
+use std::ops::Range;
+
+use vdisk_io::IoVecs;
+
+use crate::allocator::Run;
+use crate::error::Error;
+use crate::image::{Image, Lookup};
+use crate::mapping::{COPIED, Entry, Kind, Mapping, OFFSET_MASK};
+use crate::meta::{Reason, Unref, Writing};
+use crate::refcount::{Attempt, Need, Stop};
+use crate::storage::buffer;
+use crate::tables::Table;
+
+/// Bytes that are allocated and written in one piece, at most.
+const MAX_PIECE: u64 = 4 << 20;
+
+/// What becomes of clusters that read as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// They keep their place in the file.
+    Keep,
+    /// They give it up.
+    GiveUp,
+}
+
+pub(crate) fn read_only() -> io::Error {
+    io::Error::from_raw_os_error(30)
+}
+
+impl Image {
+    // Clusters of the file.
+
+    /// Does something with the reference counts; reads what it needs.
+    pub(crate) async fn with_refs<R>(
+        &self,
+        mut f: impl FnMut(&mut Writing) -> Attempt<R>,
+    ) -> io::Result<R> {
+        loop {
+            let need = {
+                let mut meta = self.meta();
+                let w = meta.writing.as_mut().ok_or_else(read_only)?;
+                match f(w) {
+                    Ok(r) => {
+                        w.refs.evict();
+                        return Ok(r);
+                    }
+                    Err(Stop::Error(e)) => return Err(e.into()),
+                    Err(Stop::Need(need)) => need,
+                }
+            };
+            let Need::Block { index, offset } = need;
+            let _held = self.block_loads.lock(index..index + 1).await;
+            let missing = |w: &mut Writing| match w.refs.get(index * w.refs.per_block()) {
+                Err(Stop::Need(_)) => true,
+                Ok(_) | Err(Stop::Error(_)) => false,
+            };
+            if !self.meta().writing.as_mut().is_some_and(missing) {
+                continue;
+            }
+            let data = self
+                .read_metadata(offset, self.cluster(), "a refcount block")
+                .await?;
+            if let Some(w) = &mut self.meta().writing {
+                w.refs.insert(index, data);
+            }
+        }
+    }
+
+    /// Takes `want` clusters in one piece, or fewer, and makes sure that the file has them.
+    pub(crate) async fn allocate(&self, want: u64) -> io::Result<Run> {
+        let run = self.with_refs(|w| w.alloc.take(&mut w.refs, want)).await?;
+        if self.overlaps_tables(run) {
+            return Err(Error::Overlap.into());
+        }
+        let end = (run.first + run.clusters) << self.layout.cluster_bits;
+        if let Err(e) = self.grow_file(end).await {
+            self.give_back(run);
+            return Err(e);
+        }
+        Ok(run)
+    }
+
+    /// An image whose reference counts are wrong must not lose its tables, too.
+    fn overlaps_tables(&self, run: Run) -> bool {
+        let meta = self.meta();
+        let h = &meta.header;
+        let bits = self.layout.cluster_bits;
+        let overlaps = |offset: u64, bytes: u64| {
+            let first = offset >> bits;
+            let end = (offset + bytes).div_ceil(self.cluster());
+            first < run.first + run.clusters && run.first < end
+        };
+        overlaps(0, self.cluster())
+            || overlaps(h.l1_offset, u64::from(h.l1_entries) * 8)
+            || meta
+                .writing
+                .as_ref()
+                .is_some_and(|w| w.refs.is_table(run.first, run.clusters))
+    }
+
+    /// Clusters that were taken and are not needed after all.
+    pub(crate) fn give_back(&self, run: Run) {
+        if let Some(w) = &mut self.meta().writing {
+            w.unused.push(Unref {
+                first: run.first,
+                clusters: run.clusters,
+                reason: Reason::Other,
+            });
+        }
+    }
+
+    /// Makes sure that the file has at least `size` bytes. It grows in larger steps than it is asked to: not every
+    /// write is to change its size.
+    pub(crate) async fn grow_file(&self, size: u64) -> io::Result<()> {
+        if size <= self.file.size() {
+            return Ok(());
+        }
+        let _turn = self.growing.lock().await;
+        if size <= self.file.size() {
+            return Ok(());
+        }
+        let step = (size / 8).clamp(1 << 20, 1 << 30).next_power_of_two();
+        if !self.file.grows() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.file.set_size(size.next_multiple_of(step)).await
+    }
+
+    // Tables.
+
+    /// Makes sure that there is an L2 table of this number that may be changed.
+    pub(crate) async fn own_table(&self, index: usize) -> io::Result<()> {
+        let is_own = |l1: u64| l1 & COPIED != 0 && l1 & OFFSET_MASK != 0;
+        if is_own(self.tables.l1(index)) {
+            return Ok(());
+        }
+        let _held = self.table_loads.lock(index as u64..index as u64 + 1).await;
+        let old = self.tables.l1(index);
+        if is_own(old) {
+            return Ok(());
+        }
+        let run = self.allocate(1).await?;
+        let table = if old & OFFSET_MASK == 0 {
+            Table::new(std::iter::repeat_n(0, self.cluster() as usize / 8))
+        } else {
+            loop {
+                // It may have been dropped meanwhile.
+                if let Err(e) = self.load_table_held(index).await {
+                    self.give_back(run);
+                    return Err(e);
+                }
+                if let Some(copy) = self.tables.with(index, Table::duplicate) {
+                    break copy;
+                }
+            }
+        };
+        let mut meta = self.meta();
+        self.tables
+            .set_l1(index, run.first << self.layout.cluster_bits | COPIED);
+        if !self.tables.put(index, Some(table)) {
+            meta.evict(self, index);
+        }
+        meta.l2_changed(index, 0..self.cluster() as usize / 8, true);
+        meta.l1_changed(index);
+        if let (Some(w), true) = (&mut meta.writing, old & OFFSET_MASK != 0) {
+            w.unrefs.push(Unref {
+                first: (old & OFFSET_MASK) >> self.layout.cluster_bits,
+                clusters: 1,
+                reason: Reason::Other,
+            });
+        }
+        self.note_change();
+        Ok(())
+    }
+
+    /// Changes the entries of `n` clusters from the one that `at` lies in, which the caller holds. `f` gets the
+    /// number from 0 on and the old entry. Clusters that an old entry had and the new one has not lose a reference.
+    pub(crate) async fn change_entries(
+        &self,
+        at: u64,
+        n: usize,
+        reason: Reason,
+        f: impl Fn(usize, Entry) -> Entry,
+    ) -> io::Result<()> {
+        let (index, first) = self.layout.position(at);
+        let layout = self.layout;
+        loop {
+            {
+                let mut meta = self.meta();
+                let changed = self.tables.with(index, |table| {
+                    let mut unrefs = Vec::new();
+                    for i in 0..n {
+                        let old = table.entry(layout, first + i);
+                        let new = f(i, old);
+                        if new == old {
+                            continue;
+                        }
+                        table.set(layout, first + i, new);
+                        let had = layout.references(old);
+                        if let Some((first, clusters)) = had
+                            && had != layout.references(new)
+                        {
+                            unrefs.push(Unref {
+                                first,
+                                clusters,
+                                reason,
+                            });
+                        }
+                    }
+                    unrefs
+                });
+                if let Some(unrefs) = changed {
+                    meta.l2_changed(index, layout.words(first, n), false);
+                    if let Some(w) = &mut meta.writing {
+                        w.unrefs.extend(unrefs);
+                    }
+                    self.note_change();
+                    return Ok(());
+                }
+            }
+            self.load_table(index).await?;
+        }
+    }
+
+    // Writing.
+
+    /// Writes a range within the disk.
+    pub async fn write(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        let mut done = 0;
+        while done < iov.len() {
+            let rest = iov.slice(done, iov.len() - done);
+            done += self.write_some(offset + done as u64, rest).await?;
+        }
+        self.commit_if_full().await
+    }
+
+    /// Where, and how much of a range can be written in place.
+    fn in_place(&self, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+        Ok(match self.lookup(at, len)? {
+            Lookup::Mapped(Mapping {
+                kind: Kind::Data(host),
+                len,
+                writable: true,
+            }) => Some((host, len)),
+            _ => None,
+        })
+    }
+
+    /// Writes the beginning of a range, and returns how much of it.
+    async fn write_some(&self, at: u64, iov: IoVecs) -> io::Result<usize> {
+        let len = iov.len() as u64;
+        if let Some((host, n)) = self.in_place(at, len)? {
+            self.file.write(host, iov.slice(0, n as usize)).await?;
+            return Ok(n as usize);
+        }
+        let layout = self.layout;
+        let cluster = layout.cluster();
+        let start = at & !(cluster - 1);
+        let end = (at + len)
+            .min((at / layout.span() + 1).saturating_mul(layout.span()))
+            .min(start + MAX_PIECE.max(cluster));
+        let count = (end - start).div_ceil(cluster);
+        let first = start >> layout.cluster_bits;
+        let _held = self.clusters.lock(first..first + count).await;
+        self.own_table(layout.position(at).0).await?;
+        // Somebody may have been here before.
+        let mut entries = self.entries(at, count as usize).await?;
+        if let Some((host, n)) = self.in_place(at, end - at)? {
+            self.file.write(host, iov.slice(0, n as usize)).await?;
+            return Ok(n as usize);
+        }
+        if entries[0].is_own() {
+            // It has a place, but not all of what is written is data yet.
+            let end = end.min(start + cluster);
+            let part = iov.slice(0, (end - at) as usize);
+            let run = Run {
+                first: entries[0].host() >> layout.cluster_bits,
+                clusters: 1,
+                zero: false,
+            };
+            self.fill(&entries[..1], run, at..end, part).await?;
+            return Ok((end - at) as usize);
+        }
+        let n = entries.iter().take_while(|e| !e.is_own()).count();
+        entries.truncate(n);
+        let run = self.allocate(n as u64).await?;
+        entries.truncate(run.clusters as usize);
+        let end = end.min(start + run.clusters * cluster);
+        let part = iov.slice(0, (end - at) as usize);
+        if let Err(e) = self.fill(&entries, run, at..end, part).await {
+            self.give_back(run);
+            return Err(e);
+        }
+        Ok((end - at) as usize)
+    }
+
+    /// Writes `data` to a range of clusters that are held and have these entries, at a new place or at a place that
+    /// has no data for it yet, and makes the entries refer to it.
+    async fn fill(
+        &self,
+        old: &[Entry],
+        run: Run,
+        range: Range<u64>,
+        data: IoVecs,
+    ) -> io::Result<()> {
+        let layout = self.layout;
+        let cluster = layout.cluster();
+        let start = range.start & !(cluster - 1);
+        let end = start + old.len() as u64 * cluster;
+        let moves = |e: Entry| !e.is_own() && layout.has_data(e);
+        // What becomes data with it: the subclusters that are touched, or all of a cluster whose data moves.
+        let whole = if moves(old[0]) {
+            start
+        } else {
+            range.start & !(layout.unit() - 1)
+        };
+        let whole_end = if moves(old[old.len() - 1]) {
+            end
+        } else {
+            range.end.next_multiple_of(layout.unit()).min(end)
+        };
+        let (mut from, mut parts) = (range.start, vec![data]);
+        if whole < range.start && !(run.zero && self.reads_zero(whole..range.start).await?) {
+            let head = buffer((range.start - whole) as usize);
+            self.read_old(whole, &head).await?;
+            parts.insert(0, head);
+            from = whole;
+        }
+        if range.end < whole_end && !(run.zero && self.reads_zero(range.end..whole_end).await?) {
+            let tail = buffer((whole_end - range.end) as usize);
+            self.read_old(range.end, &tail).await?;
+            parts.push(tail);
+        }
+        let iov = match parts.len() {
+            1 => parts.remove(0),
+            _ => IoVecs::concat(parts),
+        };
+        let host = run.first << layout.cluster_bits;
+        self.file.write(host + (from - start), iov).await?;
+        self.change_entries(start, old.len(), Reason::Other, |i, old| {
+            let base = start + i as u64 * cluster;
+            let from = whole.saturating_sub(base).min(cluster);
+            let to = (whole_end - base).min(cluster);
+            layout.with_data(
+                if moves(old) { Entry::default() } else { old },
+                host + i as u64 * cluster,
+                from,
+                to,
+            )
+        })
+        .await
+    }
+
+    /// Reads what is there before a write. The last cluster may reach beyond the end of the disk.
+    async fn read_old(&self, at: u64, iov: &IoVecs) -> io::Result<()> {
+        let have = self.size().saturating_sub(at).min(iov.len() as u64) as usize;
+        match have {
+            0 => Ok(()),
+            _ => self.read(at, iov.slice(0, have)).await,
+        }
+    }
+
+    // Zeroes and discards.
+
+    /// Makes a range read as zeroes. `Unsupported` where the format cannot say so: version 2 with a backing
+    /// file.
+    pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let cluster = self.cluster();
+        let end = offset + len;
+        // The last cluster is whole if the disk ends in it.
+        let last = if end == self.size() {
+            end.next_multiple_of(cluster)
+        } else {
+            end
+        };
+        let (first, last) = (offset.next_multiple_of(cluster), last & !(cluster - 1));
+        if first >= last {
+            self.zero_part(offset..end).await?;
+        } else {
+            let place = if may_unmap {
+                Place::GiveUp
+            } else {
+                Place::Keep
+            };
+            self.zero_part(offset..first).await?;
+            self.zero_clusters(first..last, place).await?;
+            self.zero_part(last.min(end)..end).await?;
+        }
+        self.commit_if_full().await
+    }
+
+    /// Gives up the clusters that lie wholly within a range; they read as zeroes, or still as what they were.
+    pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let cluster = self.cluster();
+        let end = offset + len;
+        let last = if end == self.size() {
+            end.next_multiple_of(cluster)
+        } else {
+            end
+        };
+        let (first, last) = (offset.next_multiple_of(cluster), last & !(cluster - 1));
+        if first < last {
+            self.zero_clusters(first..last, Place::GiveUp).await?;
+        }
+        self.commit_if_full().await
+    }
+
+    /// Zeroes in a part of a cluster.
+    async fn zero_part(&self, range: Range<u64>) -> io::Result<()> {
+        if range.is_empty() || self.reads_zero(range.clone()).await? {
+            return Ok(());
+        }
+        let zeroes = buffer((range.end - range.start) as usize);
+        let mut done = 0;
+        while done < zeroes.len() {
+            let rest = zeroes.slice(done, zeroes.len() - done);
+            done += self.write_some(range.start + done as u64, rest).await?;
+        }
+        Ok(())
+    }
+
+    /// Drops clusters that the disk will not have any more.
+    pub(crate) async fn cut_off(&self, range: Range<u64>) -> io::Result<()> {
+        self.change_clusters(range, |_| Entry::default()).await
+    }
+
+    async fn zero_clusters(&self, range: Range<u64>, place: Place) -> io::Result<()> {
+        let layout = self.layout;
+        if self.version < 3 && self.has_backing {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.change_clusters(range, |old| {
+            let keep = place == Place::Keep && old.is_own() && self.version >= 3;
+            match (keep, self.has_backing) {
+                (true, _) => layout.zero(old.host()),
+                (false, false) => Entry::default(),
+                (false, true) => layout.zero(0),
+            }
+        })
+        .await
+    }
+
+    /// Gives whole clusters new entries without data.
+    async fn change_clusters(
+        &self,
+        range: Range<u64>,
+        new: impl Fn(Entry) -> Entry,
+    ) -> io::Result<()> {
+        let layout = self.layout;
+        let mut at = range.start;
+        while at < range.end {
+            let next = (at / layout.span() + 1)
+                .saturating_mul(layout.span())
+                .min(range.end);
+            self.change_within_table(at..next, &new).await?;
+            at = next;
+            vdisk_io::give_way().await;
+            if self.meta().is_full() {
+                self.commit_if_full().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn change_within_table(
+        &self,
+        range: Range<u64>,
+        new: impl Fn(Entry) -> Entry,
+    ) -> io::Result<()> {
+        let layout = self.layout;
+        let index = layout.position(range.start).0;
+        let (first, last) = (
+            range.start >> layout.cluster_bits,
+            range.end >> layout.cluster_bits,
+        );
+        let _held = self.clusters.lock(first..last).await;
+        let is_empty = self.tables.l1(index) & OFFSET_MASK == 0;
+        if is_empty && new(Entry::default()) == Entry::default() {
+            return Ok(());
+        }
+        let n = (last - first) as usize;
+        let entries = self.entries(range.start, n).await?;
+        if entries.iter().all(|e| *e == new(*e)) {
+            return Ok(());
+        }
+        self.own_table(index).await?;
+        self.change_entries(range.start, n, Reason::Request, |_, old| new(old))
+            .await
+    }
+}

@@ -1,0 +1,326 @@
+//! Power cuts: after any of them the image is sound, and what a flush has acknowledged is there.
+
+mod memory;
+
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+use memory::{Memory, Random, after_power_cut, block_on, open};
+use vdisk_io::IoVecs;
+use vdisk_qcow2::{CHECK_MEMORY, CreateOptions, Image, Options, Repair, Storage};
+
+const SECTOR: u64 = 512;
+
+/// Something that the guest did to a sector, and when. `tag` is what its words have then, 0 for zeroes.
+#[derive(Clone, Copy, Debug)]
+struct Version {
+    tag: u64,
+    began: u64,
+    ended: u64,
+    /// A discard: what was there before may be there still.
+    maybe: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Write(u64, u64),
+    Zero(u64, u64, bool),
+    Discard(u64, u64),
+    Flush,
+    Tidy,
+}
+
+struct Guest {
+    file: Arc<Memory>,
+    image: Rc<Image>,
+    /// Sectors of the backing file, which have the tag of no write.
+    backing: u64,
+    sectors: std::cell::RefCell<Vec<Vec<Version>>>,
+    /// When flushes that were acknowledged began and ended.
+    flushes: std::cell::RefCell<Vec<(u64, u64)>>,
+    next_tag: std::cell::Cell<u64>,
+}
+
+impl Guest {
+    fn note(&self, offset: u64, len: u64, version: impl Fn(u64) -> Version) {
+        let mut sectors = self.sectors.borrow_mut();
+        for s in offset / SECTOR..(offset + len) / SECTOR {
+            sectors[s as usize].push(version(s));
+        }
+    }
+
+    async fn run(&self, op: Op) -> io::Result<()> {
+        let began = self.file.tick();
+        if let Op::Tidy = op {
+            return self.image.tidy().await;
+        }
+        let _request = self.file.request();
+        let n = self.next_tag.get();
+        self.next_tag.set(n + 1);
+        let tag = |s: u64| s << 32 | n;
+        match op {
+            Op::Write(at, len) => {
+                let data: Vec<u8> = (at / SECTOR..(at + len) / SECTOR)
+                    .flat_map(|s| tag(s).to_le_bytes().repeat(64))
+                    .collect();
+                // Noted before: power may be cut while it runs.
+                self.note(at, len, |s| Version {
+                    tag: tag(s),
+                    began,
+                    ended: u64::MAX,
+                    maybe: false,
+                });
+                self.image.write(at, IoVecs::from_slice(&data)).await?;
+                self.ended(at, len, began);
+            }
+            Op::Zero(at, len, _) | Op::Discard(at, len) if len > 0 => {
+                let discard = matches!(op, Op::Discard(..));
+                self.note(at, len, |_| Version {
+                    tag: 0,
+                    began,
+                    ended: u64::MAX,
+                    maybe: discard,
+                });
+                if discard {
+                    self.image.discard(at, len).await?;
+                } else {
+                    let unmap = matches!(op, Op::Zero(_, _, true));
+                    self.image.write_zeroes(at, len, unmap).await?;
+                }
+                self.ended(at, len, began);
+            }
+            Op::Flush => {
+                self.image.flush().await?;
+                self.flushes.borrow_mut().push((began, self.file.tick()));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn ended(&self, offset: u64, len: u64, began: u64) {
+        let now = self.file.tick();
+        let mut sectors = self.sectors.borrow_mut();
+        for s in offset / SECTOR..(offset + len) / SECTOR {
+            for v in sectors[s as usize].iter_mut().filter(|v| v.began == began) {
+                v.ended = now;
+            }
+        }
+    }
+
+    /// Whether a word may be in a sector after power was cut at `time`.
+    fn allows(&self, sector: u64, word: u64, time: u64) -> bool {
+        let flushes = self.flushes.borrow();
+        let durable = flushes
+            .iter()
+            .filter(|f| f.1 < time)
+            .map(|f| f.0)
+            .max()
+            .unwrap_or(0);
+        let sectors = self.sectors.borrow();
+        let initial = Version {
+            tag: if sector < self.backing {
+                sector << 32
+            } else {
+                0
+            },
+            began: 0,
+            ended: 0,
+            maybe: false,
+        };
+        let versions = || std::iter::once(&initial).chain(&sectors[sector as usize]);
+        versions().any(|v| {
+            let superseded = versions().any(|w| !w.maybe && w.began > v.ended && w.ended < durable);
+            v.tag == word && v.began < time && !superseded
+        })
+    }
+}
+
+fn ops(random: &mut Random, size: u64, n: usize) -> Vec<Op> {
+    (0..n)
+        .map(|_| {
+            let most = [2, 9, 40][random.below(3) as usize];
+            let len = (SECTOR * (1 + random.below(most))).min(size);
+            let at = random.below((size - len) / SECTOR + 1) * SECTOR;
+            match random.below(16) {
+                0..9 => Op::Write(at, len),
+                9 => Op::Zero(at, len, true),
+                10 => Op::Zero(at, len, false),
+                11 | 12 => Op::Discard(
+                    at / 4096 * 4096,
+                    (len.next_multiple_of(4096)).min(size - at / 4096 * 4096),
+                ),
+                13 => Op::Tidy,
+                _ => Op::Flush,
+            }
+        })
+        .collect()
+}
+
+async fn sound(image: &Image, what: &str) {
+    let report = image.check(Repair::Nothing, CHECK_MEMORY).await.unwrap();
+    assert_eq!(report.corruptions, 0, "{what}: {:#?}", report.messages);
+}
+
+/// Runs a random workload from several requests at once, and cuts the power at many moments.
+fn workload(seed: u64, create: &CreateOptions, options: Options, cuts: usize) {
+    let mut random = Random::new(seed);
+    let size = create.size;
+    let backing = create.backing.is_some().then(|| {
+        let words = |s: u64| (s << 32).to_le_bytes().repeat(64);
+        let data = (0..size / SECTOR * 3 / 4).flat_map(words).collect();
+        Memory::new(data, Some(seed), false) as Arc<dyn Storage>
+    });
+    let empty = Memory::new(Vec::new(), None, false);
+    block_on(Image::create(empty.clone(), create)).unwrap();
+    let base = empty.data();
+    let file = Memory::new(base.clone(), Some(seed), true);
+    let image = open(&file, backing.clone(), options).unwrap();
+    let guest = Guest {
+        file: file.clone(),
+        image,
+        backing: backing.as_ref().map_or(0, |b| b.size() / SECTOR),
+        sectors: std::cell::RefCell::new(vec![Vec::new(); (size / SECTOR) as usize]),
+        flushes: Default::default(),
+        next_tag: std::cell::Cell::new(1),
+    };
+    block_on(async {
+        guest.image.activate().await.unwrap();
+        join_all((0..4).map(|_| {
+            let ops = ops(&mut random, size, 40);
+            let guest = &guest;
+            async move {
+                for op in ops {
+                    match guest.run(op).await {
+                        Ok(()) => {}
+                        Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
+                        Err(e) => panic!("{op:?}: {e}"),
+                    }
+                }
+            }
+        }))
+        .await;
+        guest.image.close().await.unwrap();
+    });
+    let log = file.log();
+    let end = file.tick();
+    assert!(log.len() > 100);
+    for cut in 0..=cuts {
+        let time = if cut == cuts {
+            end
+        } else {
+            1 + random.below(end)
+        };
+        let data = after_power_cut(&base, &log, time, &mut random);
+        let what = format!("seed {seed}, cut {cut} at {time} of {end}");
+        let file = Memory::new(data, None, false);
+        let image = open(&file, backing.clone(), Options::default())
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
+        block_on(async {
+            sound(&image, &what).await;
+            image.activate().await.unwrap();
+            let iov = IoVecs::zeroed(size as usize, 1);
+            image.read(0, iov.clone()).await.unwrap();
+            for (i, word) in iov.to_vec().chunks(8).enumerate() {
+                let word = u64::from_le_bytes(word.try_into().unwrap());
+                let sector = i as u64 / 64;
+                assert!(
+                    guest.allows(sector, word, time),
+                    "{what}: sector {sector} has {word:#x}, of {:#?}; flushes {:?}",
+                    guest.sectors.borrow()[sector as usize],
+                    guest.flushes.borrow(),
+                );
+            }
+            // It can be repaired, and be used.
+            let report = image.check(Repair::Leaks, CHECK_MEMORY).await.unwrap();
+            assert!(report.is_clean(), "{what}: {report:#?}");
+            for at in (0..size).step_by(3 * 4096) {
+                let iov = IoVecs::from_slice(&[7; 512]);
+                image.write(at, iov).await.unwrap();
+            }
+            image.close().await.unwrap();
+            let report = image.check(Repair::Nothing, CHECK_MEMORY).await.unwrap();
+            assert!(
+                report.is_clean() && report.leaks == 0,
+                "{what}: {report:#?}"
+            );
+        });
+    }
+}
+
+fn cuts() -> usize {
+    let more = std::env::var("VDISK_CUTS")
+        .ok()
+        .and_then(|v| v.parse().ok());
+    more.unwrap_or(60)
+}
+
+fn small() -> CreateOptions {
+    CreateOptions {
+        cluster_size: 4096,
+        ..CreateOptions::new(384 << 10)
+    }
+}
+
+#[test]
+fn plain_images() {
+    for seed in 1..9 {
+        workload(seed, &small(), Options::default(), cuts());
+    }
+}
+
+#[test]
+fn tiny_clusters_and_caches() {
+    for seed in 10..16 {
+        let create = CreateOptions {
+            cluster_size: 512,
+            refcount_bits: [1, 8, 64][seed as usize % 3],
+            ..CreateOptions::new(192 << 10)
+        };
+        let options = Options {
+            l2_cache: 4 * 512,
+            refcount_cache: 4 * 512,
+            pass_discard_other: true,
+            ..Options::default()
+        };
+        workload(seed, &create, options, cuts());
+    }
+}
+
+#[test]
+fn overlays_in_both_versions() {
+    for seed in 20..26 {
+        let create = CreateOptions {
+            version: 2 + seed as u32 % 2,
+            backing: Some(("base".into(), "raw".into())),
+            ..small()
+        };
+        workload(seed, &create, Options::default(), cuts());
+    }
+}
+
+#[test]
+fn subclusters() {
+    for seed in 30..34 {
+        let create = CreateOptions {
+            cluster_size: 16384,
+            extended_l2: true,
+            backing: (seed % 2 == 0).then(|| ("base".into(), "raw".into())),
+            ..small()
+        };
+        workload(seed, &create, Options::default(), cuts());
+    }
+}
+
+#[test]
+fn preallocated_images() {
+    for seed in 40..44 {
+        let create = CreateOptions {
+            preallocation: vdisk_qcow2::Preallocation::Metadata,
+            ..small()
+        };
+        workload(seed, &create, Options::default(), cuts());
+    }
+}

@@ -1,0 +1,327 @@
+//! Requests beside each other, and with storage that fails.
+
+mod memory;
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+
+use memory::{Memory, Random, block_on, open};
+use vdisk_io::{IoVecs, give_way};
+use vdisk_qcow2::{
+    CHECK_MEMORY, CreateOptions, Image, Kind, Lookup, Options, Preallocation, Repair,
+};
+
+fn created(options: &CreateOptions) -> Arc<Memory> {
+    let file = Memory::new(Vec::new(), None, false);
+    block_on(Image::create(file.clone(), options)).unwrap();
+    file
+}
+
+fn data(byte: u8, len: usize) -> IoVecs {
+    IoVecs::from_slice(&vec![byte; len])
+}
+
+async fn read(image: &Image, at: u64, len: usize) -> Vec<u8> {
+    let iov = IoVecs::zeroed(len, 1);
+    image.read(at, iov.clone()).await.unwrap();
+    iov.to_vec()
+}
+
+fn place(image: &Image, at: u64) -> Option<u64> {
+    match image.lookup(at, 1) {
+        Ok(Lookup::Mapped(m)) => match m.kind {
+            Kind::Data(host) => Some(host),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+async fn clean(image: &Image) {
+    let report = image.check(Repair::Nothing, CHECK_MEMORY).await.unwrap();
+    assert!(report.corruptions == 0 && report.leaks == 0, "{report:#?}");
+}
+
+/// A write that found its place before a discard must not end up in what is there after it.
+#[test]
+fn a_write_in_flight_keeps_its_cluster() {
+    let file = created(&CreateOptions {
+        cluster_size: 4096,
+        ..CreateOptions::new(1 << 20)
+    });
+    let image = open(&file, None, Options::default()).unwrap();
+    block_on(async {
+        image.activate().await.unwrap();
+        image.write(0, data(1, 4096)).await.unwrap();
+        image.flush().await.unwrap();
+        let host = place(&image, 0).unwrap();
+        file.hold(Some(host));
+        let request = file.request();
+        let mut late = pin!(image.write(0, data(2, 4096)));
+        poll_fn(|cx| {
+            assert!(late.as_mut().poll(cx).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        image.discard(0, 4096).await.unwrap();
+        let mut tidy = pin!(image.tidy());
+        for _ in 0..100 {
+            poll_fn(|cx| {
+                assert!(tidy.as_mut().poll(cx).is_pending());
+                Poll::Ready(())
+            })
+            .await;
+            give_way().await;
+        }
+        // Nobody else gets the cluster meanwhile.
+        image.write(8192, data(3, 4096)).await.unwrap();
+        assert_ne!(place(&image, 8192), Some(host));
+        file.hold(None);
+        late.await.unwrap();
+        drop(request);
+        tidy.await.unwrap();
+        image.write(16384, data(4, 4096)).await.unwrap();
+        assert_eq!(place(&image, 16384), Some(host));
+        assert_eq!(read(&image, 0, 4096).await, [0; 4096]);
+        assert_eq!(read(&image, 8192, 4096).await, [3; 4096]);
+        assert_eq!(read(&image, 16384, 4096).await, [4; 4096]);
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
+#[test]
+fn neighbours_are_allocated_in_one_piece() {
+    let file = created(&CreateOptions::new(64 << 20));
+    let image = open(&file, None, Options::default()).unwrap();
+    block_on(async {
+        image.activate().await.unwrap();
+        image.write(0, data(1, 1 << 20)).await.unwrap();
+        image.write(1 << 20, data(1, 1 << 20)).await.unwrap();
+        let Ok(Lookup::Mapped(m)) = image.lookup(0, 2 << 20) else {
+            panic!();
+        };
+        assert_eq!(m.len, 2 << 20);
+        // A small write takes no more than its own bytes to a cluster that is new.
+        let before = file.log().len();
+        assert_eq!(before, 0);
+    });
+}
+
+#[test]
+fn new_clusters_are_not_filled_with_zeroes() {
+    let base = created(&CreateOptions::new(64 << 20)).data();
+    let file = Memory::new(base, None, true);
+    let image = open(&file, None, Options::default()).unwrap();
+    block_on(async {
+        image.activate().await.unwrap();
+        image.write(4096, data(1, 4096)).await.unwrap();
+        let host = place(&image, 4096).unwrap();
+        let writes: Vec<(u64, usize)> = file
+            .log()
+            .iter()
+            .filter_map(|e| match &e.change {
+                Some(memory::Change::Write(at, bytes)) => Some((*at, bytes.len())),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(writes, [(host, 4096)]);
+    });
+}
+
+#[test]
+fn what_fails_can_be_tried_again() {
+    for n in 0..40 {
+        let file = created(&CreateOptions {
+            cluster_size: 512,
+            ..CreateOptions::new(256 << 10)
+        });
+        let image = open(&file, None, Options::default()).unwrap();
+        block_on(async {
+            image.activate().await.unwrap();
+            let mut random = Random::new(n + 1);
+            let mut model = vec![0; 256 << 10];
+            let mut unknown = vec![false; 256 << 10];
+            file.fail_after(Some(n));
+            for i in 0..60u8 {
+                if i == 30 {
+                    file.fail_after(None);
+                }
+                let at = random.below(500) * 512;
+                let len = 512 * (1 + random.below(8)) as usize;
+                let range = at as usize..at as usize + len;
+                let ok = match random.below(4) {
+                    0 => image.write_zeroes(at, len as u64, true).await.map(|()| 0),
+                    1 => {
+                        let _ = image.flush().await;
+                        continue;
+                    }
+                    _ => image.write(at, data(i + 1, len)).await.map(|()| i + 1),
+                };
+                match ok {
+                    Ok(byte) => {
+                        model[range.clone()].fill(byte);
+                        unknown[range].fill(false);
+                    }
+                    Err(_) => unknown[range].fill(true),
+                }
+            }
+            image.flush().await.unwrap();
+            let got = read(&image, 0, model.len()).await;
+            for i in 0..model.len() {
+                assert!(unknown[i] || got[i] == model[i], "run {n}, byte {i}");
+            }
+            image.close().await.unwrap();
+            clean(&image).await;
+            let again = open(&file, None, Options::default()).unwrap();
+            assert!(read(&again, 0, model.len()).await == got);
+        });
+    }
+}
+
+#[test]
+fn sizes_change_both_ways() {
+    for (version, cluster_size) in [(3, 512), (3, 65536), (2, 4096)] {
+        let backing = Memory::new(vec![9; 3 << 20], None, false);
+        let file = created(&CreateOptions {
+            version,
+            cluster_size,
+            backing: Some(("base".into(), "raw".into())),
+            ..CreateOptions::new(1 << 20)
+        });
+        let image = open(&file, Some(backing), Options::default()).unwrap();
+        block_on(async {
+            image.activate().await.unwrap();
+            image.write(0, data(1, 1 << 20)).await.unwrap();
+            image.resize((512 << 10) + 512).await.unwrap();
+            image.tidy().await.unwrap();
+            clean(&image).await;
+            image.resize(4 << 20).await.unwrap();
+            let mut want = vec![1; (512 << 10) + 512];
+            want.resize(4 << 20, 0);
+            assert!(read(&image, 0, 4 << 20).await == want);
+            image
+                .write(4 * (1 << 20) - 512, data(2, 512))
+                .await
+                .unwrap();
+            image.close().await.unwrap();
+            clean(&image).await;
+            assert_eq!(image.header().size, 4 << 20);
+        });
+    }
+}
+
+#[test]
+fn preallocation_reads_as_zeroes_and_is_written_in_place() {
+    for preallocation in [Preallocation::Metadata, Preallocation::Full] {
+        for extended_l2 in [false, true] {
+            let file = created(&CreateOptions {
+                preallocation,
+                extended_l2,
+                ..CreateOptions::new((20 << 20) + 512)
+            });
+            let image = open(&file, None, Options::default()).unwrap();
+            block_on(async {
+                let size = image.size() as usize;
+                assert!(read(&image, 0, size).await.iter().all(|b| *b == 0));
+                let host = place(&image, 1 << 20);
+                image.activate().await.unwrap();
+                image.write(1 << 20, data(5, 512)).await.unwrap();
+                assert!(host.is_some() && host == place(&image, 1 << 20));
+                image.close().await.unwrap();
+                clean(&image).await;
+            });
+        }
+    }
+}
+
+#[test]
+fn damage_is_found_and_repaired() {
+    let options = CreateOptions {
+        cluster_size: 4096,
+        ..CreateOptions::new(8 << 20)
+    };
+    let sound = {
+        let file = created(&options);
+        let image = open(&file, None, Options::default()).unwrap();
+        block_on(async {
+            image.activate().await.unwrap();
+            for at in (0..8 << 20).step_by(64 << 10) {
+                image.write(at, data(7, 8192)).await.unwrap();
+            }
+            image.close().await.unwrap();
+        });
+        file.data()
+    };
+    let header = open(
+        &Memory::new(sound.clone(), None, false),
+        None,
+        Options::default(),
+    )
+    .unwrap()
+    .header();
+    let l1 = header.l1_offset as usize;
+    let table = header.refcount_table_offset as usize;
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+    let block = word(table) as usize;
+    let l2 = (word(l1) & 0x00ff_ffff_ffff_fe00) as usize;
+    for (what, at, value) in [
+        ("a count too low", block + 2 * 20, &[0, 0][..]),
+        ("a count too high", block + 2 * 20, &[0, 9]),
+        ("all counts lost", block, &[0; 4096]),
+        ("no block", table, &[0; 8]),
+        ("a block over the header", table, &[0, 0, 0, 0, 0, 0, 2, 0]),
+        ("no COPIED flag", l1, &[0]),
+        ("COPIED without a place", l2 + 15 * 8, &[0x80]),
+        ("a cluster out of the file", l2 + 16 * 8, &[0x80, 0x7f]),
+        ("an unaligned cluster", l2 + 6, &[2]),
+        ("no refcount table", 48, &[0; 12]),
+        ("marked dirty", 79, &[1]),
+        ("marked corrupt", 79, &[2]),
+    ] {
+        let mut bytes = sound.clone();
+        bytes[at..at + value.len()].copy_from_slice(value);
+        let file = Memory::new(bytes, None, false);
+        let image = open(&file, None, Options::default()).unwrap();
+        block_on(async {
+            let found = image.check(Repair::Nothing, CHECK_MEMORY).await.unwrap();
+            let header = image.header();
+            let wrong = found.corruptions + found.leaks > 0 || header.dirty || header.corrupt;
+            assert!(wrong || what.starts_with("COPIED"), "{what}: {found:#?}");
+            let fixed = image.check(Repair::All, CHECK_MEMORY).await.unwrap();
+            assert!(fixed.is_clean(), "{what}: {fixed:#?}");
+            clean(&image).await;
+            assert!(read(&image, 128 << 10, 8192).await == [7; 8192], "{what}");
+            let header = image.header();
+            assert!(!header.dirty && !header.corrupt);
+        });
+    }
+}
+
+#[test]
+fn the_end_of_the_storage_is_an_error_and_nothing_else() {
+    let file = created(&CreateOptions::new(1 << 30));
+    let image = open(&file, None, Options::default()).unwrap();
+    block_on(async {
+        image.activate().await.unwrap();
+        let mut written = 0;
+        let error = loop {
+            match image.write(written, data(1, 1 << 20)).await {
+                Ok(()) => written += 1 << 20,
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(written > 30 << 20);
+        image.flush().await.unwrap();
+        assert!(read(&image, 0, 30 << 20).await.iter().all(|b| *b == 1));
+        image.discard(0, 8 << 20).await.unwrap();
+        image.tidy().await.unwrap();
+        image.write(100 << 20, data(2, 4 << 20)).await.unwrap();
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
