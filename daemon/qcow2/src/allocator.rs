@@ -91,34 +91,38 @@ impl Allocator {
     }
 
     fn take_known(&mut self, refs: &mut Refcounts, want: u64) -> Attempt<Option<Run>> {
-        while !self.free.is_empty() {
-            let long_enough = self.free.iter().take(MAX_LOOKS).find(|(_, n)| **n >= want);
-            let longest = || self.free.iter().take(MAX_LOOKS).max_by_key(|(_, n)| **n);
-            let Some((&first, &len)) = long_enough.or_else(longest) else {
-                break;
-            };
-            let n = len.min(want);
-            // Somebody may have taken a part of it since it was found.
-            for c in first..first + n {
-                if refs.get(c)? != 0 {
-                    self.free.remove(&first);
-                    self.insert(first, c - first);
-                    self.insert(c + 1, first + len - c - 1);
-                    return self.take_known(refs, want);
-                }
+        let long_enough = self
+            .free
+            .iter()
+            .take(MAX_LOOKS)
+            .find(|(_, n)| **n >= want);
+        let longest = || {
+            let some = self.free.iter().take(MAX_LOOKS);
+            some.max_by_key(|(_, n)| **n)
+        };
+        let Some((&first, &len)) = long_enough.or_else(longest) else {
+            return Ok(None);
+        };
+        let n = len.min(want);
+        // Somebody may have taken a part of it since it was found.
+        for c in first..first + n {
+            if refs.get(c)? != 0 {
+                self.free.remove(&first);
+                self.insert(first, c - first);
+                self.insert(c + 1, first + len - c - 1);
+                return self.take_known(refs, want);
             }
-            for c in first..first + n {
-                refs.set(c, 1)?;
-            }
-            self.free.remove(&first);
-            self.insert(first + n, len - n);
-            return Ok(Some(Run {
-                first,
-                clusters: n,
-                zero: false,
-            }));
         }
-        Ok(None)
+        for c in first..first + n {
+            refs.set(c, 1)?;
+        }
+        self.free.remove(&first);
+        self.insert(first + n, len - n);
+        Ok(Some(Run {
+            first,
+            clusters: n,
+            zero: false,
+        }))
     }
 
     /// Looks for free clusters, in one block of the reference counts.

@@ -156,7 +156,7 @@ impl Image {
     }
 
     /// Brings everything in memory to the file.
-    async fn settle(&self) -> io::Result<()> {
+    pub(crate) async fn settle(&self) -> io::Result<()> {
         if self.meta().writing.is_some() {
             self.tidy().await?;
             self.flush().await?;
@@ -217,7 +217,7 @@ impl Image {
         self.meta().header.corrupt = false;
         self.meta().header.dirty = false;
         self.flush().await?;
-        self.fix_flags().await?;
+        self.fix_flags(true).await?;
         self.flush().await?;
         self.write_header().await?;
         self.file.flush().await?;
@@ -238,8 +238,8 @@ impl Image {
         Ok(())
     }
 
-    /// Sets the COPIED flags as the reference counts say, and drops entries that lead nowhere.
-    async fn fix_flags(&self) -> io::Result<()> {
+    /// Sets the COPIED flags as the reference counts say, and drops entries that lead nowhere if `drop_bad`.
+    pub(crate) async fn fix_flags(&self, drop_bad: bool) -> io::Result<()> {
         let header = self.header();
         let layout = self.layout;
         for index in 0..header.l1_entries as usize {
@@ -249,6 +249,9 @@ impl Image {
                 continue;
             }
             if !self.is_place(offset, self.cluster()) {
+                if !drop_bad {
+                    continue;
+                }
                 // Nothing that it says can be read: what it stood for is lost already.
                 self.tables.set_l1(index, 0);
                 self.meta().l1_changed(index);
@@ -259,9 +262,6 @@ impl Image {
             if new != l1 {
                 self.tables.set_l1(index, new);
                 self.meta().l1_changed(index);
-            }
-            if !own {
-                continue;
             }
             let at = index as u64 * layout.span();
             let n = 1usize << layout.table_bits();
@@ -277,7 +277,7 @@ impl Image {
                         } else if !old.host().is_multiple_of(self.cluster())
                             || !self.is_place(place.0, place.1)
                         {
-                            layout.zero(0)
+                            if drop_bad { layout.zero(0) } else { old }
                         } else {
                             old.with_copied(self.count_of(place.0).await? == 1)
                         }
@@ -294,14 +294,15 @@ impl Image {
             if changed.is_empty() {
                 continue;
             }
-            let mut meta = self.meta();
-            self.tables.with(index, |t| {
-                for (i, new) in &changed {
-                    t.set(layout, *i, *new);
-                }
-            });
-            meta.l2_changed(index, layout.words(0, n), false);
-            drop(meta);
+            {
+                let mut meta = self.meta();
+                self.tables.with(index, |t| {
+                    for (i, new) in &changed {
+                        t.set(layout, *i, *new);
+                    }
+                });
+                meta.l2_changed(index, layout.words(0, n), false);
+            }
             self.note_change();
             self.commit_if_full().await?;
         }

@@ -277,7 +277,7 @@ impl Image {
 
     /// Drops references to clusters that nobody uses. The space of those that have none left goes back to the storage
     /// first: as long as they have a reference nobody takes them.
-    async fn unref(&self, u: Unref) -> io::Result<()> {
+    pub(crate) async fn unref(&self, u: Unref) -> io::Result<()> {
         let pass = match u.reason {
             Reason::Request => self.options.pass_discard_request,
             Reason::Snapshot => self.options.pass_discard_snapshot,

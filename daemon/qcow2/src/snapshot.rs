@@ -2,8 +2,14 @@
 
 use std::io;
 
+use crate::check::{CHECK_MEMORY, Repair};
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::header::MAX_L1;
+use crate::image::{Image, words};
+use crate::mapping::{Entry, OFFSET_MASK};
+use crate::meta::{Reason, Unref};
+use crate::storage::buffer_of;
+use crate::write::read_only;
 
 /// The longest snapshot table that is read, in bytes.
 const MAX_TABLE: u64 = 64 << 20;
@@ -187,6 +193,282 @@ impl Image {
     /// The snapshots inside the image.
     pub async fn snapshots(&self) -> io::Result<Vec<Snapshot>> {
         Ok(self.snapshot_table().await?.0)
+    }
+}
+
+// What follows changes an image of which no request may be in flight. Reference counts, flags and tables cannot change
+// all at once: the header says "dirty" meanwhile, and whoever opens the image after a power cut makes the counts anew.
+// (Version 2 has no such bit: there may be leaks and wrong flags then, which a check repairs.) The guest's disk
+// changes with one write of the header.
+
+impl Image {
+    /// Makes a snapshot of the disk. `date` is in seconds and nanoseconds since 1970.
+    pub async fn create_snapshot(&self, name: &str, date: (u32, u32)) -> io::Result<Snapshot> {
+        let bits = self.layout.cluster_bits;
+        let (mut all, _) = self.begin().await?;
+        let invalid = |message: String| io::Error::new(io::ErrorKind::InvalidInput, message);
+        if name.is_empty() || name.len() > usize::from(u16::MAX) {
+            return Err(invalid("a snapshot's name has 1 to 65535 bytes".into()));
+        }
+        if all.iter().any(|s| s.name == name || s.id == name) {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                format!("there is a snapshot '{name}' already: choose another name, or delete it first"),
+            ));
+        }
+        if all.len() >= MAX_SNAPSHOTS as usize {
+            return Err(invalid("there are 65536 snapshots, and no more fit".into()));
+        }
+        if self.with_refs(|w| Ok(w.refs.max())).await? < 2 {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the image has reference counts of one bit, which leaves no room for snapshots",
+            ));
+        }
+        let largest = all.iter().filter_map(|s| s.id.parse::<u64>().ok()).max();
+        let id = largest.unwrap_or(0).saturating_add(1).to_string();
+        let mut snapshot = Snapshot::new(id, name.to_owned(), date, self.size());
+        self.set_dirty(true).await?;
+        let entries = self.header().l1_entries as usize;
+        let l1: Vec<u64> = (0..entries).map(|i| self.tables.l1(i) & OFFSET_MASK).collect();
+        if let Err(e) = self.count_tree(&l1, true).await {
+            return Err(self.take_back(e).await);
+        }
+        let first = self.write_l1(&l1).await?;
+        snapshot.l1_offset = first << bits;
+        snapshot.l1_entries = entries as u32;
+        all.push(snapshot.clone());
+        self.fix_flags(false).await?;
+        self.flush().await?;
+        self.write_snapshots(&all, all.len()).await?;
+        self.set_dirty(false).await?;
+        Ok(snapshot)
+    }
+
+    /// Makes the disk what it was when the snapshot was made. `which` is an id or a name.
+    pub async fn apply_snapshot(&self, which: &str) -> io::Result<Snapshot> {
+        let (all, at) = self.begin_with(which).await?;
+        let snapshot = all[at].clone();
+        let size = snapshot.disk_size.unwrap_or(self.size());
+        if size > self.size() {
+            self.resize(size).await?;
+        }
+        let mut new = self.snapshot_l1(&snapshot).await?;
+        let old_header = self.header();
+        self.set_dirty(true).await?;
+        if let Err(e) = self.count_tree(&new, true).await {
+            return Err(self.take_back(e).await);
+        }
+        new.resize(new.len().max(old_header.l1_entries as usize), 0);
+        let first = self.write_l1(&new).await?;
+        self.flush().await?;
+        let old: Vec<u64> = (0..old_header.l1_entries as usize)
+            .map(|i| self.tables.l1(i) & OFFSET_MASK)
+            .collect();
+        {
+            let mut meta = self.meta();
+            meta.header.l1_offset = first << self.layout.cluster_bits;
+            meta.header.l1_entries = new.len() as u32;
+            meta.order.clear();
+            for (i, entry) in new.iter().enumerate() {
+                self.tables.put(i, None);
+                self.tables.set_l1(i, *entry);
+            }
+        }
+        self.write_header().await?;
+        self.file.flush().await?;
+        self.forget_decompressed();
+        self.count_tree(&old, false).await?;
+        let old_bytes = u64::from(old_header.l1_entries) * 8;
+        self.unref_bytes(old_header.l1_offset, old_bytes).await?;
+        self.fix_flags(false).await?;
+        self.flush().await?;
+        self.set_dirty(false).await?;
+        if size < self.size() {
+            self.resize(size).await?;
+        }
+        Ok(snapshot)
+    }
+
+    /// Deletes a snapshot, and gives back what it alone had. `which` is an id or a name.
+    pub async fn delete_snapshot(&self, which: &str) -> io::Result<Snapshot> {
+        let (mut all, at) = self.begin_with(which).await?;
+        let l1 = self.snapshot_l1(&all[at]).await?;
+        self.set_dirty(true).await?;
+        // It goes to the end first: then the table is right with it and without it.
+        let snapshot = all.remove(at);
+        let left = all.len();
+        all.push(snapshot.clone());
+        self.write_snapshots(&all, left).await?;
+        self.count_tree(&l1, false).await?;
+        self.unref_bytes(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)
+            .await?;
+        self.fix_flags(false).await?;
+        self.flush().await?;
+        self.set_dirty(false).await?;
+        Ok(snapshot)
+    }
+
+    async fn begin(&self) -> io::Result<(Vec<Snapshot>, u64)> {
+        if self.meta().writing.is_none() {
+            return Err(read_only());
+        }
+        self.settle().await?;
+        self.snapshot_table().await
+    }
+
+    async fn begin_with(&self, which: &str) -> io::Result<(Vec<Snapshot>, usize)> {
+        let (all, _) = self.begin().await?;
+        let by_id = all.iter().position(|s| s.id == which);
+        let at = by_id.or_else(|| all.iter().position(|s| s.name == which));
+        match at {
+            Some(at) => Ok((all, at)),
+            None => Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("there is no snapshot '{}': see the list of snapshots", which.escape_debug()),
+            )),
+        }
+    }
+
+    async fn set_dirty(&self, dirty: bool) -> io::Result<()> {
+        self.meta().header.dirty = dirty && self.version >= 3;
+        self.write_header().await?;
+        self.file.flush().await
+    }
+
+    /// Counts were raised in part: they are made anew.
+    async fn take_back(&self, error: io::Error) -> io::Error {
+        match self.check(Repair::All, CHECK_MEMORY).await {
+            Ok(_) => error,
+            Err(again) => again,
+        }
+    }
+
+    async fn snapshot_l1(&self, snapshot: &Snapshot) -> io::Result<Vec<u64>> {
+        let bytes = u64::from(snapshot.l1_entries) * 8;
+        if bytes > MAX_L1 || !snapshot.l1_offset.is_multiple_of(self.cluster()) {
+            return Err(Error::Field {
+                what: "the place of a snapshot's L1 table",
+                value: snapshot.l1_offset,
+                allowed: "it is corrupt",
+            }
+            .into());
+        }
+        let bytes = self
+            .read_metadata(snapshot.l1_offset, bytes, "a snapshot's L1 table")
+            .await?;
+        Ok(words(&bytes).map(|w| w & OFFSET_MASK).collect())
+    }
+
+    /// Writes an L1 table to a new place, and returns its first cluster.
+    async fn write_l1(&self, l1: &[u64]) -> io::Result<u64> {
+        let bytes: Vec<u8> = l1.iter().flat_map(|w| w.to_be_bytes()).collect();
+        self.write_table(bytes).await
+    }
+
+    async fn write_table(&self, mut bytes: Vec<u8>) -> io::Result<u64> {
+        let clusters = (bytes.len() as u64).div_ceil(self.cluster()).max(1);
+        bytes.resize((clusters * self.cluster()) as usize, 0);
+        let run = self
+            .with_refs(|w| w.alloc.take_exactly(&mut w.refs, clusters))
+            .await?;
+        self.grow_to_end().await?;
+        let offset = run.first << self.layout.cluster_bits;
+        self.file.write(offset, buffer_of(&bytes)).await?;
+        Ok(run.first)
+    }
+
+    /// Writes a new snapshot table, of which the first `n` count, and makes it the one of the image.
+    async fn write_snapshots(&self, all: &[Snapshot], n: usize) -> io::Result<()> {
+        let old = self.header();
+        let (_, old_len) = self.snapshot_table().await?;
+        let mut bytes = Vec::new();
+        let mut used = 0;
+        for (i, s) in all.iter().enumerate() {
+            s.encode(&mut bytes);
+            if i < n {
+                used = bytes.len() as u64;
+            }
+        }
+        let len = bytes.len() as u64;
+        let first = self.write_table(bytes).await?;
+        self.flush().await?;
+        // The place first, then the number: the new table begins with what the old one had, or ends with what
+        // goes.
+        self.meta().header.snapshots_offset = first << self.layout.cluster_bits;
+        self.write_header().await?;
+        self.file.flush().await?;
+        self.meta().header.snapshots = n as u32;
+        self.write_header().await?;
+        self.file.flush().await?;
+        if n == 0 {
+            self.meta().header.snapshots_offset = 0;
+            self.write_header().await?;
+            self.file.flush().await?;
+        }
+        // What the table has for those that went.
+        let used = used.next_multiple_of(self.cluster());
+        let offset = first << self.layout.cluster_bits;
+        self.unref_bytes(offset + used, len.saturating_sub(used)).await?;
+        self.unref_bytes(old.snapshots_offset, old_len).await
+    }
+
+    async fn unref_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.unref(Unref {
+            first: offset >> self.layout.cluster_bits,
+            clusters: len.div_ceil(self.cluster()),
+            reason: Reason::Snapshot,
+        })
+        .await
+    }
+
+    /// Adds or drops a reference to everything that an L1 table leads to.
+    async fn count_tree(&self, l1: &[u64], add: bool) -> io::Result<()> {
+        let layout = self.layout;
+        for (index, &table) in l1.iter().enumerate().filter(|(_, t)| **t != 0) {
+            if !table.is_multiple_of(self.cluster()) {
+                return Err(Error::Corrupt {
+                    what: "the L1 entry",
+                    at: index as u64 * layout.span(),
+                    value: table,
+                }
+                .into());
+            }
+            let bytes = self.read_metadata(table, self.cluster(), "an L2 table").await?;
+            let all: Vec<u64> = words(&bytes).collect();
+            let mut places = vec![(table >> layout.cluster_bits, 1)];
+            for i in 0..1usize << layout.table_bits() {
+                let entry = Entry {
+                    word: all[layout.words(i, 1).start],
+                    bitmap: 0,
+                };
+                places.extend(layout.references(entry));
+            }
+            for (first, clusters) in places {
+                if !self.is_place(first << layout.cluster_bits, clusters << layout.cluster_bits)
+                    && !add
+                {
+                    continue;
+                }
+                if !add {
+                    let reason = Reason::Snapshot;
+                    self.unref(Unref { first, clusters, reason }).await?;
+                    continue;
+                }
+                for c in first..first + clusters {
+                    self.with_refs(|w| {
+                        let count = w.refs.get(c)?;
+                        w.refs.set(c, count.saturating_add(1))
+                    })
+                    .await?;
+                }
+            }
+            vdisk_io::give_way().await;
+            if add {
+                self.commit_if_full().await?;
+            }
+        }
+        Ok(())
     }
 }
 

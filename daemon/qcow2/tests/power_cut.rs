@@ -41,6 +41,8 @@ struct Guest {
     /// When flushes that were acknowledged began and ended.
     flushes: std::cell::RefCell<Vec<(u64, u64)>>,
     next_tag: std::cell::Cell<u64>,
+    /// What snapshots have, by name.
+    snapshots: std::cell::RefCell<Vec<(String, Vec<u8>)>>,
 }
 
 impl Guest {
@@ -98,6 +100,69 @@ impl Guest {
             _ => {}
         }
         Ok(())
+    }
+
+    async fn read_all(&self) -> Vec<u8> {
+        let iov = IoVecs::zeroed(self.image.size() as usize, 1);
+        self.image.read(0, iov.clone()).await.unwrap();
+        iov.to_vec()
+    }
+
+    /// What is there now is durable, and nothing else may be.
+    fn settled(&self, began: u64, data: &[u8]) {
+        let ended = self.file.tick();
+        let mut sectors = self.sectors.borrow_mut();
+        for (s, bytes) in data.chunks(SECTOR as usize).enumerate() {
+            // Sectors that were written in part do not exist: all words are the same.
+            let tag = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            sectors[s].push(Version {
+                tag,
+                began,
+                ended,
+                maybe: false,
+            });
+        }
+        self.flushes.borrow_mut().push((ended, self.file.tick()));
+    }
+
+    async fn snapshot(&self, name: &str) {
+        let data = self.read_all().await;
+        self.snapshots.borrow_mut().push((name.into(), data));
+        self.image.create_snapshot(name, (1, 2)).await.unwrap();
+    }
+
+    async fn apply(&self, name: &str) {
+        let began = self.file.tick();
+        let data = {
+            let all = self.snapshots.borrow();
+            all.iter().find(|s| s.0 == name).unwrap().1.clone()
+        };
+        for (s, bytes) in data.chunks(SECTOR as usize).enumerate() {
+            let tag = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            self.sectors.borrow_mut()[s].push(Version {
+                tag,
+                began,
+                ended: u64::MAX,
+                maybe: false,
+            });
+        }
+        self.image.apply_snapshot(name).await.unwrap();
+        assert!(self.read_all().await == data);
+        self.settled(began, &data);
+    }
+
+    /// Opens every snapshot that is there after a power cut, and compares.
+    async fn check_snapshots(&self, image: &Image, what: &str) {
+        for s in image.snapshots().await.unwrap() {
+            image.apply_snapshot(&s.id).await.unwrap();
+            let iov = IoVecs::zeroed(image.size() as usize, 1);
+            image.read(0, iov.clone()).await.unwrap();
+            let all = self.snapshots.borrow();
+            let want = &all.iter().find(|w| w.0 == s.name).unwrap().1;
+            assert!(iov.to_vec() == *want, "{what}: snapshot {}", s.name);
+            drop(all);
+            sound(image, what).await;
+        }
     }
 
     fn ended(&self, offset: u64, len: u64, began: u64) {
@@ -166,6 +231,10 @@ async fn sound(image: &Image, what: &str) {
 
 /// Runs a random workload from several requests at once, and cuts the power at many moments.
 fn workload(seed: u64, create: &CreateOptions, options: Options, cuts: usize) {
+    run(seed, create, options, cuts, false);
+}
+
+fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapshots: bool) {
     let mut random = Random::new(seed);
     let size = create.size;
     let backing = create.backing.is_some().then(|| {
@@ -185,23 +254,39 @@ fn workload(seed: u64, create: &CreateOptions, options: Options, cuts: usize) {
         sectors: std::cell::RefCell::new(vec![Vec::new(); (size / SECTOR) as usize]),
         flushes: Default::default(),
         next_tag: std::cell::Cell::new(1),
+        snapshots: Default::default(),
     };
     block_on(async {
         guest.image.activate().await.unwrap();
-        join_all((0..4).map(|_| {
-            let ops = ops(&mut random, size, 40);
-            let guest = &guest;
-            async move {
-                for op in ops {
-                    match guest.run(op).await {
-                        Ok(()) => {}
-                        Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
-                        Err(e) => panic!("{op:?}: {e}"),
+        for phase in 0..if snapshots { 4 } else { 1 } {
+            join_all((0..4).map(|_| {
+                let ops = ops(&mut random, size, if snapshots { 12 } else { 40 });
+                let guest = &guest;
+                async move {
+                    for op in ops {
+                        match guest.run(op).await {
+                            Ok(()) => {}
+                            Err(e) if e.kind() == io::ErrorKind::Unsupported => {}
+                            Err(e) => panic!("{op:?}: {e}"),
+                        }
                     }
                 }
+            }))
+            .await;
+            match phase {
+                _ if !snapshots => {}
+                0 => guest.snapshot("first").await,
+                1 => guest.snapshot("second").await,
+                2 if seed % 2 == 0 => guest.apply("first").await,
+                2 => {
+                    guest.image.delete_snapshot("first").await.unwrap();
+                }
+                _ => {
+                    guest.apply("second").await;
+                    guest.image.delete_snapshot("second").await.unwrap();
+                }
             }
-        }))
-        .await;
+        }
         guest.image.close().await.unwrap();
     });
     let log = file.log();
@@ -219,8 +304,12 @@ fn workload(seed: u64, create: &CreateOptions, options: Options, cuts: usize) {
         let image = open(&file, backing.clone(), Options::default())
             .unwrap_or_else(|e| panic!("{what}: {e}"));
         block_on(async {
-            sound(&image, &what).await;
+            // A snapshot that was being made or deleted leaves the image marked, to be repaired by whoever opens it.
+            if !image.header().dirty {
+                sound(&image, &what).await;
+            }
             image.activate().await.unwrap();
+            sound(&image, &what).await;
             let iov = IoVecs::zeroed(size as usize, 1);
             image.read(0, iov.clone()).await.unwrap();
             for (i, word) in iov.to_vec().chunks(8).enumerate() {
@@ -233,6 +322,7 @@ fn workload(seed: u64, create: &CreateOptions, options: Options, cuts: usize) {
                     guest.flushes.borrow(),
                 );
             }
+            guest.check_snapshots(&image, &what).await;
             // It can be repaired, and be used.
             let report = image.check(Repair::Leaks, CHECK_MEMORY).await.unwrap();
             assert!(report.is_clean(), "{what}: {report:#?}");
@@ -311,6 +401,23 @@ fn subclusters() {
             ..small()
         };
         workload(seed, &create, Options::default(), cuts());
+    }
+}
+
+#[test]
+fn snapshots() {
+    for seed in 50..58 {
+        let create = CreateOptions {
+            cluster_size: [512, 4096, 16384][seed as usize % 3],
+            extended_l2: seed % 3 == 1 && seed > 53,
+            backing: (seed % 4 == 0).then(|| ("base".into(), "raw".into())),
+            ..small()
+        };
+        let create = CreateOptions {
+            cluster_size: if create.extended_l2 { 16384 } else { create.cluster_size },
+            ..create
+        };
+        run(seed, &create, Options::default(), cuts(), true);
     }
 }
 
