@@ -91,11 +91,7 @@ impl Allocator {
     }
 
     fn take_known(&mut self, refs: &mut Refcounts, want: u64) -> Attempt<Option<Run>> {
-        let long_enough = self
-            .free
-            .iter()
-            .take(MAX_LOOKS)
-            .find(|(_, n)| **n >= want);
+        let long_enough = self.free.iter().take(MAX_LOOKS).find(|(_, n)| **n >= want);
         let longest = || {
             let some = self.free.iter().take(MAX_LOOKS);
             some.max_by_key(|(_, n)| **n)

@@ -213,7 +213,9 @@ impl Image {
         if all.iter().any(|s| s.name == name || s.id == name) {
             return Err(io::Error::new(
                 io::ErrorKind::AlreadyExists,
-                format!("there is a snapshot '{name}' already: choose another name, or delete it first"),
+                format!(
+                    "there is a snapshot '{name}' already: choose another name, or delete it first"
+                ),
             ));
         }
         if all.len() >= MAX_SNAPSHOTS as usize {
@@ -230,7 +232,9 @@ impl Image {
         let mut snapshot = Snapshot::new(id, name.to_owned(), date, self.size());
         self.set_dirty(true).await?;
         let entries = self.header().l1_entries as usize;
-        let l1: Vec<u64> = (0..entries).map(|i| self.tables.l1(i) & OFFSET_MASK).collect();
+        let l1: Vec<u64> = (0..entries)
+            .map(|i| self.tables.l1(i) & OFFSET_MASK)
+            .collect();
         if let Err(e) = self.count_tree(&l1, true).await {
             return Err(self.take_back(e).await);
         }
@@ -325,7 +329,10 @@ impl Image {
             Some(at) => Ok((all, at)),
             None => Err(io::Error::new(
                 io::ErrorKind::NotFound,
-                format!("there is no snapshot '{}': see the list of snapshots", which.escape_debug()),
+                format!(
+                    "there is no snapshot '{}': see the list of snapshots",
+                    which.escape_debug()
+                ),
             )),
         }
     }
@@ -409,7 +416,8 @@ impl Image {
         // What the table has for those that went.
         let used = used.next_multiple_of(self.cluster());
         let offset = first << self.layout.cluster_bits;
-        self.unref_bytes(offset + used, len.saturating_sub(used)).await?;
+        self.unref_bytes(offset + used, len.saturating_sub(used))
+            .await?;
         self.unref_bytes(old.snapshots_offset, old_len).await
     }
 
@@ -434,7 +442,9 @@ impl Image {
                 }
                 .into());
             }
-            let bytes = self.read_metadata(table, self.cluster(), "an L2 table").await?;
+            let bytes = self
+                .read_metadata(table, self.cluster(), "an L2 table")
+                .await?;
             let all: Vec<u64> = words(&bytes).collect();
             let mut places = vec![(table >> layout.cluster_bits, 1)];
             for i in 0..1usize << layout.table_bits() {
@@ -445,14 +455,21 @@ impl Image {
                 places.extend(layout.references(entry));
             }
             for (first, clusters) in places {
-                if !self.is_place(first << layout.cluster_bits, clusters << layout.cluster_bits)
-                    && !add
+                if !self.is_place(
+                    first << layout.cluster_bits,
+                    clusters << layout.cluster_bits,
+                ) && !add
                 {
                     continue;
                 }
                 if !add {
                     let reason = Reason::Snapshot;
-                    self.unref(Unref { first, clusters, reason }).await?;
+                    self.unref(Unref {
+                        first,
+                        clusters,
+                        reason,
+                    })
+                    .await?;
                     continue;
                 }
                 for c in first..first + clusters {

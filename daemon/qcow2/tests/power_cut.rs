@@ -414,7 +414,11 @@ fn snapshots() {
             ..small()
         };
         let create = CreateOptions {
-            cluster_size: if create.extended_l2 { 16384 } else { create.cluster_size },
+            cluster_size: if create.extended_l2 {
+                16384
+            } else {
+                create.cluster_size
+            },
             ..create
         };
         run(seed, &create, Options::default(), cuts(), true);

@@ -15,6 +15,9 @@ use vdisk_qemu_tests::{Daemon, lab, wait_for};
 
 const SPAN: u64 = 1 << 30;
 
+/// The disk of images that are empty at first: large enough that hardly a cluster is written twice.
+const EMPTY_SPAN: u64 = 64 << 30;
+
 /// Compares vdiskd with qemu-storage-daemon over vhost-user-blk.
 #[derive(Debug, Parser)]
 struct Args {
@@ -49,9 +52,18 @@ struct Workload {
     storage: &'static str,
     queues: usize,
     load: Load,
+    /// Each round has an image of its own, untouched so far.
+    fresh: bool,
 }
 
 impl Workload {
+    fn storage(&self, round: usize) -> String {
+        match self.fresh {
+            true => format!("{}-{round}", self.storage),
+            false => self.storage.to_owned(),
+        }
+    }
+
     fn name(&self) -> String {
         let l = &self.load;
         let order = if l.sequential { "seq" } else { "rand" };
@@ -83,6 +95,7 @@ fn workloads(seconds: f64) -> Vec<Workload> {
                     storage,
                     queues,
                     load,
+                    fresh: false,
                 });
             };
             for depth in [1, 32, 128] {
@@ -92,21 +105,33 @@ fn workloads(seconds: f64) -> Vec<Workload> {
             add(1, 1 << 20, 4, true);
         }
     }
-    for depth in [32, 128] {
+    let mut add = |storage, fresh, op, block, depth, span| {
         let load = Load {
-            op: Op::Read,
-            block: 4096,
+            op,
+            block,
             depth,
-            sequential: false,
-            span: SPAN,
+            sequential: block > 4096,
+            span,
             duration,
         };
         out.push(Workload {
-            storage: "qcow2",
+            storage,
             queues: 1,
             load,
+            fresh,
         });
+    };
+    for op in [Op::Read, Op::Write] {
+        for depth in [32, 128] {
+            add("qcow2", false, op, 4096, depth, SPAN);
+        }
     }
+    for depth in [32, 128] {
+        add("chain", false, Op::Read, 4096, depth, SPAN);
+    }
+    add("empty", true, Op::Write, 4096, 32, EMPTY_SPAN);
+    add("empty-seq", true, Op::Write, 1 << 20, 4, EMPTY_SPAN);
+    add("overlay", true, Op::Write, 4096, 32, SPAN);
     out
 }
 
@@ -176,18 +201,122 @@ fn image(dir: &Path, name: &str) -> PathBuf {
     path
 }
 
-/// The same as a qcow2 image, all of it allocated.
-fn qcow2_image(dir: &Path, name: &str) -> PathBuf {
-    let raw = image(dir, "raw");
-    let path = dir.join(name);
-    let done = Command::new("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "qcow2"])
-        .args([&raw, &path])
-        .status();
+fn qemu_img(args: &[&str]) {
+    let done = Command::new("qemu-img").args(args).status();
     assert!(
         done.is_ok_and(|s| s.success()),
         "qemu-img is installed: run 'make setup'"
     );
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("scratch paths are ASCII")
+}
+
+/// Overlays over overlays: the names of the images, the lowest first.
+const CHAIN: usize = 5;
+
+/// An image for the benchmark: a node of driver qcow2.
+struct Image {
+    name: String,
+    file: PathBuf,
+    /// A raw file that is below.
+    backing: Option<PathBuf>,
+    /// The image that the one below is, by name.
+    below: Option<String>,
+    exported: bool,
+}
+
+/// All qcow2 images that a server gets.
+fn qcow2_images(dir: &Path, prefix: &str, rounds: usize) -> Vec<Image> {
+    let path = |name: &str| dir.join(format!("{prefix}{name}.qcow2"));
+    let mut out = Vec::new();
+    let mut add = |name: &str, file, backing, below, exported| {
+        out.push(Image {
+            name: name.to_owned(),
+            file,
+            backing,
+            below,
+            exported,
+        });
+    };
+    add(
+        "qcow2",
+        qcow2_image(dir, &format!("{prefix}qcow2.qcow2")),
+        None,
+        None,
+        true,
+    );
+    let bottom = qcow2_image(dir, &format!("{prefix}bottom.qcow2"));
+    add("bottom", bottom.clone(), None, None, false);
+    let (mut below, mut below_file) = ("bottom".to_owned(), bottom);
+    for i in 1..=CHAIN {
+        let name = if i == CHAIN {
+            "chain".to_owned()
+        } else {
+            format!("chain{i}")
+        };
+        let file = path(&name);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            text(&below_file),
+            text(&file),
+        ]);
+        add(&name, file.clone(), None, Some(below), i == CHAIN);
+        (below, below_file) = (name, file);
+    }
+    let base = image(dir, &format!("{prefix}base"));
+    for round in 0..rounds {
+        for name in ["empty", "empty-seq"] {
+            let name = format!("{name}-{round}");
+            let file = path(&name);
+            qemu_img(&[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                text(&file),
+                &EMPTY_SPAN.to_string(),
+            ]);
+            add(&name, file, None, None, true);
+        }
+        let name = format!("overlay-{round}");
+        let file = path(&name);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "raw",
+            "-b",
+            text(&base),
+            text(&file),
+        ]);
+        add(&name, file, Some(base.clone()), None, true);
+    }
+    out
+}
+
+/// The same as a qcow2 image, all of it allocated.
+fn qcow2_image(dir: &Path, name: &str) -> PathBuf {
+    let raw = image(dir, "raw");
+    let path = dir.join(name);
+    qemu_img(&[
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        text(&raw),
+        text(&path),
+    ]);
     let _ = std::fs::remove_file(raw);
     path
 }
@@ -210,29 +339,40 @@ fn start_vdiskd(args: &Args) -> Vdiskd {
         &["cache.direct=on"],
         &[fixed],
     );
-    let filename = format!(
-        "file.filename={}",
-        qcow2_image(&dir, "image.qcow2").display()
-    );
-    daemon.ctl(&[
-        "node",
-        "add",
-        "qcow2",
-        "driver=qcow2",
-        "read-only=on",
-        "file.driver=file",
-        &filename,
-    ]);
-    let socket = daemon.socket("qcow2");
-    let socket = socket.to_str().expect("socket paths are ASCII");
-    daemon.ctl(&[
-        "export", "add", "qcow2", "--node", "qcow2", "--socket", socket, fixed,
-    ]);
+    for image in qcow2_images(&dir, "", args.rounds) {
+        let filename = format!("file.filename={}", image.file.display());
+        let mut options = vec![
+            "driver=qcow2".to_owned(),
+            "file.driver=file".into(),
+            filename,
+        ];
+        if !image.exported || image.name == "chain" {
+            options.push("read-only=on".into());
+        }
+        if let Some(below) = &image.below {
+            options.push(format!("backing={below}"));
+        }
+        if let Some(file) = &image.backing {
+            options.push("backing.driver=raw".into());
+            options.push("backing.file.driver=file".into());
+            options.push(format!("backing.file.filename={}", file.display()));
+        }
+        let mut words = vec!["node", "add", &image.name];
+        words.extend(options.iter().map(String::as_str));
+        daemon.ctl(&words);
+        if image.exported {
+            let mut more = vec![fixed];
+            if image.name == "chain" {
+                more.push("read-only");
+            }
+            daemon.export_node(&image.name, &image.name, &more);
+        }
+    }
     pin(daemon.pid(), "1");
     Vdiskd(daemon)
 }
 
-fn start_qsd(dir: &Path) -> Option<Qsd> {
+fn start_qsd(dir: &Path, rounds: usize) -> Option<Qsd> {
     let root = lab().join("sid");
     let newest = root.join(".done").exists();
     let (program, prefix): (&str, Vec<String>) = if newest {
@@ -262,21 +402,42 @@ fn start_qsd(dir: &Path) -> Option<Qsd> {
         "null-co,node-name=null,size=1073741824".to_owned(),
         file("cached", ""),
         file("direct", ",cache.direct=on"),
-        format!(
-            "qcow2,node-name=qcow2,read-only=on,file.driver=file,file.filename={},file.aio=io_uring",
-            qcow2_image(dir, "qsd.qcow2").display()
-        ),
     ] {
         args.push("--blockdev".into());
         args.push(blockdev);
     }
-    for name in ["null", "cached", "direct", "qcow2"] {
+    let mut exports = ["null", "cached", "direct"].map(str::to_owned).to_vec();
+    for image in qcow2_images(dir, "qsd-", rounds) {
+        let mut blockdev = format!(
+            "qcow2,node-name={},discard=unmap,file.driver=file,file.filename={},file.aio=io_uring",
+            image.name,
+            image.file.display()
+        );
+        if !image.exported || image.name == "chain" {
+            blockdev += ",read-only=on";
+        }
+        if let Some(below) = &image.below {
+            blockdev += &format!(",backing={below}");
+        }
+        if let Some(file) = &image.backing {
+            blockdev += &format!(
+                ",backing.driver=raw,backing.file.driver=file,backing.file.filename={},backing.file.aio=io_uring",
+                file.display()
+            );
+        }
+        args.push("--blockdev".into());
+        args.push(blockdev);
+        if image.exported {
+            exports.push(image.name);
+        }
+    }
+    for name in &exports {
         let socket = dir.join(format!("{name}.qsd"));
         args.push("--export".into());
         args.push(format!(
             "vhost-user-blk,id={name},node-name={name},addr.type=unix,addr.path={},iothread=io0,writable={},num-queues=2",
             socket.display(),
-            if name == "qcow2" { "off" } else { "on" },
+            if name == "chain" { "off" } else { "on" },
         ));
     }
     let child = run(&args).stdin(Stdio::null()).spawn().ok()?;
@@ -286,7 +447,7 @@ fn start_qsd(dir: &Path) -> Option<Qsd> {
         version,
     };
     wait_for("qemu-storage-daemon's sockets", || {
-        qsd.socket("qcow2").exists().then_some(())
+        qsd.socket(exports.last()?).exists().then_some(())
     });
     pin(qsd.pid(), "1");
     Some(qsd)
@@ -336,9 +497,9 @@ impl Figures {
     }
 }
 
-fn measure(server: &dyn Server, w: &Workload) -> (Measured, u64) {
+fn measure(server: &dyn Server, w: &Workload, round: usize) -> (Measured, u64) {
     let mut client = Client::connect(
-        &server.socket(w.storage),
+        &server.socket(&w.storage(round)),
         w.queues,
         w.load.depth,
         w.load.block,
@@ -377,7 +538,11 @@ fn main() {
     pin(std::process::id(), "0");
     let vdiskd = start_vdiskd(&args);
     let dir = vdiskd.0.path("");
-    let qsd = if args.alone { None } else { start_qsd(&dir) };
+    let qsd = if args.alone {
+        None
+    } else {
+        start_qsd(&dir, args.rounds)
+    };
     let mut servers: Vec<&dyn Server> = vec![&vdiskd];
     match &qsd {
         Some(q) => {
@@ -420,9 +585,9 @@ fn main() {
             continue;
         }
         let mut figures: BTreeMap<&str, Figures> = BTreeMap::new();
-        for _ in 0..args.rounds {
+        for round in 0..args.rounds {
             for server in &servers {
-                let (m, cpu) = measure(*server, &w);
+                let (m, cpu) = measure(*server, &w, round);
                 figures.entry(server.name()).or_default().add(&m, cpu);
             }
         }
