@@ -18,6 +18,12 @@ pub trait Manager {
     fn add_export(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn add_io_thread(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn create_image(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn measure_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn check_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn map_image(&self, start: u64, options: Options<'_>) -> zbus::Result<Vec<Statistics>>;
+    fn amend_image(&self, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "const"))]
@@ -33,6 +39,11 @@ pub trait Node {
     fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
     fn resize(&self, size: u64, options: Options<'_>) -> zbus::Result<()>;
     fn flush(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn check(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn name(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "const"))]

@@ -1,6 +1,8 @@
 //! The commands of the control plane: each is carried out wholly or not at all.
 
 use crate::export::ExportOptions;
+use crate::fields::Map;
+use crate::image::RepairWhat;
 use crate::iothread::{IoThreadOptions, IoThreadUpdate};
 use crate::node::NodeOptions;
 
@@ -18,6 +20,17 @@ pub enum Command {
     },
     FlushNode {
         name: String,
+    },
+    /// Checks the image of a node, which may be in use meanwhile.
+    CheckNode {
+        name: String,
+        repair: RepairWhat,
+    },
+    /// Does something with a snapshot inside the image of a node.
+    Snapshot {
+        node: String,
+        action: SnapshotAction,
+        snapshot: String,
     },
     AddExport(ExportOptions),
     RemoveExport {
@@ -39,4 +52,14 @@ pub enum Reply {
     Done,
     /// A node was added, with the children that were given in place: all their names, itself first.
     Nodes(Vec<String>),
+    /// What was found out.
+    Found(Map),
+}
+
+/// What is done with a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotAction {
+    Create,
+    Apply,
+    Delete,
 }

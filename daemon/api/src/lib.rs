@@ -8,17 +8,22 @@ mod command;
 mod error;
 mod export;
 mod fields;
+mod image;
 mod iothread;
 mod node;
 mod size;
 
-pub use command::{Command, Reply};
+pub use command::{Command, Reply, SnapshotAction};
 pub use error::{Error, ErrorKind, Result};
 pub use export::{
     ExportKind, ExportOptions, MAX_QUEUE_SIZE, MAX_QUEUES, QueuePlacement, SocketAddress,
     VhostUserBlkOptions,
 };
 pub use fields::{Map, Value, expand_dotted};
+pub use image::{
+    AmendImage, CreateImage, ImageFile, ImageFormat, ImagePreallocation, Qcow2Create, RepairWhat,
+    check_from_map, measure_from_map,
+};
 pub use iothread::{IoThreadOptions, IoThreadUpdate};
 pub use node::{
     BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,

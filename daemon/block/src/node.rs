@@ -402,6 +402,18 @@ impl Node {
         }
     }
 
+    /// The qcow2 image that the node serves. What changes its size is followed by [`Node::follow_image`].
+    pub fn image(&self) -> Option<Arc<vdisk_qcow2::Image>> {
+        self.driver.image()
+    }
+
+    /// The image may have another size. The caller has drained everything above.
+    pub fn follow_image(&self) {
+        if let Some(image) = self.driver.image() {
+            self.size.store(image.size(), Relaxed);
+        }
+    }
+
     /// The size is that of the child: they change together.
     pub(crate) fn has_size_of_child(&self) -> bool {
         self.driver.size_from_children().is_some()

@@ -89,6 +89,7 @@ impl Image {
         self.meta().writing = Some(Writing {
             refs,
             alloc: Allocator::new(self.layout.cluster_bits, end, grows),
+            packing: None,
             l2: Default::default(),
             l1: None,
             unrefs: Vec::new(),

@@ -304,6 +304,7 @@ impl Image {
                 let count = w.refs.get(c)?;
                 w.refs.set(c, count.saturating_sub(1))?;
                 if count <= 1 {
+                    w.packing.take_if(|p| p.start >> bits == c);
                     w.alloc.add(c, 1);
                 }
                 Ok(())

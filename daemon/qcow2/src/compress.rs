@@ -10,6 +10,8 @@ pub enum Compression {
     Zstd,
 }
 
+const DEFLATE_WINDOW_LOG: u8 = 12;
+
 /// A cluster has at most 2^21 bytes: frames that ask for a larger window are refused.
 const ZSTD_WINDOW_LOG: u32 = 21;
 
@@ -23,6 +25,31 @@ impl Compression {
                 .is_ok_and(|n| n == out.len()),
             Compression::Zstd => unzstd(data, out).is_some(),
         }
+    }
+}
+
+impl Compression {
+    /// The compressed data of a cluster, if it is shorter than the cluster.
+    pub fn compress(self, data: &[u8]) -> Option<Vec<u8>> {
+        let mut out = vec![0; data.len() - 1];
+        let n = match self {
+            Compression::Deflate => {
+                // Readers have a window of 4 KiB (specification, "Compressed Clusters Descriptor").
+                let level = flate2::Compression::default();
+                let mut c =
+                    flate2::Compress::new_with_window_bits(level, false, DEFLATE_WINDOW_LOG);
+                match c
+                    .compress(data, &mut out, flate2::FlushCompress::Finish)
+                    .ok()?
+                {
+                    flate2::Status::StreamEnd => usize::try_from(c.total_out()).ok()?,
+                    _ => return None,
+                }
+            }
+            Compression::Zstd => zstd::bulk::compress_to_buffer(data, &mut out, 0).ok()?,
+        };
+        out.truncate(n);
+        Some(out)
     }
 }
 
@@ -42,4 +69,28 @@ fn unzstd(data: &[u8], out: &mut [u8]) -> Option<()> {
         }
     }
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compressed_can_be_read() {
+        let text: Vec<u8> = (0..65536u32).map(|i| (i / 7 % 251) as u8).collect();
+        let noise: Vec<u8> = (0..65536u32)
+            .map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13) as u8)
+            .collect();
+        for kind in [Compression::Deflate, Compression::Zstd] {
+            let mut small = kind.compress(&text).unwrap();
+            assert!(small.len() < 32768);
+            small.extend([0xff; 511]);
+            let mut out = vec![0; text.len()];
+            assert!(kind.decompress(&small, &mut out) && out == text);
+            if let Some(small) = kind.compress(&noise) {
+                assert!(kind.decompress(&small, &mut out) && out == noise);
+            }
+            assert!(!kind.decompress(&small[..100], &mut out));
+        }
+    }
 }

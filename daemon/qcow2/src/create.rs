@@ -59,7 +59,7 @@ impl CreateOptions {
     }
 
     /// The header of the image, without places for tables.
-    fn header(&self) -> Result<Header> {
+    pub(crate) fn header(&self) -> Result<Header> {
         let field = |what, value: u64, allowed| {
             Err(Error::Field {
                 what,
@@ -138,6 +138,7 @@ impl CreateOptions {
             backing_file: self.backing.as_ref().map(|b| b.0.clone()),
             backing_format: self.backing.as_ref().map(|b| b.1.clone()),
             bitmaps: None,
+            unknown_extensions: 0,
         };
         let entries = header.l1_entries_for(self.size);
         if entries * 8 > MAX_L1 {

@@ -88,6 +88,8 @@ pub struct Header {
     pub backing_file: Option<String>,
     pub backing_format: Option<String>,
     pub bitmaps: Option<BitmapDirectory>,
+    /// Header extensions of kinds that are not known here.
+    pub unknown_extensions: u32,
 }
 
 fn be32(bytes: &[u8], at: usize) -> Option<u32> {
@@ -114,6 +116,7 @@ struct Extensions {
     /// Names of incompatible features by bit.
     names: Vec<(u8, String)>,
     bitmaps: Option<BitmapDirectory>,
+    unknown: u32,
 }
 
 impl Header {
@@ -274,6 +277,7 @@ impl Header {
             backing_file: backing_file(first, u64_at(8)?, u32_at(16)?)?,
             backing_format: extensions.backing_format,
             // Without its autoclear bit the extension is out of date.
+            unknown_extensions: extensions.unknown,
             bitmaps: extensions
                 .bitmaps
                 .filter(|_| autoclear & AUTOCLEAR_BITMAPS != 0),
@@ -431,7 +435,7 @@ fn extensions(first: &[u8], mut at: usize) -> Result<Extensions> {
                 };
             }
             // Unknown extensions are to be ignored (specification, "Header extensions").
-            _ => {}
+            _ => out.unknown += 1,
         }
         at += 8 + (len as usize).next_multiple_of(8);
     }

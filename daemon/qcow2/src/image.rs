@@ -76,7 +76,7 @@ const MAX_DECOMPRESSING: usize = 4;
 pub struct Image {
     pub(crate) layout: Layout,
     pub(crate) version: u32,
-    compression: Compression,
+    pub(crate) compression: Compression,
     pub(crate) options: Options,
     pub(crate) file: Arc<dyn Storage>,
     pub(crate) backing: Option<Arc<dyn Storage>>,
@@ -393,6 +393,31 @@ impl Image {
             done += len;
         }
         Ok(())
+    }
+
+    /// Where a range of the disk is, in pieces that are each of one kind; neighbours of one kind are one piece.
+    pub async fn map(&self, range: Range<u64>, most: usize) -> io::Result<Vec<(u64, Mapping)>> {
+        let mut out: Vec<(u64, Mapping)> = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let m = match self.lookup(at, range.end - at)? {
+                Lookup::Mapped(m) => m,
+                Lookup::NeedsTable { index } => {
+                    self.load_table(index).await?;
+                    continue;
+                }
+            };
+            let both = out.last().and_then(|(_, last)| last.join(m));
+            if let (Some(both), Some((_, last))) = (both, out.last_mut()) {
+                *last = both;
+            } else if out.len() == most {
+                break;
+            } else {
+                out.push((at, m));
+            }
+            at += m.len;
+        }
+        Ok(out)
     }
 
     /// Whether a range reads as zeroes for certain, by what the tables say.

@@ -9,6 +9,7 @@
 
 mod activate;
 mod allocator;
+mod amend;
 mod bitmap;
 mod check;
 mod commit;
@@ -18,6 +19,7 @@ mod error;
 mod header;
 mod image;
 mod mapping;
+mod measure;
 mod meta;
 mod refcount;
 mod resize;
@@ -26,6 +28,7 @@ mod storage;
 mod tables;
 mod write;
 
+pub use amend::Amend;
 pub use bitmap::BitmapDirectory;
 pub use check::{CHECK_MEMORY, Repair, Report};
 pub use compress::Compression;
@@ -34,5 +37,6 @@ pub use error::{Error, Result};
 pub use header::{Header, MAX_HEADER};
 pub use image::{Image, Lookup, Options};
 pub use mapping::{Kind, Mapping};
+pub use measure::Measure;
 pub use snapshot::Snapshot;
 pub use storage::{LocalFuture, Storage};

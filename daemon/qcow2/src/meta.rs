@@ -40,6 +40,8 @@ pub(crate) struct DirtyL2 {
 pub(crate) struct Writing {
     pub refs: Refcounts,
     pub alloc: Allocator,
+    /// Where the next compressed cluster may be put: a range of bytes within one cluster of the file.
+    pub packing: Option<Range<u64>>,
     /// L2 tables that have changed, by L1 index.
     pub l2: BTreeMap<usize, DirtyL2>,
     /// L1 entries that have changed.

@@ -366,6 +366,81 @@ impl Image {
         }
     }
 
+    /// Writes a whole cluster (the last one as far as the disk reaches), compressed if that makes it smaller: for
+    /// jobs, which write each cluster once.
+    pub async fn write_compressed(&self, at: u64, iov: IoVecs) -> io::Result<()> {
+        let layout = self.layout;
+        let cluster = layout.cluster();
+        let whole = cluster.min(self.size().saturating_sub(at));
+        if !at.is_multiple_of(cluster) || iov.len() as u64 != whole {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "compressed data is written in whole clusters",
+            ));
+        }
+        let mut data = iov.to_vec();
+        data.resize(cluster as usize, 0);
+        let shares = self.with_refs(|w| Ok(w.refs.max() > 1)).await?;
+        let Some(small) = self.compression.compress(&data).filter(|_| shares) else {
+            return self.write(at, iov).await;
+        };
+        let first = at >> layout.cluster_bits;
+        {
+            let _held = self.clusters.lock(first..first + 1).await;
+            self.own_table(layout.position(at).0).await?;
+            let (place, room) = self.pack(small.len() as u64).await?;
+            let entry = layout.compressed(place, small.len() as u64);
+            let padded = buffer(room as usize);
+            padded.copy_from_slice(0, &small);
+            let written = match entry {
+                Some(_) => self.file.write(place, padded).await,
+                None => Err(Error::TooLarge.into()),
+            };
+            if let Err(e) = written {
+                self.give_back(Run {
+                    first: place >> layout.cluster_bits,
+                    clusters: 1,
+                    zero: false,
+                });
+                return Err(e);
+            }
+            self.change_entries(at, 1, Reason::Other, |_, _| entry.unwrap_or_default())
+                .await?;
+        }
+        self.commit_if_full().await
+    }
+
+    /// A place for `len` bytes of compressed data, in a cluster that other such data may share, and the bytes that it
+    /// has there: whole blocks, so that nobody writes to a block that somebody else writes to.
+    async fn pack(&self, len: u64) -> io::Result<(u64, u64)> {
+        let bits = self.layout.cluster_bits;
+        let room = len.next_multiple_of(self.options.block_size as u64);
+        let shared = self
+            .with_refs(|w| {
+                let Some(free) = w.packing.clone().filter(|p| p.end - p.start >= room) else {
+                    return Ok(None);
+                };
+                let cluster = free.start >> bits;
+                let count = w.refs.get(cluster)?;
+                if count == 0 || count >= w.refs.max() {
+                    return Ok(None);
+                }
+                w.refs.set(cluster, count + 1)?;
+                w.packing = Some(free.start + room..free.end);
+                Ok(Some(free.start))
+            })
+            .await?;
+        if let Some(place) = shared {
+            return Ok((place, room));
+        }
+        let run = self.allocate(1).await?;
+        let start = run.first << bits;
+        if let Some(w) = &mut self.meta().writing {
+            w.packing = Some(start + room..start + self.cluster());
+        }
+        Ok((start, room))
+    }
+
     // Zeroes and discards.
 
     /// Makes a range read as zeroes. `Unsupported` where the format cannot say so: version 2 with a backing

@@ -26,6 +26,8 @@ struct Version {
 #[derive(Clone, Copy, Debug)]
 enum Op {
     Write(u64, u64),
+    /// A cluster that is compressed if that helps.
+    Compress(u64),
     Zero(u64, u64, bool),
     Discard(u64, u64),
     Flush,
@@ -75,6 +77,23 @@ impl Guest {
                     maybe: false,
                 });
                 self.image.write(at, IoVecs::from_slice(&data)).await?;
+                self.ended(at, len, began);
+            }
+            Op::Compress(at) => {
+                let cluster = self.image.cluster();
+                let at = at & !(cluster - 1);
+                let len = cluster.min(self.image.size() - at);
+                let data: Vec<u8> = (at / SECTOR..(at + len) / SECTOR)
+                    .flat_map(|s| tag(s).to_le_bytes().repeat(64))
+                    .collect();
+                self.note(at, len, |s| Version {
+                    tag: tag(s),
+                    began,
+                    ended: u64::MAX,
+                    maybe: false,
+                });
+                let iov = IoVecs::from_slice(&data);
+                self.image.write_compressed(at, iov).await?;
                 self.ended(at, len, began);
             }
             Op::Zero(at, len, _) | Op::Discard(at, len) if len > 0 => {
@@ -210,7 +229,8 @@ fn ops(random: &mut Random, size: u64, n: usize) -> Vec<Op> {
             let len = (SECTOR * (1 + random.below(most))).min(size);
             let at = random.below((size - len) / SECTOR + 1) * SECTOR;
             match random.below(16) {
-                0..9 => Op::Write(at, len),
+                0..8 => Op::Write(at, len),
+                8 => Op::Compress(at),
                 9 => Op::Zero(at, len, true),
                 10 => Op::Zero(at, len, false),
                 11 | 12 => Op::Discard(

@@ -33,6 +33,12 @@ pub enum Command {
     /// Nodes of the block graph: images, devices, filters
     #[command(subcommand)]
     Node(Node),
+    /// Images in files: make, look at, check, repair
+    #[command(subcommand)]
+    Image(Image),
+    /// Snapshots inside the image of a node
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Exports: nodes offered to guests
     #[command(subcommand)]
     Export(Export),
@@ -81,6 +87,107 @@ pub enum Node {
     },
     /// Make everything durable that was written
     Flush { name: String },
+    /// Check the qcow2 image of a node; guests wait meanwhile
+    Check {
+        name: String,
+        /// What to repair
+        #[arg(long, value_name = "WHAT", value_parser = ["leaks", "all"])]
+        repair: Option<String>,
+    },
+}
+
+/// What an image is found by.
+#[derive(Debug, ClapArgs)]
+pub struct ImageFile {
+    /// The file or device
+    pub filename: String,
+    /// Format of the image
+    #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    pub format: String,
+    /// Look although somebody else writes to it
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Make an image
+    ///
+    /// Example: vdiskctl image create /srv/vm1.qcow2 20G cluster-size=1M
+    Create {
+        filename: String,
+        /// Size of the disk (20G)
+        size: String,
+        /// Format of the image
+        #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+        format: String,
+        /// The image is an overlay of this one
+        #[arg(short, long, value_name = "FILE", requires = "backing_format")]
+        backing: Option<String>,
+        /// Format of the image below
+        #[arg(short = 'F', long, value_name = "FORMAT")]
+        backing_format: Option<String>,
+        /// Lose what is there already
+        #[arg(long)]
+        overwrite: bool,
+        /// Options: cluster-size=1M, preallocation=metadata, version=v2, extended-l2=on, …
+        #[arg(value_name = "KEY=VALUE")]
+        options: Vec<String>,
+    },
+    /// Show what an image is
+    Info(ImageFile),
+    /// Look for damage in a qcow2 image that nobody uses
+    Check(ImageFile),
+    /// Repair a qcow2 image that nobody uses
+    Repair {
+        #[command(flatten)]
+        file: ImageFile,
+        /// Only give back clusters that nothing refers to
+        #[arg(long)]
+        leaks: bool,
+    },
+    /// Show what the file of a new image would take
+    Measure {
+        /// Size of the disk (20G)
+        size: String,
+        /// Format of the image
+        #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+        format: String,
+        /// Options as of create
+        #[arg(value_name = "KEY=VALUE")]
+        options: Vec<String>,
+    },
+    /// Show where the data of a qcow2 image is
+    Map(ImageFile),
+    /// Change a qcow2 image that nobody uses
+    ///
+    /// Example: vdiskctl image amend /srv/vm1.qcow2 backing-file=/srv/base.qcow2 backing-fmt=qcow2
+    Amend {
+        filename: String,
+        /// Options: version=v3, lazy-refcounts=off, backing-file=… backing-fmt=… (empty for none)
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        options: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Make a snapshot of a node's disk
+    Create { node: String, name: String },
+    /// List the snapshots in a node's image
+    List { node: String },
+    /// Make the disk what it was; what was written since is lost
+    Apply {
+        node: String,
+        /// Name or id
+        snapshot: String,
+    },
+    /// Delete a snapshot
+    Delete {
+        node: String,
+        /// Name or id
+        snapshot: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,11 +13,11 @@ use zbus::{Connection, Variant};
 
 use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
 use crate::error::{Error, Result};
-use crate::objects::{Objects, Properties};
+use crate::objects::{Objects, Properties, to_json};
 use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
-use crate::{stats, tree};
+use crate::{images, stats, tree};
 
-type Options<'a> = HashMap<&'a str, Variant<'a>>;
+pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
 async fn connect(args: &Args) -> Result<Connection> {
     let builder = match &args.bus_address {
@@ -34,7 +34,7 @@ async fn connect(args: &Args) -> Result<Connection> {
 }
 
 /// Splits KEY=VALUE words.
-fn options(words: &[String]) -> Result<Options<'_>> {
+pub fn options(words: &[String]) -> Result<Options<'_>> {
     let mut out = Options::new();
     for word in words {
         let (key, value) = word
@@ -166,6 +166,8 @@ pub async fn run(args: Args) -> Result<()> {
     let json = args.json;
     match args.command {
         Command::Node(command) => node(&connection, &manager, command, json).await,
+        Command::Image(command) => images::image(&manager, command, json).await,
+        Command::Snapshot(command) => images::snapshot(&connection, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,
         Command::IoThread(command) => iothread(&connection, &manager, command, json).await,
         Command::Tree => {
@@ -262,6 +264,19 @@ async fn node(
         Node::Flush { name } => {
             Objects::load(connection).await?.find("node", &name)?;
             proxy(&name).build().await?.flush(HashMap::new()).await?;
+        }
+        Node::Check { name, repair } => {
+            Objects::load(connection).await?.find("node", &name)?;
+            let mut options = Options::new();
+            if let Some(what) = &repair {
+                options.insert("repair", Variant::from(what.as_str()));
+            }
+            let report = proxy(&name).build().await?.check(options).await?;
+            let report = report
+                .iter()
+                .map(|(k, v)| (k.clone(), to_json(v)))
+                .collect();
+            return images::print_report(&report, json);
         }
         Node::List => print_list(&Objects::load(connection).await?, "node", json, node_rows),
         Node::Show { name } => {

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod error;
+mod images;
 mod objects;
 mod output;
 mod stats;

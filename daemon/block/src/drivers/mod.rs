@@ -170,6 +170,11 @@ pub trait Driver: Send + Sync {
     /// Clients may write blocks of this many bytes from now on.
     fn announce_block_size(&self, _block_size: u64) {}
 
+    /// The qcow2 image that the driver serves.
+    fn image(&self) -> Option<Arc<vdisk_qcow2::Image>> {
+        None
+    }
+
     /// The path or address of what is behind the driver.
     fn filename(&self) -> Option<String> {
         None

@@ -355,6 +355,10 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn image(&self) -> Option<Arc<Image>> {
+        Some(self.image.clone())
+    }
+
     fn filename(&self) -> Option<String> {
         self.file.filename()
     }

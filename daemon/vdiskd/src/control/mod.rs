@@ -5,6 +5,7 @@
 //! object is there when the method that makes it returns.
 
 mod exports;
+pub mod images;
 mod iothreads;
 mod nodes;
 mod world;
@@ -159,6 +160,12 @@ impl Control {
                 self.resize_node(&name, size, shrink).await
             }
             Command::FlushNode { name } => self.flush_node(&name).await,
+            Command::CheckNode { name, repair } => self.check_node(&name, repair).await,
+            Command::Snapshot {
+                node,
+                action,
+                snapshot,
+            } => self.snapshot(&node, action, snapshot).await,
             Command::AddExport(options) => self.add_export(options),
             Command::RemoveExport { id } => self.remove_export(&id).await,
             Command::AddIoThread(options) => self.add_iothread(options),

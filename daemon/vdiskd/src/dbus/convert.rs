@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use vdisk_api::{Error, Map, Result};
 use zbus::{OwnedVariant, Variant};
 
+use super::statistics::{Statistics, owned};
+
 pub type Options = HashMap<String, OwnedVariant>;
 
 /// Translates options. A file descriptor is only taken under the name `socket`.
@@ -88,6 +90,41 @@ fn plain(key: &str, value: &Variant<'_>) -> Result<serde_json::Value> {
             )));
         }
     })
+}
+
+/// JSON as D-Bus values. Numbers are 64-bit; a list of maps is `aa{sv}`, a list of anything else `as`.
+fn value(json: &serde_json::Value) -> OwnedVariant {
+    use serde_json::Value as Json;
+    match json {
+        Json::Null => owned(Variant::from("")),
+        Json::Bool(v) => owned(Variant::from(*v)),
+        Json::Number(n) => match n.as_u64() {
+            Some(v) => owned(Variant::from(v)),
+            None => owned(Variant::from(n.as_f64().unwrap_or(0.0))),
+        },
+        Json::String(v) => owned(Variant::from(v.as_str())),
+        Json::Array(items) => {
+            let maps: Vec<Statistics> = items
+                .iter()
+                .filter_map(Json::as_object)
+                .map(dictionary)
+                .collect();
+            if maps.len() == items.len() && !items.is_empty() {
+                return owned(Variant::from(maps));
+            }
+            let words = items.iter().map(|v| match v {
+                Json::String(s) => s.clone(),
+                other => other.to_string(),
+            });
+            owned(Variant::from(words.collect::<Vec<String>>()))
+        }
+        Json::Object(map) => owned(Variant::from(dictionary(map))),
+    }
+}
+
+/// A JSON object as `a{sv}`.
+pub fn dictionary(map: &Map) -> Statistics {
+    map.iter().map(|(k, v)| (k.clone(), value(v))).collect()
 }
 
 #[cfg(test)]

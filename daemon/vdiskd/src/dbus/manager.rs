@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use vdisk_api::{Command, DRIVERS, ExportKind, ExportOptions, IoThreadOptions, NodeOptions, Reply};
+use vdisk_api::{
+    AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
+    IoThreadOptions, NodeOptions, Reply, check_from_map, measure_from_map,
+};
 use vdisk_dbus::{export_path, iothread_path, node_path};
 use zbus::interface;
 use zbus::{OwnedObjectPath, Variant};
@@ -10,7 +13,7 @@ use zbus::{OwnedObjectPath, Variant};
 use super::Failure;
 use super::convert::{self, Options};
 use super::statistics::{self, Statistics};
-use crate::control::Handle;
+use crate::control::{Handle, images};
 
 pub struct ManagerObject(pub Handle);
 
@@ -23,7 +26,7 @@ impl ManagerObject {
         let reply = self.0.run(Command::AddNode(options)).await?;
         let name = match reply {
             Reply::Nodes(names) => names.into_iter().next().unwrap_or(name),
-            Reply::Done => name,
+            Reply::Done | Reply::Found(_) => name,
         };
         Ok(node_path(&name))
     }
@@ -79,6 +82,42 @@ impl ManagerObject {
                 statistics::owned(Variant::from(threads)),
             ),
         ]))
+    }
+
+    async fn create_image(&self, options: Options) -> Result<(), Failure> {
+        let options = CreateImage::from_map(convert::plain_options(options)?)?;
+        Ok(images::create(&self.0, options).await?)
+    }
+
+    #[zbus(out_args("sizes"))]
+    async fn measure_image(&self, options: Options) -> Result<Statistics, Failure> {
+        let options = measure_from_map(convert::plain_options(options)?)?;
+        Ok(convert::dictionary(&images::measure(&options)?))
+    }
+
+    #[zbus(out_args("info"))]
+    async fn get_image_info(&self, options: Options) -> Result<Statistics, Failure> {
+        let file = ImageFile::from_map(convert::plain_options(options)?)?;
+        Ok(convert::dictionary(&images::info(&self.0, file).await?))
+    }
+
+    #[zbus(out_args("report"))]
+    async fn check_image(&self, options: Options) -> Result<Statistics, Failure> {
+        let (file, repair) = check_from_map(convert::plain_options(options)?)?;
+        let report = images::check(&self.0, file, repair).await?;
+        Ok(convert::dictionary(&report))
+    }
+
+    #[zbus(out_args("extents"))]
+    async fn map_image(&self, start: u64, options: Options) -> Result<Vec<Statistics>, Failure> {
+        let file = ImageFile::from_map(convert::plain_options(options)?)?;
+        let extents = images::extents(&self.0, file, start).await?;
+        Ok(extents.iter().map(convert::dictionary).collect())
+    }
+
+    async fn amend_image(&self, options: Options) -> Result<(), Failure> {
+        let options = AmendImage::from_map(convert::plain_options(options)?)?;
+        Ok(images::amend(&self.0, options).await?)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]

@@ -1,6 +1,6 @@
 //! org.vdisk1.Node
 
-use vdisk_api::{Command, Error};
+use vdisk_api::{Command, Error, RepairWhat, Reply, SnapshotAction};
 use vdisk_block::{NodeInfo, Parent};
 use vdisk_dbus::{export_path, node_path};
 use zbus::interface;
@@ -8,7 +8,8 @@ use zbus::{OwnedObjectPath, Variant};
 
 use super::Failure;
 use super::convert::{self, Options};
-use crate::control::Handle;
+use super::statistics::Statistics;
+use crate::control::{Handle, images};
 
 pub struct NodeObject {
     pub control: Handle,
@@ -19,6 +20,29 @@ impl NodeObject {
     fn info(&self) -> zbus::fdo::Result<NodeInfo> {
         let info = self.control.world().graph.info(&self.name);
         info.map_err(|e| zbus::fdo::Error::UnknownObject(e.message))
+    }
+
+    async fn found(&self, command: Command) -> Result<Statistics, Failure> {
+        match self.control.run(command).await? {
+            Reply::Found(map) => Ok(convert::dictionary(&map)),
+            Reply::Done | Reply::Nodes(_) => Ok(Statistics::new()),
+        }
+    }
+
+    async fn snapshot(
+        &self,
+        action: SnapshotAction,
+        snapshot: String,
+        options: Options,
+    ) -> Result<Statistics, Failure> {
+        convert::no_options(options)?;
+        let node = self.name.clone();
+        self.found(Command::Snapshot {
+            node,
+            action,
+            snapshot,
+        })
+        .await
     }
 }
 
@@ -53,6 +77,35 @@ impl NodeObject {
         let name = self.name.clone();
         self.control.run(Command::FlushNode { name }).await?;
         Ok(())
+    }
+
+    #[zbus(out_args("report"))]
+    async fn check(&self, options: Options) -> Result<Statistics, Failure> {
+        let repair = RepairWhat::from_map(convert::plain_options(options)?)?;
+        let name = self.name.clone();
+        self.found(Command::CheckNode { name, repair }).await
+    }
+
+    #[zbus(out_args("info"))]
+    async fn get_image_info(&self, options: Options) -> Result<Statistics, Failure> {
+        convert::no_options(options)?;
+        let info = images::node_info(&self.control, &self.name).await?;
+        Ok(convert::dictionary(&info))
+    }
+
+    #[zbus(out_args("snapshot"))]
+    async fn create_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
+        self.snapshot(SnapshotAction::Create, name, options).await
+    }
+
+    #[zbus(out_args("snapshot"))]
+    async fn apply_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
+        self.snapshot(SnapshotAction::Apply, name, options).await
+    }
+
+    #[zbus(out_args("snapshot"))]
+    async fn delete_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
+        self.snapshot(SnapshotAction::Delete, name, options).await
     }
 
     #[zbus(property(emits_changed_signal = "const"))]

@@ -1,0 +1,297 @@
+//! `vdiskctl image …` and `vdiskctl snapshot …`.
+
+use std::collections::HashMap;
+
+use serde_json::{Map, Value as Json};
+use vdisk_api::{format_size, parse_size};
+use vdisk_dbus::{ManagerProxy, NodeProxy, node_path};
+use zbus::{Connection, OwnedVariant, Variant};
+
+use crate::args::{Image, ImageFile, SnapshotCommand};
+use crate::commands::{Options, options};
+use crate::error::{Error, Result};
+use crate::objects::{Objects, Properties, to_json};
+use crate::output::{Rows, flag, number, print_json, text};
+
+fn properties(found: HashMap<String, OwnedVariant>) -> Properties {
+    found.iter().map(|(k, v)| (k.clone(), to_json(v))).collect()
+}
+
+fn size(word: &str) -> Result<u64> {
+    parse_size(word).ok_or_else(|| {
+        Error::invalid(format!(
+            "'{word}' is not a size: give bytes or a number with k, M, G or T"
+        ))
+    })
+}
+
+fn file_options(file: &ImageFile) -> Options<'_> {
+    HashMap::from([
+        ("filename", Variant::from(file.filename.as_str())),
+        ("driver", Variant::from(file.format.as_str())),
+        ("force-share", Variant::from(file.force_share)),
+    ])
+}
+
+pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Result<()> {
+    match command {
+        Image::Create {
+            filename,
+            size: word,
+            format,
+            backing,
+            backing_format,
+            overwrite,
+            options: words,
+        } => {
+            let mut options = options(&words)?;
+            options.insert("filename", Variant::from(filename.as_str()));
+            options.insert("driver", Variant::from(format.as_str()));
+            options.insert("size", Variant::from(size(&word)?));
+            if let (Some(file), Some(format)) = (&backing, &backing_format) {
+                options.insert("backing-file", Variant::from(file.as_str()));
+                options.insert("backing-fmt", Variant::from(format.as_str()));
+            }
+            if overwrite {
+                options.insert("overwrite", Variant::from(true));
+            }
+            manager.create_image(options).await?;
+        }
+        Image::Info(file) => {
+            let info = properties(manager.get_image_info(file_options(&file)).await?);
+            print_info(&info, json);
+        }
+        Image::Check(file) => {
+            let report = manager.check_image(file_options(&file)).await?;
+            return print_report(&properties(report), json);
+        }
+        Image::Repair { file, leaks } => {
+            let mut options = file_options(&file);
+            options.insert("repair", Variant::from(if leaks { "leaks" } else { "all" }));
+            let report = manager.check_image(options).await?;
+            return print_report(&properties(report), json);
+        }
+        Image::Measure {
+            size: word,
+            format,
+            options: words,
+        } => {
+            let mut options = options(&words)?;
+            options.insert("driver", Variant::from(format.as_str()));
+            options.insert("size", Variant::from(size(&word)?));
+            let found = properties(manager.measure_image(options).await?);
+            if json {
+                print_json(&Json::Object(found));
+            } else {
+                for (what, key) in [("when new", "required"), ("when full", "fully-allocated")] {
+                    let n = number(&found, key);
+                    anstream::println!("{what:<10} {} ({n} bytes)", format_size(n));
+                }
+            }
+        }
+        Image::Map(file) => print_map(manager, &file, json).await?,
+        Image::Amend {
+            filename,
+            options: words,
+        } => {
+            let mut options = options(&words)?;
+            options.insert("filename", Variant::from(filename.as_str()));
+            manager.amend_image(options).await?;
+        }
+    }
+    Ok(())
+}
+
+fn print_info(info: &Properties, json: bool) {
+    if json {
+        print_json(&Json::Object(info.clone()));
+        return;
+    }
+    let bytes = |key| {
+        format!(
+            "{} ({} bytes)",
+            format_size(number(info, key)),
+            number(info, key)
+        )
+    };
+    let line = |what: &str, value: String| {
+        if !value.is_empty() {
+            anstream::println!("{what:<16} {value}");
+        }
+    };
+    line("file", text(info, "filename"));
+    line(
+        "format",
+        format!("{} {}", text(info, "format"), text(info, "version")),
+    );
+    line("disk", bytes("virtual-size"));
+    line("takes", bytes("actual-size"));
+    if text(info, "format") != "qcow2" {
+        return;
+    }
+    line("clusters", format_size(number(info, "cluster-size")));
+    line(
+        "refcounts",
+        format!("{} bits", number(info, "refcount-bits")),
+    );
+    line("compression", text(info, "compression-type"));
+    let features: Vec<&str> = [
+        ("extended-l2", "subclusters"),
+        ("lazy-refcounts", "lazy refcounts"),
+        (
+            "dirty",
+            "not closed: will be repaired when it is opened for writing",
+        ),
+        ("corrupt", "CORRUPT: repair it"),
+    ]
+    .iter()
+    .filter(|(key, _)| flag(info, key))
+    .map(|(_, word)| *word)
+    .collect();
+    line("features", features.join(", "));
+    let backing = text(info, "backing-file");
+    if !backing.is_empty() {
+        line(
+            "backing file",
+            format!("{backing} ({})", text(info, "backing-fmt")),
+        );
+    }
+    if let Some(Json::Array(snapshots)) = info.get("snapshots")
+        && !snapshots.is_empty()
+    {
+        anstream::println!();
+        snapshot_rows(snapshots).print();
+    }
+}
+
+fn date(seconds: u64) -> String {
+    let at = i64::try_from(seconds).ok();
+    at.and_then(|s| jiff::Timestamp::from_second(s).ok())
+        .map_or_else(String::new, |t| t.to_string())
+}
+
+fn snapshot_rows(snapshots: &[Json]) -> Rows {
+    let mut rows = Rows::new(&["id", "name", "made", ">disk", ">vm state"]);
+    for s in snapshots.iter().filter_map(Json::as_object) {
+        rows.add(vec![
+            text(s, "id"),
+            text(s, "name"),
+            date(number(s, "date-sec")),
+            format_size(number(s, "disk-size")),
+            format_size(number(s, "vm-state-size")),
+        ]);
+    }
+    rows
+}
+
+/// Prints what a check has found; what is still wrong is an error.
+pub fn print_report(report: &Map<String, Json>, json: bool) -> Result<()> {
+    let n = |key| number(report, key);
+    let left = n("corruptions").saturating_sub(n("corruptions-fixed"));
+    let leaks = n("leaks").saturating_sub(n("leaks-fixed"));
+    if json {
+        print_json(&Json::Object(report.clone()));
+    } else {
+        if let Some(Json::Array(messages)) = report.get("messages") {
+            for m in messages.iter().filter_map(Json::as_str) {
+                anstream::println!("{m}");
+            }
+        }
+        let fixed = n("corruptions-fixed") + n("leaks-fixed");
+        if fixed > 0 {
+            anstream::println!(
+                "{fixed} of {} findings repaired",
+                n("corruptions") + n("leaks")
+            );
+        } else if left + leaks == 0 {
+            anstream::println!("No errors were found.");
+        }
+        let all = n("total-clusters").max(1);
+        anstream::println!(
+            "{} of {} clusters have data ({:.1} %), {:.1} % of them out of order, {} compressed; the image ends at {}",
+            n("allocated-clusters"),
+            n("total-clusters"),
+            100.0 * n("allocated-clusters") as f64 / all as f64,
+            100.0 * n("fragmented-clusters") as f64 / n("allocated-clusters").max(1) as f64,
+            n("compressed-clusters"),
+            format_size(n("image-end-offset")),
+        );
+    }
+    match (left, leaks) {
+        (0, 0) => Ok(()),
+        (0, leaks) => Err(Error::failed(format!(
+            "{leaks} clusters take space for nothing: 'repair' gives them back"
+        ))),
+        (left, _) => Err(Error::failed(format!(
+            "{left} errors: 'repair' makes the reference counts anew; copy the image first if its data matters"
+        ))),
+    }
+}
+
+async fn print_map(manager: &ManagerProxy<'_>, file: &ImageFile, json: bool) -> Result<()> {
+    let mut all: Vec<Properties> = Vec::new();
+    let mut at = 0;
+    loop {
+        let more = manager.map_image(at, file_options(file)).await?;
+        let before = all.len();
+        all.extend(more.into_iter().map(properties));
+        let Some(last) = all.last().filter(|_| all.len() > before) else {
+            break;
+        };
+        at = number(last, "start") + number(last, "length");
+    }
+    if json {
+        print_json(&Json::Array(all.into_iter().map(Json::Object).collect()));
+        return Ok(());
+    }
+    let mut rows = Rows::new(&[">start", ">length", "kind", ">offset in file"]);
+    for e in &all {
+        let offset = match e.get("offset") {
+            Some(_) => format!("{:#x}", number(e, "offset")),
+            None => String::new(),
+        };
+        rows.add(vec![
+            format!("{:#x}", number(e, "start")),
+            format_size(number(e, "length")),
+            text(e, "kind"),
+            offset,
+        ]);
+    }
+    rows.print();
+    Ok(())
+}
+
+pub async fn snapshot(connection: &Connection, command: SnapshotCommand, json: bool) -> Result<()> {
+    let (SnapshotCommand::Create { node, .. }
+    | SnapshotCommand::List { node }
+    | SnapshotCommand::Apply { node, .. }
+    | SnapshotCommand::Delete { node, .. }) = &command;
+    Objects::load(connection).await?.find("node", node)?;
+    let proxy = NodeProxy::builder(connection).path(node_path(node));
+    let proxy = proxy.build().await?;
+    let none = HashMap::new;
+    match &command {
+        SnapshotCommand::Create { name, .. } => {
+            proxy.create_snapshot(name, none()).await?;
+        }
+        SnapshotCommand::Apply { snapshot, .. } => {
+            proxy.apply_snapshot(snapshot, none()).await?;
+        }
+        SnapshotCommand::Delete { snapshot, .. } => {
+            proxy.delete_snapshot(snapshot, none()).await?;
+        }
+        SnapshotCommand::List { .. } => {
+            let info = properties(proxy.get_image_info(none()).await?);
+            let all = match info.get("snapshots") {
+                Some(Json::Array(all)) => all.clone(),
+                _ => Vec::new(),
+            };
+            if json {
+                print_json(&Json::Array(all));
+            } else {
+                snapshot_rows(&all).print();
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,437 @@
+//! Images: in files that are not part of the graph, and those that nodes serve.
+
+use std::io;
+use std::sync::Arc;
+
+use serde_json::{Value as Json, json};
+use vdisk_api::{
+    AmendImage, CreateImage, Error, ErrorKind, ImageFile, ImageFormat, ImagePreallocation, Map,
+    RepairWhat, Reply, Result, SnapshotAction,
+};
+use vdisk_block::{DrainGuard, Standalone, image_failed};
+use vdisk_io::IoThread;
+use vdisk_qcow2::{
+    Amend, CHECK_MEMORY, Compression, CreateOptions, Image, Kind, Preallocation, Repair, Report,
+    Snapshot,
+};
+
+use super::{Control, Event, Handle};
+
+/// Pieces of a map that are told at once.
+const MAX_MAP: usize = 100_000;
+
+fn map(v: Json) -> Map {
+    match v {
+        Json::Object(m) => m,
+        _ => Map::new(),
+    }
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(f)
+        .await
+        .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))?
+}
+
+async fn on_thread<F, Fut, T>(thread: &IoThread, what: &str, f: F) -> Result<T>
+where
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = io::Result<T>> + 'static,
+    T: Send + 'static,
+{
+    thread
+        .run_async(move |_| f())
+        .await
+        .map_err(|e| Error::failed(format!("{what}: {e}")))?
+        .map_err(|e| image_failed(what, &e))
+}
+
+fn qcow2_options(options: &CreateImage) -> Option<CreateOptions> {
+    let q = options.qcow2.as_ref()?;
+    Some(CreateOptions {
+        version: q.version,
+        cluster_size: q.cluster_size,
+        refcount_bits: q.refcount_bits,
+        extended_l2: q.extended_l2,
+        compression: match q.zstd {
+            true => Compression::Zstd,
+            false => Compression::Deflate,
+        },
+        lazy_refcounts: q.lazy_refcounts,
+        backing: q.backing.clone(),
+        preallocation: match options.preallocation {
+            ImagePreallocation::Off => Preallocation::Off,
+            ImagePreallocation::Metadata => Preallocation::Metadata,
+            ImagePreallocation::Falloc => Preallocation::Falloc,
+            ImagePreallocation::Full => Preallocation::Full,
+        },
+        ..CreateOptions::new(options.size)
+    })
+}
+
+/// Makes an image. A file that is there already is left alone unless the options say otherwise.
+pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
+    let thread = control.world().any_thread()?;
+    let what = format!("image '{}'", options.filename);
+    let path = options.filename.clone();
+    let overwrite = options.overwrite;
+    let (file, is_new) = blocking(move || {
+        let what = format!("image '{path}'");
+        let mut open = std::fs::OpenOptions::new();
+        let is_new = match open.write(true).create_new(true).open(&path) {
+            Ok(_) => true,
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                if !overwrite {
+                    return Err(Error::exists(format!(
+                        "{what} exists already, and would be lost: choose another name, or set 'overwrite'"
+                    )));
+                }
+                false
+            }
+            Err(e) => return Err(Error::io(format_args!("{what} cannot be made"), &e)),
+        };
+        match Standalone::open(&path, true, false) {
+            Ok(file) => Ok((file, is_new)),
+            Err(e) => {
+                if is_new {
+                    let _ = std::fs::remove_file(&path);
+                }
+                Err(e)
+            }
+        }
+    })
+    .await?;
+    let (storage, node) = (file.storage(), file.node().clone());
+    let wanted = options.clone();
+    let made = on_thread(&thread, &what, move || async move {
+        match qcow2_options(&wanted) {
+            Some(o) => Image::create(storage, &o).await,
+            None => {
+                let size = wanted.size;
+                if storage.grows() {
+                    storage.set_size(0).await?;
+                    storage.set_size(size).await?;
+                } else if storage.size() < size {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                match wanted.preallocation {
+                    ImagePreallocation::Off | ImagePreallocation::Metadata => {}
+                    ImagePreallocation::Falloc => node.reserve(0, size).await?,
+                    ImagePreallocation::Full => {
+                        node.reserve(0, size).await?;
+                        let flags = vdisk_block::ZeroFlags::default();
+                        node.write_zeroes(0, size, flags).await?;
+                    }
+                }
+                storage.flush().await
+            }
+        }
+    })
+    .await;
+    file.close().await;
+    if made.is_err() && is_new {
+        let _ = std::fs::remove_file(&options.filename);
+    }
+    if made.is_ok() {
+        tracing::info!(image = options.filename, size = options.size, "image made");
+    }
+    made
+}
+
+/// What a new image would take.
+pub fn measure(options: &CreateImage) -> Result<Map> {
+    let (required, fully) = match qcow2_options(options) {
+        Some(o) => {
+            let m = o
+                .measure(0)
+                .map_err(|e| Error::invalid(format!("new image: {e}")))?;
+            (m.required, m.fully_allocated)
+        }
+        None => (options.size, options.size),
+    };
+    Ok(map(json!({"required": required, "fully-allocated": fully})))
+}
+
+fn snapshot(s: &Snapshot) -> Json {
+    json!({
+        "id": s.id, "name": s.name, "date-sec": s.date.0, "date-nsec": s.date.1,
+        "vm-state-size": s.vm_state_size, "vm-clock-ns": s.vm_clock,
+        "disk-size": s.disk_size.unwrap_or(0),
+    })
+}
+
+async fn describe(image: &Image, size: u64) -> io::Result<Map> {
+    let h = image.header();
+    let snapshots: Vec<Json> = image.snapshots().await?.iter().map(snapshot).collect();
+    Ok(map(json!({
+        "format": "qcow2",
+        "virtual-size": image.size(),
+        "file-size": size,
+        "version": if h.version == 2 { "v2" } else { "v3" },
+        "cluster-size": image.cluster(),
+        "refcount-bits": 1u32 << h.refcount_order,
+        "compression-type": match h.compression {
+            Compression::Deflate => "zlib",
+            Compression::Zstd => "zstd",
+        },
+        "extended-l2": h.extended_l2,
+        "lazy-refcounts": h.compatible & 1 != 0,
+        "dirty": h.dirty,
+        "corrupt": h.corrupt,
+        "backing-file": h.backing_file.unwrap_or_default(),
+        "backing-fmt": h.backing_format.unwrap_or_default(),
+        "bitmaps": h.bitmaps.map_or(0, |b| b.bitmaps),
+        "snapshots": snapshots,
+    })))
+}
+
+/// Looks at an image that may be in use.
+async fn look<F, Fut, T>(control: &Handle, file: &ImageFile, write: bool, f: F) -> Result<T>
+where
+    F: FnOnce(Image) -> Fut + Send + 'static,
+    Fut: Future<Output = io::Result<T>> + 'static,
+    T: Send + 'static,
+{
+    let thread = control.world().any_thread()?;
+    let what = format!("image '{}'", file.filename);
+    let wanted = file.clone();
+    let (opened, image) = blocking(move || Standalone::open_image(&wanted, write)).await?;
+    let result = on_thread(&thread, &what, move || f(image)).await;
+    opened.close().await;
+    result
+}
+
+fn allocated(filename: &str) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(filename).map_or(0, |m| m.blocks() * 512)
+}
+
+pub async fn info(control: &Handle, file: ImageFile) -> Result<Map> {
+    let mut found = match file.format {
+        ImageFormat::Raw => {
+            let path = file.clone();
+            let opened =
+                blocking(move || Standalone::open(&path.filename, false, path.force_share)).await?;
+            let size = opened.node().size();
+            opened.close().await;
+            map(json!({"format": "raw", "virtual-size": size, "file-size": size}))
+        }
+        ImageFormat::Qcow2 => {
+            let size = std::fs::metadata(&file.filename).map_or(0, |m| m.len());
+            look(control, &file, false, move |image| async move {
+                describe(&image, size).await
+            })
+            .await?
+        }
+    };
+    found.insert("filename".into(), file.filename.clone().into());
+    found.insert("actual-size".into(), allocated(&file.filename).into());
+    Ok(found)
+}
+
+fn repair_of(what: RepairWhat) -> Repair {
+    match what {
+        RepairWhat::Nothing => Repair::Nothing,
+        RepairWhat::Leaks => Repair::Leaks,
+        RepairWhat::All => Repair::All,
+    }
+}
+
+fn report(r: &Report) -> Map {
+    map(json!({
+        "corruptions": r.corruptions, "leaks": r.leaks,
+        "corruptions-fixed": r.corruptions_fixed, "leaks-fixed": r.leaks_fixed,
+        "total-clusters": r.clusters, "allocated-clusters": r.allocated,
+        "compressed-clusters": r.compressed, "fragmented-clusters": r.fragmented,
+        "image-end-offset": r.end, "messages": r.messages,
+    }))
+}
+
+pub async fn check(control: &Handle, file: ImageFile, what: RepairWhat) -> Result<Map> {
+    let write = what != RepairWhat::Nothing;
+    let found = look(control, &file, write, move |image| async move {
+        image.check(repair_of(what), CHECK_MEMORY).await
+    })
+    .await?;
+    Ok(report(&found))
+}
+
+/// Where the data of an image is: this image only, without what is below. Pieces from `from` on.
+pub async fn extents(control: &Handle, file: ImageFile, from: u64) -> Result<Vec<Map>> {
+    if file.format == ImageFormat::Raw {
+        return Err(Error::not_supported(format!(
+            "image '{}': only qcow2 images have a map",
+            file.filename
+        )));
+    }
+    look(control, &file, false, move |image| async move {
+        let pieces = image
+            .map(from.min(image.size())..image.size(), MAX_MAP)
+            .await?;
+        let piece = |(start, m): &(u64, vdisk_qcow2::Mapping)| {
+            let (kind, offset) = match m.kind {
+                Kind::Data(host) => ("data", Some(host)),
+                Kind::Zero => ("zero", None),
+                Kind::Unallocated => ("unallocated", None),
+                Kind::Compressed { offset, .. } => ("compressed", Some(offset)),
+            };
+            let mut out = map(json!({"start": start, "length": m.len, "kind": kind}));
+            if let Some(offset) = offset {
+                out.insert("offset".into(), offset.into());
+            }
+            out
+        };
+        Ok(pieces.iter().map(piece).collect())
+    })
+    .await
+}
+
+pub async fn amend(control: &Handle, options: AmendImage) -> Result<()> {
+    let change = Amend {
+        version: options.version,
+        lazy_refcounts: options.lazy_refcounts,
+        backing: options.backing.map(|(name, format)| match name.as_str() {
+            "" => None,
+            _ => Some((name, format.unwrap_or_default())),
+        }),
+    };
+    look(control, &options.file, true, move |image| async move {
+        image.activate().await?;
+        let result = image.amend(&change).await;
+        image.close().await?;
+        result
+    })
+    .await
+}
+
+/// An image that a node serves, with everything above drained.
+struct Still {
+    image: Arc<Image>,
+    drained: Vec<DrainGuard>,
+    what: String,
+}
+
+impl Control {
+    async fn still(&self, name: &str) -> Result<Still> {
+        let (node, (backends, _)) = {
+            let world = self.world();
+            (world.graph.node(name)?, world.graph.above(name))
+        };
+        let what = format!("node '{name}'");
+        let image = node.image().ok_or_else(|| {
+            Error::not_supported(format!(
+                "{what} has driver '{}': only qcow2 images can do this",
+                node.driver_name()
+            ))
+        })?;
+        let mut drained = Vec::new();
+        for backend in &backends {
+            drained.push(backend.drain().await);
+        }
+        Ok(Still {
+            image,
+            drained,
+            what,
+        })
+    }
+
+    /// Guests wait while their image is checked.
+    pub(super) async fn check_node(&mut self, name: &str, repair: RepairWhat) -> Result<Reply> {
+        let read_only = self.world().graph.node(name)?.is_read_only();
+        if repair != RepairWhat::Nothing && read_only {
+            return Err(Error::invalid(format!(
+                "node '{name}' is read-only and cannot be repaired: add it without read-only"
+            )));
+        }
+        let thread = self.world().any_thread()?;
+        let still = self.still(name).await?;
+        let image = still.image.clone();
+        let found = on_thread(&thread, &still.what, move || async move {
+            image.check(repair_of(repair), CHECK_MEMORY).await
+        })
+        .await?;
+        drop(still);
+        Ok(Reply::Found(report(&found)))
+    }
+
+    pub(super) async fn snapshot(
+        &mut self,
+        name: &str,
+        action: SnapshotAction,
+        which: String,
+    ) -> Result<Reply> {
+        let node = self.world().graph.node(name)?;
+        if node.is_read_only() {
+            return Err(Error::invalid(format!(
+                "node '{name}' is read-only and its snapshots cannot be changed: add it without read-only"
+            )));
+        }
+        if action == SnapshotAction::Apply {
+            let (_, above) = self.world().graph.above(name);
+            if above.len() > 1 {
+                return Err(Error::in_use(format!(
+                    "node '{name}' is below other nodes, whose content would change: remove them first"
+                )));
+            }
+        }
+        let thread = self.world().any_thread()?;
+        let still = self.still(name).await?;
+        let image = still.image.clone();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        let date = (now.as_secs() as u32, now.subsec_nanos());
+        let wanted = which.clone();
+        let before = node.size();
+        let done = on_thread(&thread, &still.what, move || async move {
+            match action {
+                SnapshotAction::Create => image.create_snapshot(&wanted, date).await,
+                SnapshotAction::Apply => image.apply_snapshot(&wanted).await,
+                SnapshotAction::Delete => image.delete_snapshot(&wanted).await,
+            }
+        })
+        .await;
+        node.follow_image();
+        for guard in &still.drained {
+            guard.invalidate();
+        }
+        drop(still);
+        if node.size() != before {
+            self.events.push(Event::NodeChanged(name.to_owned()));
+            let world = self.world();
+            for export in world.exports.values().filter(|e| e.node == name) {
+                export.server.config_changed();
+            }
+        }
+        let done = done?;
+        tracing::info!(node = name, snapshot = done.name, ?action, "snapshot");
+        Ok(Reply::Found(map(snapshot(&done))))
+    }
+}
+
+/// What the image of a node is.
+pub async fn node_info(control: &Handle, name: &str) -> Result<Map> {
+    let (node, thread) = {
+        let world = control.world();
+        (world.graph.node(name)?, world.any_thread()?)
+    };
+    let what = format!("node '{name}'");
+    let Some(image) = node.image() else {
+        return Err(Error::new(
+            ErrorKind::NotSupported,
+            format!(
+                "{what} has driver '{}', which has no image format",
+                node.driver_name()
+            ),
+        ));
+    };
+    let filename = node.filename().unwrap_or_default();
+    let size = std::fs::metadata(&filename).map_or(0, |m| m.len());
+    let mut found = on_thread(&thread, &what, move || async move {
+        describe(&image, size).await
+    })
+    .await?;
+    found.insert("actual-size".into(), allocated(&filename).into());
+    found.insert("filename".into(), filename.into());
+    Ok(found)
+}
