@@ -38,7 +38,7 @@ impl CreateOptions {
         };
         let fully_allocated = bytes(all, l2);
         let spared = match self.preallocation {
-            Preallocation::Off => all - data.div_ceil(cluster).min(all),
+            Preallocation::Off | Preallocation::Metadata => all - data.div_ceil(cluster).min(all),
             _ => 0,
         };
         Ok(Measure {

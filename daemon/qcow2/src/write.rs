@@ -203,8 +203,10 @@ impl Image {
                         }
                         table.set(layout, first + i, new);
                         let had = layout.references(old);
+                        // Compressed data in the same cluster has a reference of its own.
+                        let stays = had == layout.references(new) && !old.is_compressed();
                         if let Some((first, clusters)) = had
-                            && had != layout.references(new)
+                            && !stays
                         {
                             unrefs.push(Unref {
                                 first,

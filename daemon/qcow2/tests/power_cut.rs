@@ -176,10 +176,11 @@ impl Guest {
             image.apply_snapshot(&s.id).await.unwrap();
             let iov = IoVecs::zeroed(image.size() as usize, 1);
             image.read(0, iov.clone()).await.unwrap();
-            let all = self.snapshots.borrow();
-            let want = &all.iter().find(|w| w.0 == s.name).unwrap().1;
-            assert!(iov.to_vec() == *want, "{what}: snapshot {}", s.name);
-            drop(all);
+            {
+                let all = self.snapshots.borrow();
+                let want = &all.iter().find(|w| w.0 == s.name).unwrap().1;
+                assert!(iov.to_vec() == *want, "{what}: snapshot {}", s.name);
+            }
             sound(image, what).await;
         }
     }
@@ -297,7 +298,7 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
                 _ if !snapshots => {}
                 0 => guest.snapshot("first").await,
                 1 => guest.snapshot("second").await,
-                2 if seed % 2 == 0 => guest.apply("first").await,
+                2 if seed.is_multiple_of(2) => guest.apply("first").await,
                 2 => {
                     guest.image.delete_snapshot("first").await.unwrap();
                 }
@@ -309,6 +310,18 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
         }
         guest.image.close().await.unwrap();
     });
+    // Closed as it should be, it has no leaks either.
+    let closed = open(
+        &Memory::new(file.data(), None, false),
+        None,
+        Options::default(),
+    )
+    .unwrap();
+    let report = block_on(closed.check(Repair::Nothing, CHECK_MEMORY)).unwrap();
+    assert!(
+        report.corruptions + report.leaks == 0,
+        "seed {seed}: {report:#?}"
+    );
     let log = file.log();
     let end = file.tick();
     assert!(log.len() > 100);

@@ -1,0 +1,451 @@
+//! `vdiskctl image …` and `vdiskctl snapshot …`, held against what QEMU's tools say of the same images.
+
+#[path = "../../daemon/qcow2/tests/memory/mod.rs"]
+mod memory;
+
+use std::path::Path;
+use std::process::Command;
+
+use memory::{Memory, Random, after_power_cut, block_on, open};
+use serde_json::Value;
+use vdisk_io::IoVecs;
+use vdisk_qcow2::{Compression, CreateOptions, Image, Options};
+use vdisk_qemu_tests::Daemon;
+use vdisk_qemu_tests::blk_client::Client;
+
+const MIB: u64 = 1 << 20;
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("test paths are ASCII")
+}
+
+fn tool(program: &str, args: &[&str]) -> String {
+    let out = Command::new(program).args(args).output();
+    let out = out.unwrap_or_else(|e| panic!("{program}: {e}: run 'make setup'"));
+    assert!(out.status.success(), "{program} {args:?}: {out:?}");
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&tool("qemu-img", args)).expect("qemu-img prints JSON")
+}
+
+fn sound(image: &Path) {
+    tool("qemu-img", &["check", "-q", "-f", "qcow2", text(image)]);
+}
+
+fn serve(daemon: &Daemon, id: &str, image: &Path) {
+    let filename = format!("file.filename={}", image.display());
+    let args = [
+        "node",
+        "add",
+        id,
+        "driver=qcow2",
+        "discard=unmap",
+        "file.driver=file",
+        &filename,
+    ];
+    daemon.ctl(&args);
+    daemon.export_node(id, id, &[]);
+}
+
+fn stop(daemon: &Daemon, id: &str) {
+    daemon.ctl(&["export", "remove", id]);
+    daemon.ctl(&["node", "remove", id]);
+}
+
+#[test]
+fn new_images_are_what_qemu_makes_of_the_same_options() {
+    let daemon = Daemon::start(&[]);
+    for (i, options) in [
+        &[][..],
+        &["version=v2"],
+        &["cluster-size=512"],
+        &["cluster-size=2M", "preallocation=metadata"],
+        &["preallocation=falloc"],
+        &["preallocation=full", "cluster-size=4k"],
+        &[
+            "extended-l2=on",
+            "cluster-size=128k",
+            "preallocation=metadata",
+        ],
+        &["refcount-bits=1", "lazy-refcounts=on"],
+        &["refcount-bits=64", "compression-type=zstd"],
+        &["backing-file=base.img", "backing-fmt=raw"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let ours = daemon.path(&format!("ours{i}.qcow2"));
+        let mut args = vec!["image", "create", text(&ours), "20M"];
+        args.extend(options);
+        daemon.ctl(&args);
+        if !options.iter().any(|o| o.starts_with("backing")) {
+            sound(&ours);
+        }
+        let theirs = daemon.path(&format!("theirs{i}.qcow2"));
+        let mut given: Vec<String> = options.iter().map(|o| o.replace('-', "_")).collect();
+        for o in &mut given {
+            *o = o
+                .replace("version=v2", "compat=0.10")
+                .replace("file=base", "file=base");
+        }
+        let mut args = vec!["create", "-q", "-u", "-f", "qcow2"];
+        for o in &given {
+            args.extend(["-o", o]);
+        }
+        args.extend([text(&theirs), "20M"]);
+        tool("qemu-img", &args);
+        let info = |path: &Path| {
+            let mut v = json(&["info", "--output=json", "-f", "qcow2", text(path)]);
+            let v = v.as_object_mut().unwrap();
+            v.retain(|k, _| !matches!(k.as_str(), "filename" | "actual-size" | "children"));
+            Value::Object(v.clone())
+        };
+        assert_eq!(info(&ours), info(&theirs), "{options:?}");
+        if !options.iter().any(|o| o.starts_with("backing")) {
+            let map = json(&["map", "--output=json", "-f", "qcow2", text(&ours)]);
+            let allocated = map[0]["present"].as_bool() == Some(true);
+            let preallocated = options.iter().any(|o| o.starts_with("preallocation"));
+            assert_eq!(allocated, preallocated, "{options:?}: {map}");
+            // And it measures what it takes.
+            let mut args = vec!["image", "measure", "20M"];
+            args.extend(options);
+            let measured = daemon.ctl_json(&args);
+            let mut args = vec!["measure", "--output=json", "-O", "qcow2", "--size", "20M"];
+            for o in given.iter().filter(|o| !o.starts_with("lazy")) {
+                args.extend(["-o", o]);
+            }
+            let theirs = json(&args);
+            assert_eq!(measured["required"], theirs["required"], "{options:?}");
+        }
+        // What is there is not lost by accident.
+        let (code, e) = daemon.ctl_error(&["image", "create", text(&ours), "1M"]);
+        assert!(code == 4 && e.contains("overwrite"), "{e}");
+    }
+    let ours = daemon.path("ours0.qcow2");
+    daemon.ctl(&["image", "create", text(&ours), "1M", "--overwrite"]);
+    assert_eq!(
+        daemon.ctl_json(&["image", "info", text(&ours)])["virtual-size"],
+        MIB
+    );
+    let raw = daemon.path("raw.img");
+    daemon.ctl(&[
+        "image",
+        "create",
+        "-f",
+        "raw",
+        text(&raw),
+        "3M",
+        "preallocation=full",
+    ]);
+    assert_eq!(std::fs::read(&raw).unwrap(), vec![0; 3 << 20]);
+    for (options, message) in [
+        (&["cluster-size=3000"][..], "power of two"),
+        (&["cluster-size=512", "extended-l2=on"], "16 KiB"),
+        (&["version=v2", "refcount-bits=8"], "version 3"),
+        (&["bogus=1"], "bogus"),
+    ] {
+        let path = daemon.path("refused.qcow2");
+        let mut args = vec!["image", "create", text(&path), "1M"];
+        args.extend(options);
+        let (_, e) = daemon.ctl_error(&args);
+        assert!(e.contains(message), "{e}");
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn maps_checks_and_repairs_agree_with_qemu() {
+    let daemon = Daemon::start(&[]);
+    let image = daemon.path("d.qcow2");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&image), "64M"],
+    );
+    for c in [
+        "write -P 1 1M 3M",
+        "write -z 8M 1M",
+        "write -P 2 20M 512",
+        "discard 2M 1M",
+    ] {
+        tool(
+            "qemu-io",
+            &["-d", "unmap", "-f", "qcow2", "-c", c, text(&image)],
+        );
+    }
+    let theirs = json(&["map", "--output=json", "-f", "qcow2", text(&image)]);
+    let ours = daemon.ctl_json(&["image", "map", text(&image)]);
+    let data = |v: &Value, is: &dyn Fn(&Value) -> bool| -> Vec<(u64, u64, u64)> {
+        let all = v.as_array().unwrap().iter().filter(|e| is(e));
+        all.map(|e| {
+            let n = |k: &str| e[k].as_u64().unwrap();
+            (n("start"), n("length"), n("offset"))
+        })
+        .collect()
+    };
+    assert_eq!(
+        data(&ours, &|e| e["kind"] == "data"),
+        data(&theirs, &|e| e["data"] == true)
+    );
+    let clean = daemon.ctl_json(&["image", "check", text(&image)]);
+    let theirs = json(&["check", "--output=json", "-f", "qcow2", text(&image)]);
+    for key in ["total-clusters", "allocated-clusters", "image-end-offset"] {
+        assert_eq!(clean[key], theirs[key], "{key}");
+    }
+
+    // The refcount block, whose place is in the refcount table, loses what it had.
+    let bytes = std::fs::read(&image).unwrap();
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let block = word(word(48));
+    let damage = |at: usize, value: &[u8]| {
+        let mut b = bytes.clone();
+        b[at..at + value.len()].copy_from_slice(value);
+        std::fs::write(&image, b).unwrap();
+    };
+    damage(block + 2 * 10, &[0, 7]);
+    let (code, e) = daemon.ctl_error(&["image", "check", text(&image)]);
+    assert!(code == 1 && e.contains("repair"), "{e}");
+    daemon.ctl(&["image", "repair", "--leaks", text(&image)]);
+    sound(&image);
+    damage(block, &[0; 4096]);
+    let (code, e) = daemon.ctl_error(&["image", "check", text(&image)]);
+    assert!(code == 1 && e.contains("errors"), "{e}");
+    daemon.ctl(&["image", "repair", text(&image)]);
+    sound(&image);
+    let pattern = "read -P 1 1M 1M";
+    let out = tool("qemu-io", &["-f", "qcow2", "-c", pattern, text(&image)]);
+    assert!(!out.contains("failed"), "{out}");
+
+    // In use: the file is locked, the node can be checked and repaired.
+    serve(&daemon, "d", &image);
+    let (code, e) = daemon.ctl_error(&["image", "repair", text(&image)]);
+    assert!(code == 4, "{e}");
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    assert_eq!(client.write(30 * MIB, &[5; 4096]), 0);
+    daemon.ctl(&["node", "check", "d", "--repair", "all"]);
+    let mut got = [0; 4096];
+    assert_eq!(client.read(30 * MIB, &mut got), 0);
+    assert_eq!(got, [5; 4096]);
+    assert_eq!(client.write(31 * MIB, &[6; 4096]), 0);
+    drop(client);
+    stop(&daemon, "d");
+    sound(&image);
+}
+
+#[test]
+fn amended_images_are_what_qemu_reads() {
+    let daemon = Daemon::start(&[]);
+    let image = daemon.path("d.qcow2");
+    daemon.ctl(&["image", "create", text(&image), "4M", "version=v2"]);
+    let info = || json(&["info", "--output=json", "-f", "qcow2", text(&image)]);
+    daemon.ctl(&[
+        "image",
+        "amend",
+        text(&image),
+        "version=v3",
+        "lazy-refcounts=on",
+    ]);
+    let v = info();
+    let data = &v["format-specific"]["data"];
+    assert!(
+        data["compat"] == "1.1" && data["lazy-refcounts"] == true,
+        "{v}"
+    );
+    daemon.ctl(&[
+        "image",
+        "amend",
+        text(&image),
+        "backing-file=/b",
+        "backing-fmt=raw",
+    ]);
+    let v = json(&["info", "-U", "--output=json", "-f", "qcow2", text(&image)]);
+    assert!(v["backing-filename"] == "/b" && v["backing-filename-format"] == "raw");
+    daemon.ctl(&[
+        "image",
+        "amend",
+        text(&image),
+        "backing-file=",
+        "version=v2",
+    ]);
+    assert_eq!(info()["format-specific"]["data"]["compat"], "0.10");
+    sound(&image);
+    daemon.ctl(&["image", "amend", text(&image), "version=v3"]);
+    tool(
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -z 0 1M", text(&image)],
+    );
+    let (code, e) = daemon.ctl_error(&["image", "amend", text(&image), "version=v2"]);
+    assert!(code == 1 && e.contains("zero clusters"), "{e}");
+}
+
+#[test]
+fn snapshots_go_both_ways() {
+    let daemon = Daemon::start(&[]);
+    for (name, options) in [
+        ("plain", "cluster_size=64k"),
+        ("tiny", "cluster_size=512"),
+        ("v2", "compat=0.10"),
+        ("sub", "extended_l2=on"),
+    ] {
+        let image = daemon.path(&format!("{name}.qcow2"));
+        tool(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-o",
+                options,
+                text(&image),
+                "16M",
+            ],
+        );
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 1 0 8M", text(&image)],
+        );
+        tool("qemu-img", &["snapshot", "-c", "theirs", text(&image)]);
+        tool(
+            "qemu-io",
+            &["-f", "qcow2", "-c", "write -P 2 1M 2M", text(&image)],
+        );
+
+        serve(&daemon, name, &image);
+        let mut client = Client::connect(&daemon.socket(name), 1, 1, 1 << 20);
+        assert_eq!(client.write(4 * MIB, &[3; 1 << 20]), 0);
+        daemon.ctl(&["snapshot", "create", name, "ours"]);
+        assert_eq!(client.write(4 * MIB + 512, &[4; 512]), 0);
+        assert_eq!(client.discard(0, MIB), 0);
+        let list = daemon.ctl_json(&["snapshot", "list", name]);
+        assert_eq!(
+            (&list[0]["name"], &list[1]["name"]),
+            (&"theirs".into(), &"ours".into())
+        );
+        let (code, e) = daemon.ctl_error(&["snapshot", "create", name, "ours"]);
+        assert!(code == 4 && e.contains("'ours'"), "{e}");
+        let mut read = |at: u64| {
+            let mut b = [0; 512];
+            assert_eq!(client.read(at, &mut b), 0);
+            b[0]
+        };
+        assert_eq!((read(4 * MIB), read(4 * MIB + 512), read(MIB)), (3, 4, 2));
+        daemon.ctl(&["snapshot", "apply", name, "theirs"]);
+        assert_eq!((read(4 * MIB), read(4 * MIB + 512), read(MIB)), (1, 1, 1));
+        daemon.ctl(&["snapshot", "apply", name, "ours"]);
+        assert_eq!((read(4 * MIB), read(4 * MIB + 512), read(MIB)), (3, 3, 2));
+        daemon.ctl(&["snapshot", "delete", name, "theirs"]);
+        let (code, _) = daemon.ctl_error(&["snapshot", "apply", name, "theirs"]);
+        assert_eq!(code, 3);
+        assert_eq!(client.write(12 * MIB, &[9; 4096]), 0);
+        drop(client);
+        stop(&daemon, name);
+        sound(&image);
+        let list = tool("qemu-img", &["snapshot", "-l", text(&image)]);
+        assert!(list.contains("ours") && !list.contains("theirs"), "{list}");
+        tool("qemu-img", &["snapshot", "-a", "ours", text(&image)]);
+        let reads = [
+            "-c",
+            "read -P 3 4M 1M",
+            "-c",
+            "read -P 2 1M 2M",
+            "-c",
+            "read -P 0 12M 4k",
+        ];
+        let mut args = vec!["-f", "qcow2"];
+        args.extend(reads);
+        args.push(text(&image));
+        let out = tool("qemu-io", &args);
+        assert!(!out.contains("failed"), "{name}: {out}");
+        tool("qemu-img", &["snapshot", "-d", "ours", text(&image)]);
+        sound(&image);
+    }
+}
+
+/// Compressed clusters, and what power cuts leave, as QEMU's tools see them.
+#[test]
+fn what_the_engine_leaves_is_sound_to_qemu() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    for (seed, compression, cluster_size) in [
+        (1, Compression::Deflate, 65536),
+        (2, Compression::Zstd, 4096),
+        (3, Compression::Deflate, 2048),
+    ] {
+        let options = CreateOptions {
+            compression,
+            cluster_size,
+            ..CreateOptions::new(2 << 20)
+        };
+        let empty = Memory::new(Vec::new(), None, false);
+        block_on(Image::create(empty.clone(), &options)).unwrap();
+        let base = empty.data();
+        let file = Memory::new(base.clone(), Some(seed), true);
+        let image = open(&file, None, Options::default()).unwrap();
+        let mut random = Random::new(seed);
+        let mut model = vec![0u8; 2 << 20];
+        block_on(async {
+            image.activate().await.unwrap();
+            for i in 0..120u64 {
+                let cluster = random.below((2 << 20) / cluster_size) * cluster_size;
+                let range = cluster as usize..(cluster + cluster_size) as usize;
+                match random.below(5) {
+                    0 => {
+                        let at = range.start + 512 * random.below(cluster_size / 512) as usize;
+                        let iov = IoVecs::from_slice(&[i as u8; 512]);
+                        image.write(at as u64, iov).await.unwrap();
+                        model[at..at + 512].fill(i as u8);
+                    }
+                    1 => {
+                        image
+                            .write_zeroes(cluster, cluster_size, true)
+                            .await
+                            .unwrap();
+                        model[range].fill(0);
+                    }
+                    2 => image.flush().await.unwrap(),
+                    _ => {
+                        let data: Vec<u8> =
+                            (0..cluster_size).map(|b| (b / 300 * i) as u8).collect();
+                        let iov = IoVecs::from_slice(&data);
+                        image.write_compressed(cluster, iov).await.unwrap();
+                        model[range].copy_from_slice(&data);
+                    }
+                }
+                if i % 40 == 39 {
+                    image.tidy().await.unwrap();
+                }
+            }
+            image.close().await.unwrap();
+        });
+        let path = dir.path().join("image.qcow2");
+        std::fs::write(&path, file.data()).unwrap();
+        sound(&path);
+        let raw = dir.path().join("image.raw");
+        tool(
+            "qemu-img",
+            &[
+                "convert",
+                "-f",
+                "qcow2",
+                "-O",
+                "raw",
+                text(&path),
+                text(&raw),
+            ],
+        );
+        assert!(std::fs::read(&raw).unwrap() == model, "seed {seed}");
+        // Power cuts: leaks (exit code 3), and nothing else.
+        let (log, end) = (file.log(), file.tick());
+        for _ in 0..40 {
+            let time = 1 + random.below(end);
+            std::fs::write(&path, after_power_cut(&base, &log, time, &mut random)).unwrap();
+            let check = ["check", "-f", "qcow2", text(&path)];
+            let out = Command::new("qemu-img").args(check).output().unwrap();
+            assert!(
+                matches!(out.status.code(), Some(0 | 3)),
+                "seed {seed} at {time}: {out:?}"
+            );
+        }
+    }
+}
