@@ -96,6 +96,8 @@ impl Daemon {
     pub fn start_again(&mut self) {
         let mut child = Command::new(program("vdiskd"))
             .args(["--bus-address", &self.address])
+            .arg("--runtime-dir")
+            .arg(self.dir.path().join("run"))
             .args(&self.args)
             .env("VDISKD_LOG", "debug,zbus=warn")
             .stderr(Stdio::piped())

@@ -354,6 +354,47 @@ fn kill_and_restart(engine: &str, cache: &str) {
     guest.shut_down();
 }
 
+/// As above, of an image whose clusters are allocated meanwhile: what the guest was answered, flushed or not, is there.
+#[test]
+fn killed_under_load_with_a_qcow2_image() {
+    let mut daemon = Daemon::start(&[]);
+    let image = daemon.path("d0.qcow2");
+    let path = image.to_str().expect("scratch paths are ASCII");
+    daemon.ctl(&["image", "create", path, "64M", "cluster-size=4k"]);
+    let filename = format!("file.filename={path}");
+    let serve = |daemon: &Daemon| {
+        daemon.ctl(&[
+            "node",
+            "add",
+            "d0",
+            "driver=qcow2",
+            "file.driver=file",
+            &filename,
+        ]);
+        daemon.export_node("d0", "d0", &["--queues", "2"]);
+    };
+    serve(&daemon);
+    let mut guest = Guest::boot(GuestOptions::new().disk(&daemon.socket("d0"), 2));
+    guest.run(write("vda", 0, 8 * MIB, 1));
+    guest.run(json!({"cmd": "load-start", "disk": "vda", "offset": 8 * MIB, "len": 48 * MIB, "threads": 8}));
+    for _ in 0..5 {
+        guest.wait_load(300);
+        daemon.kill();
+        daemon.start_again();
+        serve(&daemon);
+    }
+    guest.wait_load(300);
+    let result = guest.run(json!({"cmd": "load-stop"}));
+    assert!(result["verified"].as_u64() > Some(0), "{result}");
+    guest.run(verify("vda", 0, 8 * MIB, 1));
+    guest.assert_no_errors();
+    guest.shut_down();
+    daemon.ctl(&["export", "remove", "d0"]);
+    daemon.ctl(&["node", "check", "d0", "--repair", "leaks"]);
+    daemon.ctl(&["node", "remove", "d0"]);
+    daemon.ctl(&["image", "check", path]);
+}
+
 #[test]
 fn killed_under_load_on_uring() {
     kill_and_restart("uring", "cache.direct=off");

@@ -383,7 +383,7 @@ fn what_the_engine_leaves_is_sound_to_qemu() {
         let mut random = Random::new(seed);
         let mut model = vec![0u8; 2 << 20];
         block_on(async {
-            image.activate().await.unwrap();
+            image.activate(None).await.unwrap();
             for i in 0..120u64 {
                 let cluster = random.below((2 << 20) / cluster_size) * cluster_size;
                 let range = cluster as usize..(cluster + cluster_size) as usize;

@@ -1,6 +1,7 @@
 //! The graph: which nodes there are, what they stand on, and who uses them for what.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use vdisk_api::{BackingRef, DriverOptions, Error, Map, NodeOptions, NodeRef, Result};
@@ -57,6 +58,14 @@ pub struct NodeInfo {
 pub struct Graph {
     nodes: BTreeMap<String, Entry>,
     next_implicit: u64,
+    runtime: Runtime,
+}
+
+/// What nodes may use of the machine beside their images.
+#[derive(Clone, Debug, Default)]
+pub struct Runtime {
+    /// A folder that outlives the process, and not the machine.
+    pub dir: Option<PathBuf>,
 }
 
 struct Step {
@@ -75,6 +84,7 @@ enum Child {
 /// What is to be opened for a new node, children first.
 pub struct Plan {
     steps: Vec<Step>,
+    runtime: Runtime,
 }
 
 /// Opened nodes that are not part of the graph yet.
@@ -97,7 +107,7 @@ impl Plan {
                     Child::Step(i) => opened.entries[*i].1.node.clone(),
                 })
                 .collect();
-            let node = match Node::open(&step.name, &step.options, &children) {
+            let node = match Node::open(&step.name, &step.options, &children, &self.runtime) {
                 Ok(node) => node,
                 Err(e) => return Err((e, opened)),
             };
@@ -132,6 +142,13 @@ impl Opened {
 }
 
 impl Graph {
+    pub fn new(runtime: Runtime) -> Graph {
+        Graph {
+            runtime,
+            ..Graph::default()
+        }
+    }
+
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.nodes.keys().map(String::as_str)
     }
@@ -176,7 +193,10 @@ impl Graph {
 
     /// Plans a new node: names are checked and children found.
     pub fn plan(&mut self, options: NodeOptions) -> Result<Plan> {
-        let mut plan = Plan { steps: Vec::new() };
+        let mut plan = Plan {
+            steps: Vec::new(),
+            runtime: self.runtime.clone(),
+        };
         self.plan_node(options, false, &mut plan)?;
         Ok(plan)
     }

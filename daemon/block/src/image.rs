@@ -6,6 +6,7 @@ use vdisk_api::{DriverOptions, Error, FileOptions, ImageFile, Locking, NodeOptio
 use vdisk_qcow2::{Image, Options, Storage};
 
 use crate::drivers::qcow2::{NodeStorage, open_image};
+use crate::graph::Runtime;
 use crate::node::Node;
 
 /// An open file or block device outside the graph.
@@ -38,7 +39,12 @@ impl Standalone {
             given: Default::default(),
         };
         Ok(Standalone {
-            node: Node::open(&format!("image '{filename}'"), &options, &[])?,
+            node: Node::open(
+                &format!("image '{filename}'"),
+                &options,
+                &[],
+                &Runtime::default(),
+            )?,
         })
     }
 

@@ -22,7 +22,7 @@ mod permission;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard};
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
-pub use graph::{Graph, NodeInfo, Opened, Parent, Plan};
+pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, Runtime};
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};

@@ -10,6 +10,7 @@ use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
 use vdisk_io::{IoVecs, RangeLock, segments_aligned};
 
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
+use crate::graph::Runtime;
 
 /// Bounce buffers have at most about this many bytes, whatever a guest asks for.
 const CHUNK: u64 = 1 << 20;
@@ -70,8 +71,9 @@ impl Node {
         name: &str,
         options: &NodeOptions,
         children: &[Arc<Node>],
+        runtime: &Runtime,
     ) -> Result<Arc<Node>> {
-        let opened = drivers::open(name, options, children)?;
+        let opened = drivers::open(name, options, children, runtime)?;
         let limits = opened.driver.limits();
         Ok(Arc::new(Node {
             name: name.to_owned(),

@@ -1,19 +1,58 @@
 //! Making an image ready to be written.
 
 use std::io;
+use std::path::Path;
 
 use crate::allocator::Allocator;
 use crate::check::{CHECK_MEMORY, Repair};
 use crate::error::Error;
-use crate::header::AUTOCLEAR_RAW_DATA;
+use crate::header::{AUTOCLEAR_RAW_DATA, AUTOCLEAR_REDO};
 use crate::image::Image;
 use crate::meta::Writing;
+use crate::redo::Redo;
 use crate::refcount::{MAX_TABLE, Refcounts};
 
 impl Image {
     /// Makes the image ready to be written: reads its refcount table, and does to its header what the
     /// specification asks of a writer.
-    pub async fn activate(&self) -> io::Result<()> {
+    ///
+    /// `redo` is where changes are noted that were answered and are not durable, in a folder that outlives the process and
+    /// not the machine: what an earlier process has left there is done first. Without it such changes are lost when the
+    /// process is killed. (Version 2 cannot say whether somebody else has written since, and has no such log.)
+    pub async fn activate(&self, redo: Option<&Path>) -> io::Result<()> {
+        let counts = self.header().autoclear & AUTOCLEAR_REDO != 0;
+        self.prepare().await?;
+        let Some(path) = redo.filter(|_| self.version >= 3) else {
+            return Ok(());
+        };
+        let (mut log, mut records) = Redo::open(path)?;
+        if !counts {
+            records.clear();
+        }
+        if !records.is_empty() {
+            match self.redo(&records).await {
+                Ok(n) => tracing::info!(
+                    log = %path.display(),
+                    clusters = n,
+                    "what was written before the daemon was killed is in the image"
+                ),
+                Err(error) => tracing::warn!(
+                    log = %path.display(),
+                    %error,
+                    "what an earlier daemon noted cannot be done, and is left out"
+                ),
+            }
+        }
+        log.forget(log.next());
+        if let Some(w) = &mut self.meta().writing {
+            w.redo = Some(log);
+        }
+        self.meta().header.autoclear |= AUTOCLEAR_REDO;
+        self.write_header().await?;
+        self.file.flush().await
+    }
+
+    pub(crate) async fn prepare(&self) -> io::Result<()> {
         let header = self.header();
         if header.dirty {
             tracing::info!("the image was not closed, and its reference counts are made anew");
@@ -86,9 +125,12 @@ impl Image {
     /// Starts writing with these reference counts. What is allocated lies behind cluster `end`.
     pub(crate) fn start_writing(&self, refs: Refcounts, end: u64) {
         let grows = self.file.grows();
-        self.meta().writing = Some(Writing {
+        let mut meta = self.meta();
+        let redo = meta.writing.take().and_then(|w| w.redo);
+        meta.writing = Some(Writing {
             refs,
             alloc: Allocator::new(self.layout.cluster_bits, end, grows),
+            redo,
             packing: None,
             l2: Default::default(),
             l1: None,

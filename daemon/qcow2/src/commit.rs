@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use futures_util::future::try_join_all;
 
 use crate::error::Error;
-use crate::header::Header;
+use crate::header::{AUTOCLEAR_REDO, Header};
 use crate::image::Image;
 use crate::mapping::OFFSET_MASK;
 use crate::meta::{DirtyL2, Reason, Unref};
@@ -43,6 +43,8 @@ struct Batch {
     l2: Vec<DirtyL2Table>,
     l1: Option<(std::ops::Range<usize>, u64, Vec<u8>)>,
     unrefs: Vec<Unref>,
+    /// Changes noted up to this one are in here.
+    redo: u64,
 }
 
 impl Image {
@@ -131,6 +133,7 @@ impl Image {
             l2,
             l1,
             unrefs: std::mem::take(&mut w.unrefs),
+            redo: w.redo.as_ref().map_or(0, |r| r.next()),
         })
     }
 
@@ -213,6 +216,9 @@ impl Image {
         if !ok {
             w.unrefs.extend(batch.unrefs);
             return;
+        }
+        if let Some(redo) = &mut w.redo {
+            redo.forget(batch.redo);
         }
         w.unused.extend(batch.unrefs);
         w.unused.extend(moved.map(|m| Unref {
@@ -333,7 +339,15 @@ impl Image {
         if end < self.file.size() && self.file.grows() {
             self.file.set_size(end).await?;
         }
-        self.meta().writing = None;
+        if self.header().autoclear & AUTOCLEAR_REDO != 0 {
+            self.meta().header.autoclear &= !AUTOCLEAR_REDO;
+            self.write_header().await?;
+            self.file.flush().await?;
+        }
+        let writing = self.meta().writing.take();
+        if let Some(redo) = writing.and_then(|w| w.redo) {
+            redo.remove();
+        }
         Ok(())
     }
 }

@@ -51,6 +51,11 @@ const INCOMPAT_DATA_FILE: u32 = 2;
 const INCOMPAT_COMPRESSION: u32 = 3;
 const INCOMPAT_EXTENDED_L2: u32 = 4;
 
+/// Changes that are not in the tables yet may be noted elsewhere (see [`crate::redo`]). Not of the specification, where
+/// it is reserved: whoever else writes to the image clears the bit, as it must with those that it does not know, and what
+/// is noted counts no more.
+pub(crate) const AUTOCLEAR_REDO: u64 = 1 << 63;
+
 /// The bitmaps extension is valid.
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1;
 /// The data of an external data file is the guest's disk as it is.

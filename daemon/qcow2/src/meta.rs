@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::allocator::Allocator;
 use crate::header::Header;
 use crate::image::Image;
+use crate::redo::Redo;
 use crate::refcount::Refcounts;
 
 /// Why clusters lose a reference: decides whether their space goes back to the storage.
@@ -40,6 +41,8 @@ pub(crate) struct DirtyL2 {
 pub(crate) struct Writing {
     pub refs: Refcounts,
     pub alloc: Allocator,
+    /// What the next daemon does again if this one is killed.
+    pub redo: Option<Redo>,
     /// Where the next compressed cluster may be put: a range of bytes within one cluster of the file.
     pub packing: Option<Range<u64>>,
     /// L2 tables that have changed, by L1 index.
@@ -116,7 +119,10 @@ impl Meta {
     pub fn is_full(&self) -> bool {
         const MAX_UNREFS: usize = 4096;
         self.writing.as_ref().is_some_and(|w| {
-            2 * w.l2.len() > self.capacity || w.refs.is_full() || w.unrefs.len() > MAX_UNREFS
+            2 * w.l2.len() > self.capacity
+                || w.refs.is_full()
+                || w.unrefs.len() > MAX_UNREFS
+                || w.redo.as_ref().is_some_and(Redo::is_full)
         })
     }
 }

@@ -193,6 +193,8 @@ impl Image {
         loop {
             {
                 let mut meta = self.meta();
+                let number = (at >> layout.cluster_bits) - first as u64;
+                let mut redo = meta.writing.as_mut().and_then(|w| w.redo.as_mut());
                 let changed = self.tables.with(index, |table| {
                     let mut unrefs = Vec::new();
                     for i in 0..n {
@@ -200,6 +202,9 @@ impl Image {
                         let new = f(i, old);
                         if new == old {
                             continue;
+                        }
+                        if let Some(redo) = &mut redo {
+                            redo.note(number + (first + i) as u64, old, new);
                         }
                         table.set(layout, first + i, new);
                         let had = layout.references(old);

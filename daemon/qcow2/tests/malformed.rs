@@ -137,7 +137,7 @@ fn samples() -> Vec<Vec<u8>> {
         block_on(async {
             Image::create(file.clone(), options).await.unwrap();
             let image = open(&file, None, Options::default()).unwrap();
-            image.activate().await.unwrap();
+            image.activate(None).await.unwrap();
             let mut random = Random::new(i as u64 + 1);
             for _ in 0..30 {
                 let at = random.below(400) * 512;
@@ -169,7 +169,7 @@ async fn exercise(bytes: Vec<u8>, backing: bool) {
     let _ = image.read(0, iov).await;
     let _ = image.check(Repair::Nothing, 1 << 20).await;
     let _ = image.snapshots().await;
-    if image.activate().await.is_err() {
+    if image.activate(None).await.is_err() {
         let _ = image.check(Repair::All, 1 << 20).await;
         return;
     }

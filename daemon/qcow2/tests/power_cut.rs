@@ -278,7 +278,7 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
         snapshots: Default::default(),
     };
     block_on(async {
-        guest.image.activate().await.unwrap();
+        guest.image.activate(None).await.unwrap();
         for phase in 0..if snapshots { 4 } else { 1 } {
             join_all((0..4).map(|_| {
                 let ops = ops(&mut random, size, if snapshots { 12 } else { 40 });
@@ -341,7 +341,7 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
             if !image.header().dirty {
                 sound(&image, &what).await;
             }
-            image.activate().await.unwrap();
+            image.activate(None).await.unwrap();
             sound(&image, &what).await;
             let iov = IoVecs::zeroed(size as usize, 1);
             image.read(0, iov.clone()).await.unwrap();

@@ -54,7 +54,7 @@ fn a_write_in_flight_keeps_its_cluster() {
     });
     let image = open(&file, None, Options::default()).unwrap();
     block_on(async {
-        image.activate().await.unwrap();
+        image.activate(None).await.unwrap();
         image.write(0, data(1, 4096)).await.unwrap();
         image.flush().await.unwrap();
         let host = place(&image, 0).unwrap();
@@ -93,12 +93,95 @@ fn a_write_in_flight_keeps_its_cluster() {
     });
 }
 
+/// The process ends without a word: what was answered is done by the next one.
+#[test]
+fn what_was_answered_outlives_the_process() {
+    let dir = std::env::temp_dir().join(format!("vdisk-redo-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    for (seed, cluster_size, extended_l2) in [(1, 512, false), (2, 65536, false), (3, 16384, true)]
+    {
+        let log = dir.join(format!("{seed}"));
+        let file = created(&CreateOptions {
+            cluster_size,
+            extended_l2,
+            ..CreateOptions::new(1 << 20)
+        });
+        let mut random = Random::new(seed);
+        let mut model = vec![0u8; 1 << 20];
+        for round in 0..6u8 {
+            let image = open(&file, None, Options::default()).unwrap();
+            block_on(async {
+                image.activate(Some(&log)).await.unwrap();
+                assert!(
+                    read(&image, 0, 1 << 20).await == model,
+                    "seed {seed}, round {round}"
+                );
+                for i in 0..30u8 {
+                    let at = random.below(2040) * 512;
+                    let len = 512 * (1 + random.below(8)) as usize;
+                    let range = at as usize..at as usize + len;
+                    let byte = round * 30 + i + 1;
+                    match random.below(6) {
+                        0 => {
+                            image.write_zeroes(at, len as u64, true).await.unwrap();
+                            model[range].fill(0);
+                        }
+                        1 => image.flush().await.unwrap(),
+                        2 => image.tidy().await.unwrap(),
+                        _ => {
+                            image.write(at, data(byte, len)).await.unwrap();
+                            model[range].fill(byte);
+                        }
+                    }
+                }
+            });
+            // Killed.
+            drop(image);
+        }
+        let image = open(&file, None, Options::default()).unwrap();
+        block_on(async {
+            image.activate(Some(&log)).await.unwrap();
+            assert!(read(&image, 0, 1 << 20).await == model);
+            let report = image.check(Repair::Leaks, CHECK_MEMORY).await.unwrap();
+            assert_eq!(report.corruptions, 0, "{report:#?}");
+            image.close().await.unwrap();
+            assert!(!log.exists());
+            clean(&image).await;
+            // Noted for an image that somebody else has changed since: left out.
+            image.activate(Some(&log)).await.unwrap();
+            image.write_zeroes(0, 1 << 20, true).await.unwrap();
+            image.flush().await.unwrap();
+            image.write(0, data(1, 512)).await.unwrap();
+            let old = file.data();
+            image.flush().await.unwrap();
+            image.write_zeroes(0, 1 << 20, true).await.unwrap();
+            drop(image);
+            let other = Memory::new(old, None, false);
+            let image = open(&other, None, Options::default()).unwrap();
+            image.activate(Some(&log)).await.unwrap();
+            let report = image.check(Repair::Nothing, CHECK_MEMORY).await.unwrap();
+            assert_eq!(report.corruptions, 0, "{report:#?}");
+            drop(image);
+            // Or opened by somebody who does not know of it, who clears the bit in the header.
+            let mut bytes = other.data();
+            assert_eq!(bytes[88], 0x80);
+            bytes[88] = 0;
+            let other = Memory::new(bytes, None, false);
+            let image = open(&other, None, Options::default()).unwrap();
+            let before = read(&image, 0, 1 << 20).await;
+            image.activate(Some(&log)).await.unwrap();
+            assert!(read(&image, 0, 1 << 20).await == before);
+        });
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 #[test]
 fn neighbours_are_allocated_in_one_piece() {
     let file = created(&CreateOptions::new(64 << 20));
     let image = open(&file, None, Options::default()).unwrap();
     block_on(async {
-        image.activate().await.unwrap();
+        image.activate(None).await.unwrap();
         image.write(0, data(1, 1 << 20)).await.unwrap();
         image.write(1 << 20, data(1, 1 << 20)).await.unwrap();
         let Ok(Lookup::Mapped(m)) = image.lookup(0, 2 << 20) else {
@@ -117,7 +200,7 @@ fn new_clusters_are_not_filled_with_zeroes() {
     let file = Memory::new(base, None, true);
     let image = open(&file, None, Options::default()).unwrap();
     block_on(async {
-        image.activate().await.unwrap();
+        image.activate(None).await.unwrap();
         image.write(4096, data(1, 4096)).await.unwrap();
         let host = place(&image, 4096).unwrap();
         let writes: Vec<(u64, usize)> = file
@@ -141,7 +224,7 @@ fn what_fails_can_be_tried_again() {
         });
         let image = open(&file, None, Options::default()).unwrap();
         block_on(async {
-            image.activate().await.unwrap();
+            image.activate(None).await.unwrap();
             let mut random = Random::new(n + 1);
             let mut model = vec![0; 256 << 10];
             let mut unknown = vec![false; 256 << 10];
@@ -194,7 +277,7 @@ fn sizes_change_both_ways() {
         });
         let image = open(&file, Some(backing), Options::default()).unwrap();
         block_on(async {
-            image.activate().await.unwrap();
+            image.activate(None).await.unwrap();
             image.write(0, data(1, 1 << 20)).await.unwrap();
             image.resize((512 << 10) + 512).await.unwrap();
             image.tidy().await.unwrap();
@@ -228,7 +311,7 @@ fn preallocation_reads_as_zeroes_and_is_written_in_place() {
                 let size = image.size() as usize;
                 assert!(read(&image, 0, size).await.iter().all(|b| *b == 0));
                 let host = place(&image, 1 << 20);
-                image.activate().await.unwrap();
+                image.activate(None).await.unwrap();
                 image.write(1 << 20, data(5, 512)).await.unwrap();
                 assert!(host.is_some() && host == place(&image, 1 << 20));
                 image.close().await.unwrap();
@@ -248,7 +331,7 @@ fn damage_is_found_and_repaired() {
         let file = created(&options);
         let image = open(&file, None, Options::default()).unwrap();
         block_on(async {
-            image.activate().await.unwrap();
+            image.activate(None).await.unwrap();
             for at in (0..8 << 20).step_by(64 << 10) {
                 image.write(at, data(7, 8192)).await.unwrap();
             }
@@ -306,7 +389,7 @@ fn the_end_of_the_storage_is_an_error_and_nothing_else() {
     let file = created(&CreateOptions::new(1 << 30));
     let image = open(&file, None, Options::default()).unwrap();
     block_on(async {
-        image.activate().await.unwrap();
+        image.activate(None).await.unwrap();
         let mut written = 0;
         let error = loop {
             match image.write(written, data(1, 1 << 20)).await {

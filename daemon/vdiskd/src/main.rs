@@ -4,11 +4,14 @@ mod control;
 mod dbus;
 mod logging;
 
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use tokio::signal::unix::{SignalKind, signal};
+use vdisk_block::Runtime;
 use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
 use control::Defaults;
@@ -46,6 +49,11 @@ struct Args {
     #[arg(long, value_name = "NS", default_value_t = DEFAULT_POLL_MAX.as_nanos() as u64,
           value_parser = clap::value_parser!(u64).range(0..=1_000_000_000))]
     poll_max_ns: u64,
+
+    /// Folder for what must outlive the daemon, but not the machine: logs of writes that were answered and not flushed
+    /// (default: $RUNTIME_DIRECTORY, or vdiskd in $XDG_RUNTIME_DIR or /run)
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
 
     /// Print the man page and exit
     #[arg(long, hide = true, exclusive = true)]
@@ -87,6 +95,31 @@ fn print_man_page() -> ExitCode {
     }
 }
 
+/// Finds and makes the runtime folder. None if the user did not name one and none of the usual places will do.
+fn runtime_dir(given: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+    let from_environment = || {
+        if let Some(dir) = std::env::var_os("RUNTIME_DIRECTORY") {
+            return PathBuf::from(dir);
+        }
+        let base = std::env::var_os("XDG_RUNTIME_DIR").unwrap_or_else(|| "/run".into());
+        PathBuf::from(base).join("vdiskd")
+    };
+    let is_given = given.is_some();
+    let dir = given.unwrap_or_else(from_environment);
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&dir);
+    match made {
+        Ok(()) => Ok(Some(dir)),
+        Err(e) if is_given => Err(format!("runtime folder '{}': {e}", dir.display())),
+        Err(error) => {
+            tracing::warn!(dir = %dir.display(), %error, "the runtime folder cannot be made");
+            Ok(None)
+        }
+    }
+}
+
 async fn run(args: Args) -> Result<(), String> {
     let bus = match args.bus_address {
         Some(address) => Bus::Address(address),
@@ -100,6 +133,9 @@ async fn run(args: Args) -> Result<(), String> {
         engine: args.io_engine,
         poll_max: Duration::from_nanos(args.poll_max_ns),
         io_threads: args.io_threads.into(),
+        runtime: Runtime {
+            dir: runtime_dir(args.runtime_dir)?,
+        },
     })
     .map_err(|e| e.message)?;
     let engine = control.world().engine;

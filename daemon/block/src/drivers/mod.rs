@@ -16,6 +16,7 @@ use std::sync::Arc;
 use vdisk_api::{DriverOptions, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
 
+use crate::graph::Runtime;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
@@ -214,12 +215,13 @@ pub(crate) fn open(
     name: &str,
     options: &NodeOptions,
     children: &[Arc<Node>],
+    runtime: &Runtime,
 ) -> Result<OpenedDriver> {
     match &options.driver {
         DriverOptions::File(o) => file::open(name, options, o, false),
         DriverOptions::HostDevice(o) => file::open(name, options, o, true),
         DriverOptions::Raw(o) => raw::open(name, options, o, children),
-        DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children),
+        DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children, runtime),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }
 }

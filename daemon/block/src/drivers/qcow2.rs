@@ -5,6 +5,7 @@
 //! through the engine.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,6 +15,7 @@ use vdisk_io::IoVecs;
 use vdisk_qcow2::{Header, Image, Kind, Lookup, MAX_HEADER, Options, Storage};
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
+use crate::graph::Runtime;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 
 /// Clusters that were given up are free for something else after this time.
@@ -69,6 +71,8 @@ struct Qcow2 {
     file: Arc<Node>,
     backing: Option<Arc<Node>>,
     read_only: bool,
+    /// Where changes are noted for the next daemon.
+    redo: Option<PathBuf>,
     /// Something waits to give unused clusters back.
     tidying: Arc<AtomicBool>,
 }
@@ -117,6 +121,7 @@ pub(super) fn open(
     node: &NodeOptions,
     options: &Qcow2Options,
     children: &[Arc<Node>],
+    runtime: &Runtime,
 ) -> Result<OpenedDriver> {
     let what = format!("node '{name}'");
     let file = children
@@ -194,12 +199,35 @@ pub(super) fn open(
         read_only,
         driver: Box::new(Qcow2 {
             image: Arc::new(image),
-            file,
             backing,
             read_only,
+            redo: if read_only {
+                None
+            } else {
+                redo_path(name, &file, runtime)
+            },
             tidying: Arc::default(),
+            file,
         }),
     })
+}
+
+/// Where changes of the image in this file are noted: by what the file is, not by its name.
+fn redo_path(name: &str, file: &Node, runtime: &Runtime) -> Option<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    let Some(dir) = &runtime.dir else {
+        tracing::warn!(
+            node = name,
+            "there is no runtime folder (--runtime-dir): writes that were not flushed are lost if the daemon is killed"
+        );
+        return None;
+    };
+    let meta = std::fs::metadata(file.filename()?).ok()?;
+    let (dev, inode) = match meta.rdev() {
+        0 => (meta.dev(), meta.ino()),
+        device => (device, 0),
+    };
+    Some(dir.join(format!("qcow2-{dev:x}-{inode:x}.redo")))
 }
 
 /// Says that nobody waits any more, however the waiting ended.
@@ -368,7 +396,7 @@ impl Driver for Qcow2 {
             if self.read_only {
                 return Ok(());
             }
-            self.image.activate().await
+            self.image.activate(self.redo.as_deref()).await
         })
     }
 

@@ -296,7 +296,7 @@ pub async fn amend(control: &Handle, options: AmendImage) -> Result<()> {
         }),
     };
     look(control, &options.file, true, move |image| async move {
-        image.activate().await?;
+        image.activate(None).await?;
         let result = image.amend(&change).await;
         image.close().await?;
         result

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vdisk_api::{Error, Result};
-use vdisk_block::Graph;
+use vdisk_block::{Graph, Runtime};
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
 
@@ -16,6 +16,7 @@ pub struct Defaults {
     pub poll_max: Duration,
     /// I/O threads to start with.
     pub io_threads: usize,
+    pub runtime: Runtime,
 }
 
 /// An export, with what the control plane knows of it.
@@ -58,7 +59,7 @@ impl World {
             .next()
             .map_or(EngineKind::Threads, IoThread::engine);
         Ok(World {
-            graph: Graph::default(),
+            graph: Graph::new(defaults.runtime.clone()),
             exports: BTreeMap::new(),
             threads,
             defaults,

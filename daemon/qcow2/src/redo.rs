@@ -1,0 +1,245 @@
+//! A log of changes that the guest was told are done, but that are not in the image's tables yet.
+//!
+//! Tables are written at flushes (see [`crate::commit`]). A guest whose machine loses power expects no more. But a guest
+//! whose storage daemon is killed and comes back does not even notice, and relies on every write that was answered. So
+//! each change of an entry is noted in a file that outlives the daemon, and not the machine: the next one does it again.
+//!
+//! The file is a ring of records behind a header. A record counts if its number is at least the one in the header, which
+//! moves on when a commit has made the changes before it durable.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::image::Image;
+use crate::mapping::Entry;
+use crate::meta::Reason;
+
+const MAGIC: u64 = u64::from_be_bytes(*b"vdiskrd1");
+
+/// Records in the ring.
+const CAPACITY: u64 = 1 << 16;
+
+const HEADER: u64 = 4096;
+const WORDS: usize = 7;
+const RECORD: u64 = WORDS as u64 * 8;
+
+/// A change of the entry of one cluster of the guest's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    number: u64,
+    /// Number of the cluster.
+    pub cluster: u64,
+    pub old: Entry,
+    pub new: Entry,
+}
+
+impl Record {
+    fn words(&self) -> [u64; WORDS] {
+        let mut w = [
+            self.number,
+            self.cluster,
+            self.old.word,
+            self.old.bitmap,
+            self.new.word,
+            self.new.bitmap,
+            0,
+        ];
+        w[6] = check(&w[..6]);
+        w
+    }
+}
+
+/// Tells a record from anything that was not written as one.
+fn check(words: &[u64]) -> u64 {
+    words.iter().fold(MAGIC, |c, w| {
+        (c ^ w).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+    })
+}
+
+/// An open log; nobody else has it.
+pub(crate) struct Redo {
+    file: File,
+    path: PathBuf,
+    next: u64,
+    first: u64,
+    /// A record did not fit: nothing may be answered before a commit.
+    overflowed: bool,
+}
+
+/// Says whether the machine was started anew since.
+fn boot() -> u64 {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let bytes: Vec<u64> = id.bytes().map(u64::from).collect();
+    check(&bytes)
+}
+
+impl Redo {
+    /// Opens or makes the log at `path`, and returns what an earlier daemon has left there.
+    pub fn open(path: &Path) -> io::Result<(Redo, Vec<Record>)> {
+        let mut options = File::options();
+        let file = options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        file.try_lock().map_err(io::Error::from)?;
+        let mut bytes = Vec::new();
+        io::Read::read_to_end(&mut &file, &mut bytes)?;
+        let words: Vec<u64> = {
+            let (chunks, _) = bytes.as_chunks::<8>();
+            chunks.iter().map(|b| u64::from_le_bytes(*b)).collect()
+        };
+        let mut records = Vec::new();
+        let mut first = 1;
+        if let [magic, same_boot, from, ..] = words[..]
+            && magic == MAGIC
+            && same_boot == boot()
+        {
+            first = from;
+            for w in words[HEADER as usize / 8..].chunks_exact(WORDS) {
+                let record = Record {
+                    number: w[0],
+                    cluster: w[1],
+                    old: Entry {
+                        word: w[2],
+                        bitmap: w[3],
+                    },
+                    new: Entry {
+                        word: w[4],
+                        bitmap: w[5],
+                    },
+                };
+                if w[6] == check(&w[..6]) && record.number >= first {
+                    records.push(record);
+                }
+            }
+            records.sort_by_key(|r| r.number);
+        }
+        let redo = Redo {
+            next: records.last().map_or(first, |r| r.number + 1),
+            file,
+            path: path.to_owned(),
+            first,
+            overflowed: false,
+        };
+        redo.write_header()?;
+        Ok((redo, records))
+    }
+
+    fn write_header(&self) -> io::Result<()> {
+        let words = [MAGIC, boot(), self.first].map(u64::to_le_bytes);
+        self.file.write_all_at(words.as_flattened(), 0)
+    }
+
+    /// Notes a change before anybody is told of it.
+    pub fn note(&mut self, cluster: u64, old: Entry, new: Entry) {
+        if self.next - self.first >= CAPACITY {
+            self.overflowed = true;
+            return;
+        }
+        let record = Record {
+            number: self.next,
+            cluster,
+            old,
+            new,
+        };
+        let bytes = record.words().map(u64::to_le_bytes);
+        let at = HEADER + self.next % CAPACITY * RECORD;
+        match self.file.write_all_at(bytes.as_flattened(), at) {
+            Ok(()) => self.next += 1,
+            // The change must be durable before it is answered.
+            Err(_) => self.overflowed = true,
+        }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.overflowed || self.next - self.first > CAPACITY / 2
+    }
+
+    /// The number that the next record gets.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Everything before `number` is durable.
+    pub fn forget(&mut self, number: u64) {
+        self.first = number;
+        self.overflowed = false;
+        // If that fails, changes are done once more: that does no harm.
+        let _ = self.file.write_all_at(&number.to_le_bytes(), 16);
+    }
+
+    /// Nothing is left to be done.
+    pub fn remove(self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Image {
+    /// Does again what an earlier daemon has answered, and could not bring into the tables. Nothing is done if the image
+    /// is not as that daemon left it. Returns the number of entries that have changed.
+    pub(crate) async fn redo(&self, records: &[Record]) -> io::Result<usize> {
+        let bits = self.layout.cluster_bits;
+        let plain = |e: Entry| {
+            if e.is_compressed() {
+                e
+            } else {
+                e.with_copied(false)
+            }
+        };
+        let mut last = std::collections::BTreeMap::<u64, (Vec<Entry>, Entry)>::new();
+        for r in records {
+            let (chain, new) = last.entry(r.cluster).or_default();
+            if chain.is_empty() {
+                chain.push(plain(r.old));
+            }
+            chain.push(plain(r.new));
+            *new = r.new;
+        }
+        let mut changes = Vec::new();
+        for (cluster, (chain, new)) in last {
+            let at = cluster << bits;
+            let other = || {
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("the image has changed since: guest offset {at:#x}"),
+                )
+            };
+            if at >= self.size().next_multiple_of(self.cluster()) {
+                return Err(other());
+            }
+            let now = self.entries(at, 1).await?[0];
+            if !chain.contains(&plain(now)) {
+                return Err(other());
+            }
+            let host = new.host();
+            if new.is_compressed() || host != 0 && !self.is_place(host, self.cluster()) {
+                return Err(other());
+            }
+            if plain(now) != plain(new) {
+                changes.push((at, now.host(), new));
+            }
+        }
+        // All places are taken before anything is allocated.
+        for (_, before, new) in &changes {
+            let host = new.host();
+            if host != 0 && host != *before {
+                let count = self.with_refs(|w| w.refs.get(host >> bits)).await?;
+                if count == 0 {
+                    self.set_count(host >> bits, 1).await?;
+                }
+            }
+        }
+        for (at, _, new) in &changes {
+            self.own_table(self.layout.position(*at).0).await?;
+            let new = new.with_copied(new.host() != 0);
+            self.change_entries(*at, 1, Reason::Other, |_, _| new)
+                .await?;
+        }
+        self.flush().await?;
+        Ok(changes.len())
+    }
+}
