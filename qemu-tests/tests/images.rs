@@ -447,3 +447,105 @@ fn what_the_engine_leaves_is_sound_to_qemu() {
         }
     }
 }
+
+/// Persistent bitmaps that QEMU has made record what is written here, and QEMU reads them.
+#[test]
+fn bitmaps_record_writes_and_are_stored() {
+    let mut daemon = Daemon::start(&[]);
+    let image = daemon.path("d.qcow2");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&image), "64M"],
+    );
+    tool(
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 1 0 16M", text(&image)],
+    );
+    let add = |name: &str, more: &[&str]| {
+        let mut args = vec!["bitmap", "--add"];
+        args.extend(more);
+        args.extend([text(&image), name]);
+        tool("qemu-img", &args);
+    };
+    add("fine", &["-g", "64k"]);
+    add("coarse", &["-g", "1M"]);
+    add("off", &["-g", "64k", "--disable"]);
+    serve(&daemon, "d", &image);
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    // On the fast path, on the slow one, and without data.
+    assert_eq!(client.write(3 * MIB, &[2; 512]), 0);
+    assert_eq!(client.write(40 * MIB + 512, &[3; 4096]), 0);
+    assert_eq!(client.write_zeroes(50 * MIB, 128 << 10, true), 0);
+    assert_eq!(client.discard(60 * MIB, 64 << 10), 0);
+    drop(client);
+    let (_, e) = daemon.ctl_error(&["node", "resize", "d", "+1M"]);
+    assert!(e.contains("bitmaps"), "{e}");
+    stop(&daemon, "d");
+    sound(&image);
+
+    // QEMU exports a bitmap as a map in which what is dirty has no data.
+    let dirty = |name: &str| {
+        let socket = image.with_extension(name);
+        let nbd = Command::new("qemu-nbd")
+            .args([
+                "-r",
+                "-f",
+                "qcow2",
+                "-B",
+                name,
+                "-k",
+                text(&socket),
+                text(&image),
+            ])
+            .spawn();
+        let mut nbd = nbd.unwrap_or_else(|e| panic!("qemu-nbd: {e}: run 'make setup'"));
+        vdisk_qemu_tests::wait_for("qemu-nbd's socket", || socket.exists().then_some(()));
+        let options = format!(
+            "driver=nbd,server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:{name}",
+            socket.display()
+        );
+        let map = json(&["map", "--output=json", "--image-opts", &options]);
+        let _ = nbd.wait();
+        let all = map.as_array().unwrap().iter();
+        let all = all.filter(|e| e["data"] == false);
+        all.map(|e| (e["start"].as_u64().unwrap(), e["length"].as_u64().unwrap()))
+            .collect::<Vec<_>>()
+    };
+    let k64 = 64 << 10;
+    assert_eq!(
+        dirty("fine"),
+        [
+            (3 * MIB, k64),
+            (40 * MIB, k64),
+            (50 * MIB, 2 * k64),
+            (60 * MIB, k64)
+        ]
+    );
+    assert_eq!(dirty("coarse"), [3, 40, 50, 60].map(|m| (m * MIB, MIB)));
+    assert_eq!(dirty("off"), []);
+
+    // A daemon that is killed has not stored them: they say so.
+    serve(&daemon, "d", &image);
+    let info = daemon.ctl_json(&["image", "info", "-U", text(&image)]);
+    assert_eq!(info["bitmaps"][0]["in-use"], true, "{info}");
+    daemon.kill();
+    let in_use = vdisk_qemu_tests::wait_for("the image's lock", || {
+        let info = ["info", "--output=json", "-f", "qcow2", text(&image)];
+        let out = Command::new("qemu-img").args(info).output().ok()?;
+        let v: Value = serde_json::from_slice(&out.stdout).ok()?;
+        Some(v["format-specific"]["data"]["bitmaps"].clone())
+    });
+    let flags = |i: usize| in_use[i]["flags"].to_string();
+    assert!(
+        flags(0).contains("in-use") && flags(1).contains("in-use"),
+        "{in_use}"
+    );
+    assert!(!flags(2).contains("in-use"), "{in_use}");
+    // They stay so, and the image is served on.
+    daemon.start_again();
+    serve(&daemon, "d", &image);
+    stop(&daemon, "d");
+    sound(&image);
+    let info = daemon.ctl_json(&["image", "info", text(&image)]);
+    assert_eq!(info["bitmaps"][0]["in-use"], true, "{info}");
+}

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::allocator::Allocator;
 use crate::check::{CHECK_MEMORY, Repair};
 use crate::error::Error;
-use crate::header::{AUTOCLEAR_RAW_DATA, AUTOCLEAR_REDO};
+use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, AUTOCLEAR_REDO};
 use crate::image::Image;
 use crate::meta::Writing;
 use crate::redo::Redo;
@@ -98,12 +98,12 @@ impl Image {
             Ok(())
         })
         .await?;
-        self.meta().header.autoclear &= AUTOCLEAR_RAW_DATA;
+        self.meta().header.autoclear &= AUTOCLEAR_RAW_DATA | AUTOCLEAR_BITMAPS;
         if self.header() != header {
             self.write_header().await?;
             self.file.flush().await?;
         }
-        Ok(())
+        self.load_bitmaps().await
     }
 
     fn refcount_capacity(&self) -> usize {
@@ -135,7 +135,8 @@ impl Image {
             l2: Default::default(),
             l1: None,
             unrefs: Vec::new(),
-            unused: Vec::new(),
+            unused: Default::default(),
+            next_unused: 0,
         });
     }
 

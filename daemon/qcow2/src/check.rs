@@ -158,7 +158,7 @@ impl Image {
     /// Brings everything in memory to the file.
     pub(crate) async fn settle(&self) -> io::Result<()> {
         if self.meta().writing.is_some() {
-            self.tidy().await?;
+            self.tidy_still().await?;
             self.flush().await?;
         }
         Ok(())
@@ -435,8 +435,12 @@ impl<'a> Check<'a> {
     }
 
     async fn count_bitmaps(&mut self) -> io::Result<()> {
-        let Some(places) = self.image.bitmap_places().await? else {
-            return Ok(());
+        let places = match self.image.bitmap_places().await {
+            Ok(places) => places.unwrap_or_default(),
+            Err(e) => {
+                self.report.corruption(|| format!("the bitmaps: {e}"));
+                return Ok(());
+            }
         };
         for (what, offset, len) in places {
             self.add_aligned(what, offset, len)?;

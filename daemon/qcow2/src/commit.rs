@@ -69,11 +69,16 @@ impl Image {
 
     /// Writes what has changed if there is much of it.
     pub(crate) async fn commit_if_full(&self) -> io::Result<()> {
-        if !self.meta().is_full() {
+        // What could not be noted must be durable before it is answered.
+        let must = || {
+            let unnoted = self.unnoted.load(Ordering::Acquire);
+            unnoted > self.committed.load(Ordering::Acquire) || self.meta().is_full()
+        };
+        if !must() {
             return Ok(());
         }
         let _turn = self.committing.lock().await;
-        if self.meta().is_full() {
+        if must() {
             self.commit().await?;
         }
         Ok(())
@@ -220,12 +225,16 @@ impl Image {
         if let Some(redo) = &mut w.redo {
             redo.forget(batch.redo);
         }
-        w.unused.extend(batch.unrefs);
-        w.unused.extend(moved.map(|m| Unref {
-            first: m.first,
-            clusters: m.clusters,
-            reason: Reason::Other,
-        }));
+        for u in batch.unrefs {
+            w.add_unused(u);
+        }
+        if let Some(m) = moved {
+            w.add_unused(Unref {
+                first: m.first,
+                clusters: m.clusters,
+                reason: Reason::Other,
+            });
+        }
         self.committed.store(batch.upto, Ordering::Release);
     }
 
@@ -253,32 +262,53 @@ impl Image {
     /// Makes changes durable that give up clusters, and makes the clusters free once no request uses them any more.
     /// Not to be called from within a request, which would wait for itself.
     pub async fn tidy(&self) -> io::Result<()> {
+        self.flush().await?;
+        let upto = match &self.meta().writing {
+            Some(w) if !w.unused.is_empty() => w.next_unused,
+            _ => return Ok(()),
+        };
+        // Nothing is held: a request that never ends must not keep anybody else.
+        self.file.quiesce().await;
         let _turn = self.tidying.lock().await;
-        self.tidy_held().await
+        self.free_unused(upto).await
     }
 
-    async fn tidy_held(&self) -> io::Result<()> {
+    /// As [`Image::tidy`], when no request is in flight.
+    pub(crate) async fn tidy_still(&self) -> io::Result<()> {
+        let _turn = self.tidying.lock().await;
         self.flush().await?;
-        let unused = match &mut self.meta().writing {
-            Some(w) => std::mem::take(&mut w.unused),
-            None => return Ok(()),
-        };
-        if unused.is_empty() {
-            return Ok(());
-        }
-        self.file.quiesce().await;
+        self.free_unused(u64::MAX).await
+    }
+
+    /// Frees what became unused before number `upto`.
+    async fn free_unused(&self, upto: u64) -> io::Result<()> {
         self.forget_decompressed();
-        let mut left = unused.into_iter();
-        for u in left.by_ref() {
-            if let Err(e) = self.unref(u).await {
-                if let Some(w) = &mut self.meta().writing {
-                    w.unused.push(u);
-                    w.unused.extend(left);
+        loop {
+            let next = {
+                let mut meta = self.meta();
+                let first = meta.writing.as_mut().and_then(|w| w.unused.front_mut());
+                match first {
+                    Some((number, u)) if *number < upto => *u,
+                    _ => return Ok(()),
                 }
-                return Err(e);
+            };
+            if next.clusters > 0 {
+                let one = Unref {
+                    clusters: 1,
+                    ..next
+                };
+                self.unref(one).await?;
+            }
+            if let Some(w) = &mut self.meta().writing
+                && let Some((_, u)) = w.unused.front_mut()
+            {
+                u.first += 1;
+                u.clusters = u.clusters.saturating_sub(1);
+                if u.clusters == 0 {
+                    w.unused.pop_front();
+                }
             }
         }
-        Ok(())
     }
 
     /// Drops references to clusters that nobody uses. The space of those that have none left goes back to the storage
@@ -323,11 +353,11 @@ impl Image {
     /// Makes everything durable, gives back what is unused, and cuts off what the file has too much. No request is
     /// in flight, and none follows.
     pub async fn close(&self) -> io::Result<()> {
-        let _turn = self.tidying.lock().await;
         if self.meta().writing.is_none() {
             return Ok(());
         }
-        self.tidy_held().await?;
+        self.tidy_still().await?;
+        self.store_bitmaps().await?;
         self.flush().await?;
         let end = match &mut self.meta().writing {
             Some(w) => {

@@ -381,6 +381,11 @@ impl Header {
         Ok(out)
     }
 
+    /// Whether a process that had the image was killed, and may have left changes for the next writer to do again.
+    pub fn has_unfinished_changes(&self) -> bool {
+        self.autoclear & AUTOCLEAR_REDO != 0
+    }
+
     /// Entries of an L1 table for a disk of `size` bytes.
     pub fn l1_entries_for(&self, size: u64) -> u64 {
         let cluster = 1u64 << self.cluster_bits;

@@ -13,9 +13,11 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_io::{IoVecs, RangeLock};
 
+use crate::bitmap::Active;
 use crate::compress::Compression;
 use crate::error::{Error, Result};
 use crate::header::{Header, MAX_L1};
@@ -93,12 +95,16 @@ pub struct Image {
     pub(crate) block_loads: RangeLock,
     pub(crate) growing: tokio::sync::Mutex<()>,
     pub(crate) committing: tokio::sync::Mutex<()>,
-    /// Held by whoever gives unused clusters back.
+    /// Held by whoever frees unused clusters.
     pub(crate) tidying: tokio::sync::Mutex<()>,
     /// Counts changes of the tables.
     pub(crate) changes: AtomicU64,
     /// The change up to which everything is durable.
     pub(crate) committed: AtomicU64,
+    /// The last change that could not be noted for the next process.
+    pub(crate) unnoted: AtomicU64,
+    /// Bitmaps that record writes.
+    pub(crate) active_bitmaps: ArcSwapOption<Vec<Active>>,
     decompressing: Semaphore,
     /// The cluster that was decompressed last: its descriptor and its data.
     decompressed: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
@@ -163,6 +169,8 @@ impl Image {
             tidying: Default::default(),
             changes: AtomicU64::new(0),
             committed: AtomicU64::new(0),
+            unnoted: AtomicU64::new(0),
+            active_bitmaps: ArcSwapOption::empty(),
             decompressing: Semaphore::new(MAX_DECOMPRESSING),
             decompressed: Mutex::default(),
         })

@@ -30,7 +30,7 @@ mod tables;
 mod write;
 
 pub use amend::Amend;
-pub use bitmap::BitmapDirectory;
+pub use bitmap::{BitmapDirectory, BitmapInfo};
 pub use check::{CHECK_MEMORY, Repair, Report};
 pub use compress::Compression;
 pub use create::{CreateOptions, Preallocation};

@@ -52,7 +52,9 @@ pub(crate) struct Writing {
     /// References that go away with changes that are not stored yet.
     pub unrefs: Vec<Unref>,
     /// As `unrefs`, after the changes were stored: the clusters wait for requests that may still use them.
-    pub unused: Vec<Unref>,
+    pub unused: VecDeque<(u64, Unref)>,
+    /// Numbers what becomes unused.
+    pub next_unused: u64,
 }
 
 pub(crate) struct Meta {
@@ -64,6 +66,14 @@ pub(crate) struct Meta {
     /// L2 tables that are being written: must stay.
     pub in_commit: HashSet<usize>,
     pub writing: Option<Writing>,
+}
+
+impl Writing {
+    /// Clusters lose a reference, and everything that has changed with it is durable.
+    pub fn add_unused(&mut self, u: Unref) {
+        self.unused.push_back((self.next_unused, u));
+        self.next_unused += 1;
+    }
 }
 
 impl Meta {

@@ -64,8 +64,6 @@ pub(crate) struct Redo {
     path: PathBuf,
     next: u64,
     first: u64,
-    /// A record did not fit: nothing may be answered before a commit.
-    overflowed: bool,
 }
 
 /// Says whether the machine was started anew since.
@@ -99,7 +97,8 @@ impl Redo {
             && same_boot == boot()
         {
             first = from;
-            for w in words[HEADER as usize / 8..].chunks_exact(WORDS) {
+            let ring = words.get(HEADER as usize / 8..).unwrap_or_default();
+            for w in ring.chunks_exact(WORDS) {
                 let record = Record {
                     number: w[0],
                     cluster: w[1],
@@ -123,7 +122,6 @@ impl Redo {
             file,
             path: path.to_owned(),
             first,
-            overflowed: false,
         };
         redo.write_header()?;
         Ok((redo, records))
@@ -134,11 +132,11 @@ impl Redo {
         self.file.write_all_at(words.as_flattened(), 0)
     }
 
-    /// Notes a change before anybody is told of it.
-    pub fn note(&mut self, cluster: u64, old: Entry, new: Entry) {
+    /// Notes a change before anybody is told of it. False if it cannot be: then it must be durable first.
+    #[must_use]
+    pub fn note(&mut self, cluster: u64, old: Entry, new: Entry) -> bool {
         if self.next - self.first >= CAPACITY {
-            self.overflowed = true;
-            return;
+            return false;
         }
         let record = Record {
             number: self.next,
@@ -148,15 +146,13 @@ impl Redo {
         };
         let bytes = record.words().map(u64::to_le_bytes);
         let at = HEADER + self.next % CAPACITY * RECORD;
-        match self.file.write_all_at(bytes.as_flattened(), at) {
-            Ok(()) => self.next += 1,
-            // The change must be durable before it is answered.
-            Err(_) => self.overflowed = true,
-        }
+        let noted = self.file.write_all_at(bytes.as_flattened(), at).is_ok();
+        self.next += u64::from(noted);
+        noted
     }
 
     pub fn is_full(&self) -> bool {
-        self.overflowed || self.next - self.first > CAPACITY / 2
+        self.next - self.first > CAPACITY / 2
     }
 
     /// The number that the next record gets.
@@ -167,7 +163,6 @@ impl Redo {
     /// Everything before `number` is durable.
     pub fn forget(&mut self, number: u64) {
         self.first = number;
-        self.overflowed = false;
         // If that fails, changes are done once more: that does no harm.
         let _ = self.file.write_all_at(&number.to_le_bytes(), 16);
     }

@@ -32,6 +32,12 @@ impl Image {
                 "images of version 2 with snapshots cannot be made smaller: their snapshots do not say how large they are",
             ));
         }
+        if header.bitmaps.is_some() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the image has persistent dirty bitmaps, which would have to change with it: remove them first",
+            ));
+        }
         let entries = header.l1_entries_for(size);
         if entries * 8 > MAX_L1 {
             return Err(Error::TooLarge.into());
@@ -120,7 +126,7 @@ impl Image {
         self.file.flush().await?;
         if let Some(w) = &mut self.meta().writing {
             let old_clusters = (u64::from(old.l1_entries) * 8).div_ceil(self.cluster());
-            w.unused.push(Unref {
+            w.add_unused(Unref {
                 first: old.l1_offset >> bits,
                 clusters: old_clusters,
                 reason: Reason::Other,

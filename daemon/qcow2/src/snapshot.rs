@@ -254,6 +254,8 @@ impl Image {
         let (all, at) = self.begin_with(which).await?;
         let snapshot = all[at].clone();
         let size = snapshot.disk_size.unwrap_or(self.size());
+        // Anything may be different.
+        self.mark_dirty(0, self.size());
         if size > self.size() {
             self.resize(size).await?;
         }
@@ -373,7 +375,7 @@ impl Image {
         self.write_table(bytes).await
     }
 
-    async fn write_table(&self, mut bytes: Vec<u8>) -> io::Result<u64> {
+    pub(crate) async fn write_table(&self, mut bytes: Vec<u8>) -> io::Result<u64> {
         let clusters = (bytes.len() as u64).div_ceil(self.cluster()).max(1);
         bytes.resize((clusters * self.cluster()) as usize, 0);
         let run = self

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use vdisk_io::IoVecs;
 
@@ -107,7 +108,7 @@ impl Image {
     /// Clusters that were taken and are not needed after all.
     pub(crate) fn give_back(&self, run: Run) {
         if let Some(w) = &mut self.meta().writing {
-            w.unused.push(Unref {
+            w.add_unused(Unref {
                 first: run.first,
                 clusters: run.clusters,
                 reason: Reason::Other,
@@ -203,8 +204,12 @@ impl Image {
                         if new == old {
                             continue;
                         }
-                        if let Some(redo) = &mut redo {
-                            redo.note(number + (first + i) as u64, old, new);
+                        let cluster = number + (first + i) as u64;
+                        if let Some(redo) = &mut redo
+                            && !redo.note(cluster, old, new)
+                        {
+                            let this = self.changes.load(Ordering::Acquire) + 1;
+                            self.unnoted.store(this, Ordering::Release);
                         }
                         table.set(layout, first + i, new);
                         let had = layout.references(old);
@@ -239,6 +244,7 @@ impl Image {
 
     /// Writes a range within the disk.
     pub async fn write(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        self.mark_dirty(offset, iov.len() as u64);
         let mut done = 0;
         while done < iov.len() {
             let rest = iov.slice(done, iov.len() - done);
@@ -385,6 +391,7 @@ impl Image {
                 "compressed data is written in whole clusters",
             ));
         }
+        self.mark_dirty(at, iov.len() as u64);
         let mut data = iov.to_vec();
         data.resize(cluster as usize, 0);
         let shares = self.with_refs(|w| Ok(w.refs.max() > 1)).await?;
@@ -453,6 +460,7 @@ impl Image {
     /// Makes a range read as zeroes. `Unsupported` where the format cannot say so: version 2 with a backing
     /// file.
     pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        self.mark_dirty(offset, len);
         let cluster = self.cluster();
         let end = offset + len;
         // The last cluster is whole if the disk ends in it.
@@ -479,6 +487,7 @@ impl Image {
 
     /// Gives up the clusters that lie wholly within a range; they read as zeroes, or still as what they were.
     pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.mark_dirty(offset, len);
         let cluster = self.cluster();
         let end = offset + len;
         let last = if end == self.size() {

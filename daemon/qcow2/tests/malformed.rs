@@ -7,7 +7,7 @@ use memory::{Memory, Random, block_on, open};
 use proptest::prelude::*;
 use vdisk_io::IoVecs;
 use vdisk_qcow2::{
-    Compression, CreateOptions, Error, Header, Image, Kind, Lookup, Mapping, Options, Repair,
+    Compression, CreateOptions, Error, Header, Image, Kind, Lookup, Mapping, Options,
 };
 
 /// An image of 512-byte clusters: header, L1 table, L2 table, data.

@@ -116,7 +116,8 @@ fn what_was_answered_outlives_the_process() {
                     read(&image, 0, 1 << 20).await == model,
                     "seed {seed}, round {round}"
                 );
-                for i in 0..30u8 {
+                // The first one ends before anything was written.
+                for i in 0..if round == 0 { 0 } else { 30u8 } {
                     let at = random.below(2040) * 512;
                     let len = 512 * (1 + random.below(8)) as usize;
                     let range = at as usize..at as usize + len;

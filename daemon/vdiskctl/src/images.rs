@@ -156,6 +156,25 @@ fn print_info(info: &Properties, json: bool) {
             format!("{backing} ({})", text(info, "backing-fmt")),
         );
     }
+    if let Some(Json::Array(bitmaps)) = info.get("bitmaps")
+        && !bitmaps.is_empty()
+    {
+        anstream::println!();
+        let mut rows = Rows::new(&["bitmap", ">granularity", "state"]);
+        for b in bitmaps.iter().filter_map(Json::as_object) {
+            let state = match (flag(b, "in-use"), flag(b, "recording")) {
+                (true, _) => "in use, or not stored",
+                (_, true) => "records writes",
+                _ => "disabled",
+            };
+            rows.add(vec![
+                text(b, "name"),
+                format_size(number(b, "granularity")),
+                state.into(),
+            ]);
+        }
+        rows.print();
+    }
     if let Some(Json::Array(snapshots)) = info.get("snapshots")
         && !snapshots.is_empty()
     {

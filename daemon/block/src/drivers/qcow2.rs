@@ -189,10 +189,11 @@ pub(super) fn open(
             "the image is marked as corrupt; repair it with 'vdiskctl image repair'"
         );
     }
-    if header.bitmaps.is_some() && !read_only {
-        return Err(Error::not_supported(format!(
-            "{what}: the image has persistent dirty bitmaps, which writing would make invalid, and they are not supported: remove them with 'qemu-img bitmap --remove', or set read-only=on"
-        )));
+    if header.has_unfinished_changes() && read_only {
+        tracing::warn!(
+            node = name,
+            "the daemon was killed while it wrote to this image: what was answered and not flushed is missing until the image is added for writing"
+        );
     }
     Ok(OpenedDriver {
         size: image.size(),
@@ -308,6 +309,7 @@ impl Driver for Qcow2 {
             if !m.writable {
                 return Resolved::Slow(SlowReason::Allocates);
             }
+            self.image.mark_dirty(offset, len);
             let mut resolved = self.file.resolve_range(direction, host, len);
             if let Resolved::Direct { settled, .. } = &mut resolved {
                 *settled &= !self.image.is_dirty();

@@ -162,6 +162,17 @@ fn snapshot(s: &Snapshot) -> Json {
 
 async fn describe(image: &Image, size: u64) -> io::Result<Map> {
     let h = image.header();
+    let bitmaps: Vec<Json> = image
+        .bitmaps()
+        .await?
+        .iter()
+        .map(|b| {
+            json!({
+                "name": b.name, "granularity": b.granularity,
+                "in-use": b.in_use, "recording": b.auto,
+            })
+        })
+        .collect();
     let snapshots: Vec<Json> = image.snapshots().await?.iter().map(snapshot).collect();
     Ok(map(json!({
         "format": "qcow2",
@@ -180,7 +191,7 @@ async fn describe(image: &Image, size: u64) -> io::Result<Map> {
         "corrupt": h.corrupt,
         "backing-file": h.backing_file.unwrap_or_default(),
         "backing-fmt": h.backing_format.unwrap_or_default(),
-        "bitmaps": h.bitmaps.map_or(0, |b| b.bitmaps),
+        "bitmaps": bitmaps,
         "snapshots": snapshots,
     })))
 }
