@@ -3,6 +3,7 @@
 mod daemon;
 mod guest;
 mod lab;
+pub mod qemu_tools;
 mod qmp;
 
 pub mod blk_client;

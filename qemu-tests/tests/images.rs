@@ -12,26 +12,12 @@ use vdisk_io::IoVecs;
 use vdisk_qcow2::{Compression, CreateOptions, Image, Options};
 use vdisk_qemu_tests::Daemon;
 use vdisk_qemu_tests::blk_client::Client;
+use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
 
 const MIB: u64 = 1 << 20;
 
-fn text(path: &Path) -> &str {
-    path.to_str().expect("test paths are ASCII")
-}
-
-fn tool(program: &str, args: &[&str]) -> String {
-    let out = Command::new(program).args(args).output();
-    let out = out.unwrap_or_else(|e| panic!("{program}: {e}: run 'make setup'"));
-    assert!(out.status.success(), "{program} {args:?}: {out:?}");
-    String::from_utf8_lossy(&out.stdout).into_owned()
-}
-
 fn json(args: &[&str]) -> Value {
     serde_json::from_str(&tool("qemu-img", args)).expect("qemu-img prints JSON")
-}
-
-fn sound(image: &Path) {
-    tool("qemu-img", &["check", "-q", "-f", "qcow2", text(image)]);
 }
 
 fn serve(daemon: &Daemon, id: &str, image: &Path) {
@@ -81,7 +67,7 @@ fn new_images_are_what_qemu_makes_of_the_same_options() {
         args.extend(options);
         daemon.ctl(&args);
         if !options.iter().any(|o| o.starts_with("backing")) {
-            sound(&ours);
+            assert_sound(&ours);
         }
         let theirs = daemon.path(&format!("theirs{i}.qcow2"));
         let mut given: Vec<String> = options.iter().map(|o| o.replace('-', "_")).collect();
@@ -205,12 +191,12 @@ fn maps_checks_and_repairs_agree_with_qemu() {
     let (code, e) = daemon.ctl_error(&["image", "check", text(&image)]);
     assert!(code == 1 && e.contains("repair"), "{e}");
     daemon.ctl(&["image", "repair", "--leaks", text(&image)]);
-    sound(&image);
+    assert_sound(&image);
     damage(block, &[0; 4096]);
     let (code, e) = daemon.ctl_error(&["image", "check", text(&image)]);
     assert!(code == 1 && e.contains("errors"), "{e}");
     daemon.ctl(&["image", "repair", text(&image)]);
-    sound(&image);
+    assert_sound(&image);
     let pattern = "read -P 1 1M 1M";
     let out = tool("qemu-io", &["-f", "qcow2", "-c", pattern, text(&image)]);
     assert!(!out.contains("failed"), "{out}");
@@ -228,7 +214,7 @@ fn maps_checks_and_repairs_agree_with_qemu() {
     assert_eq!(client.write(31 * MIB, &[6; 4096]), 0);
     drop(client);
     stop(&daemon, "d");
-    sound(&image);
+    assert_sound(&image);
 }
 
 #[test]
@@ -267,7 +253,7 @@ fn amended_images_are_what_qemu_reads() {
         "version=v2",
     ]);
     assert_eq!(info()["format-specific"]["data"]["compat"], "0.10");
-    sound(&image);
+    assert_sound(&image);
     daemon.ctl(&["image", "amend", text(&image), "version=v3"]);
     tool(
         "qemu-io",
@@ -339,7 +325,7 @@ fn snapshots_go_both_ways() {
         assert_eq!(client.write(12 * MIB, &[9; 4096]), 0);
         drop(client);
         stop(&daemon, name);
-        sound(&image);
+        assert_sound(&image);
         let list = tool("qemu-img", &["snapshot", "-l", text(&image)]);
         assert!(list.contains("ours") && !list.contains("theirs"), "{list}");
         tool("qemu-img", &["snapshot", "-a", "ours", text(&image)]);
@@ -357,7 +343,7 @@ fn snapshots_go_both_ways() {
         let out = tool("qemu-io", &args);
         assert!(!out.contains("failed"), "{name}: {out}");
         tool("qemu-img", &["snapshot", "-d", "ours", text(&image)]);
-        sound(&image);
+        assert_sound(&image);
     }
 }
 
@@ -418,21 +404,8 @@ fn what_the_engine_leaves_is_sound_to_qemu() {
         });
         let path = dir.path().join("image.qcow2");
         std::fs::write(&path, file.data()).unwrap();
-        sound(&path);
-        let raw = dir.path().join("image.raw");
-        tool(
-            "qemu-img",
-            &[
-                "convert",
-                "-f",
-                "qcow2",
-                "-O",
-                "raw",
-                text(&path),
-                text(&raw),
-            ],
-        );
-        assert!(std::fs::read(&raw).unwrap() == model, "seed {seed}");
+        assert_sound(&path);
+        assert!(read_with_qemu(&path) == model, "seed {seed}");
         // Power cuts: leaks (exit code 3), and nothing else.
         let (log, end) = (file.log(), file.tick());
         for _ in 0..40 {
@@ -481,7 +454,7 @@ fn bitmaps_record_writes_and_are_stored() {
     let (_, e) = daemon.ctl_error(&["node", "resize", "d", "+1M"]);
     assert!(e.contains("bitmaps"), "{e}");
     stop(&daemon, "d");
-    sound(&image);
+    assert_sound(&image);
 
     // QEMU exports a bitmap as a map in which what is dirty has no data.
     let dirty = |name: &str| {
@@ -545,7 +518,7 @@ fn bitmaps_record_writes_and_are_stored() {
     daemon.start_again();
     serve(&daemon, "d", &image);
     stop(&daemon, "d");
-    sound(&image);
+    assert_sound(&image);
     let info = daemon.ctl_json(&["image", "info", text(&image)]);
     assert_eq!(info["bitmaps"][0]["in-use"], true, "{info}");
 }

@@ -5,19 +5,10 @@ use std::process::Command;
 
 use vdisk_qemu_tests::Daemon;
 use vdisk_qemu_tests::blk_client::Client;
+use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 24 * MIB;
-
-fn tool(program: &str, args: &[&str]) {
-    let out = Command::new(program).args(args).output();
-    let out = out.unwrap_or_else(|e| panic!("{program}: {e}: run 'make setup'"));
-    assert!(out.status.success(), "{program} {args:?}: {out:?}");
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("test paths are ASCII")
-}
 
 /// Writes patterns in pieces that begin and end within clusters and subclusters.
 fn fill(image: &Path, seed: u64) {
@@ -41,24 +32,6 @@ fn fill(image: &Path, seed: u64) {
     }
     args.push(text(image));
     tool("qemu-io", &args);
-}
-
-/// What qemu-img makes of the image.
-fn expected(image: &Path) -> Vec<u8> {
-    let raw = image.with_extension("raw");
-    tool(
-        "qemu-img",
-        &[
-            "convert",
-            "-f",
-            "qcow2",
-            "-O",
-            "raw",
-            text(image),
-            text(&raw),
-        ],
-    );
-    std::fs::read(raw).unwrap()
 }
 
 fn assert_same(got: &[u8], want: &[u8], at: u64, what: &str) {
@@ -153,7 +126,7 @@ fn images_of_all_kinds_read_as_qemu_reads_them() {
     {
         let image = create(&daemon, name, options);
         fill(&image, i as u64 + 1);
-        let want = expected(&image);
+        let want = read_with_qemu(&image);
         add(&daemon, name, &image, &[cache]);
         export(&daemon, name);
         compare(&daemon, name, &want);
@@ -172,7 +145,7 @@ fn a_small_table_cache_reads_the_same() {
     fill(&image, 77);
     add(&daemon, "d0", &image, &["l2-cache-size=2048"]);
     export(&daemon, "d0");
-    compare(&daemon, "d0", &expected(&image));
+    compare(&daemon, "d0", &read_with_qemu(&image));
 }
 
 #[test]
@@ -180,7 +153,7 @@ fn compressed_images_read_as_qemu_reads_them() {
     let daemon = Daemon::start(&[]);
     let source = create(&daemon, "source", "");
     fill(&source, 5);
-    let want = expected(&source);
+    let want = read_with_qemu(&source);
     for (name, options) in [
         ("deflate", "compression_type=zlib"),
         ("zstd", "compression_type=zstd,cluster_size=2M"),
@@ -221,7 +194,7 @@ fn backing_chains_are_followed_only_when_named() {
         images.push(image.clone());
         below = image;
     }
-    let want = expected(&below);
+    let want = read_with_qemu(&below);
 
     // Named by the image alone: refused, with the way to allow it.
     let filename = format!("file.filename={}", below.display());
@@ -277,15 +250,6 @@ fn add_writable(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
     args.extend(more);
     daemon.ctl(&args);
     daemon.export_node(id, id, &[]);
-}
-
-/// What `qemu-img check` has to say: nothing.
-fn assert_sound(image: &Path) {
-    let out = Command::new("qemu-img")
-        .args(["check", "-f", "qcow2", text(image)])
-        .output()
-        .unwrap();
-    assert!(out.status.success(), "{image:?}: {out:?}");
 }
 
 /// Random writes, zeroes and discards from a client, and the same to `model`.
@@ -361,7 +325,7 @@ fn what_is_written_is_what_qemu_reads() {
     {
         let image = create(&daemon, name, options);
         fill(&image, i as u64 + 40);
-        let mut model = expected(&image);
+        let mut model = read_with_qemu(&image);
         add_writable(&daemon, name, &image, more);
         let mut client = Client::connect(&daemon.socket(name), 1, 1, 1 << 20);
         change(&mut client, &mut model, i as u64 + 1, 300);
@@ -370,7 +334,7 @@ fn what_is_written_is_what_qemu_reads() {
         daemon.ctl(&["export", "remove", name]);
         daemon.ctl(&["node", "remove", name]);
         assert_sound(&image);
-        assert_same(&expected(&image), &model, 0, name);
+        assert_same(&read_with_qemu(&image), &model, 0, name);
         // And QEMU goes on with it.
         fill(&image, i as u64 + 90);
         assert_sound(&image);
@@ -402,7 +366,7 @@ fn overlays_are_written_and_what_is_below_is_not() {
         }
         args.extend([text(&image), &size]);
         tool("qemu-img", &args);
-        let mut model = expected(&image);
+        let mut model = read_with_qemu(&image);
         let driver = format!("backing.driver={base_format}");
         let filename = format!("backing.file.filename={}", base.display());
         let backing = [driver.as_str(), "backing.file.driver=file", &filename];
@@ -417,7 +381,7 @@ fn overlays_are_written_and_what_is_below_is_not() {
         daemon.ctl(&["export", "remove", name]);
         daemon.ctl(&["node", "remove", name]);
         assert_sound(&image);
-        assert_same(&expected(&image), &model, 0, name);
+        assert_same(&read_with_qemu(&image), &model, 0, name);
         assert!(std::fs::read(&base).unwrap() == before);
     }
 }
@@ -448,7 +412,7 @@ fn what_was_flushed_survives_kill() {
         let report = String::from_utf8_lossy(&out.stdout).into_owned();
         // 3: leaks and nothing else.
         assert!(matches!(out.status.code(), Some(0 | 3)), "{report}");
-        let got = expected(&image);
+        let got = read_with_qemu(&image);
         let half = (SIZE / 2) as usize;
         assert_same(&got[half..], &model[half..], SIZE / 2, engine);
     }

@@ -1,7 +1,6 @@
 //! The graph: which nodes there are, what they stand on, and who uses them for what.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use vdisk_api::{BackingRef, DriverOptions, Error, Map, NodeOptions, NodeRef, Result};
@@ -9,6 +8,7 @@ use vdisk_api::{BackingRef, DriverOptions, Error, Map, NodeOptions, NodeRef, Res
 use crate::backend::Backend;
 use crate::node::Node;
 use crate::permission::{Permissions, Use, image_child_use};
+use crate::runtime::Runtime;
 
 /// Something that uses a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,13 +59,6 @@ pub struct Graph {
     nodes: BTreeMap<String, Entry>,
     next_implicit: u64,
     runtime: Runtime,
-}
-
-/// What nodes may use of the machine beside their images.
-#[derive(Clone, Debug, Default)]
-pub struct Runtime {
-    /// A folder that outlives the process, and not the machine.
-    pub dir: Option<PathBuf>,
 }
 
 struct Step {

@@ -6,8 +6,8 @@ use vdisk_api::{DriverOptions, Error, FileOptions, ImageFile, Locking, NodeOptio
 use vdisk_qcow2::{Image, Options, Storage};
 
 use crate::drivers::qcow2::{NodeStorage, open_image};
-use crate::graph::Runtime;
 use crate::node::Node;
+use crate::runtime::Runtime;
 
 /// An open file or block device outside the graph.
 pub struct Standalone {

@@ -19,10 +19,12 @@ mod graph;
 mod image;
 mod node;
 mod permission;
+mod runtime;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard};
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
-pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, Runtime};
+pub use graph::{Graph, NodeInfo, Opened, Parent, Plan};
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};
+pub use runtime::Runtime;

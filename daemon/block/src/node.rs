@@ -10,7 +10,7 @@ use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
 use vdisk_io::{IoVecs, RangeLock, segments_aligned};
 
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
-use crate::graph::Runtime;
+use crate::runtime::Runtime;
 
 /// Bounce buffers have at most about this many bytes, whatever a guest asks for.
 const CHUNK: u64 = 1 << 20;

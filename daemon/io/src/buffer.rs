@@ -5,7 +5,7 @@ use std::any::Any;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use crate::executor::give_way;
+use crate::give_way::give_way;
 
 /// Zeroed heap memory with a chosen alignment, for O_DIRECT and bounce buffers.
 pub struct AlignedBuf {

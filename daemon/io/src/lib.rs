@@ -17,6 +17,7 @@ mod buffer;
 mod engine;
 mod executor;
 mod file;
+mod give_way;
 mod in_flight;
 mod op;
 mod poll_window;
@@ -28,8 +29,8 @@ mod timer;
 
 pub use buffer::{AlignedBuf, IoVecs, segments_aligned};
 pub use engine::{EngineChoice, EngineError, EngineKind};
-pub use executor::give_way;
 pub use file::{IoFile, block_device_size, direct_read_works};
+pub use give_way::give_way;
 pub use in_flight::{Generation, InFlight, quiesce};
 pub use op::{Fallocate, OpKind};
 pub use poll_window::DEFAULT_POLL_MAX;

@@ -461,16 +461,10 @@ impl Image {
     /// file.
     pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.mark_dirty(offset, len);
-        let cluster = self.cluster();
         let end = offset + len;
-        // The last cluster is whole if the disk ends in it.
-        let last = if end == self.size() {
-            end.next_multiple_of(cluster)
-        } else {
-            end
-        };
-        let (first, last) = (offset.next_multiple_of(cluster), last & !(cluster - 1));
-        if first >= last {
+        let whole = self.whole_clusters(offset..end);
+        let (first, last) = (whole.start, whole.end);
+        if whole.is_empty() {
             self.zero_part(offset..end).await?;
         } else {
             let place = if may_unmap {
@@ -479,7 +473,7 @@ impl Image {
                 Place::Keep
             };
             self.zero_part(offset..first).await?;
-            self.zero_clusters(first..last, place).await?;
+            self.zero_clusters(whole, place).await?;
             self.zero_part(last.min(end)..end).await?;
         }
         self.commit_if_full().await
@@ -488,18 +482,21 @@ impl Image {
     /// Gives up the clusters that lie wholly within a range; they read as zeroes, or still as what they were.
     pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.mark_dirty(offset, len);
-        let cluster = self.cluster();
-        let end = offset + len;
-        let last = if end == self.size() {
-            end.next_multiple_of(cluster)
-        } else {
-            end
-        };
-        let (first, last) = (offset.next_multiple_of(cluster), last & !(cluster - 1));
-        if first < last {
-            self.zero_clusters(first..last, Place::GiveUp).await?;
+        let whole = self.whole_clusters(offset..offset + len);
+        if !whole.is_empty() {
+            self.zero_clusters(whole, Place::GiveUp).await?;
         }
         self.commit_if_full().await
+    }
+
+    /// The clusters that lie wholly within a range; the last one of the disk is whole if the disk ends in it.
+    fn whole_clusters(&self, range: Range<u64>) -> Range<u64> {
+        let cluster = self.cluster();
+        let end = match range.end == self.size() {
+            true => range.end.next_multiple_of(cluster),
+            false => range.end,
+        };
+        range.start.next_multiple_of(cluster)..end & !(cluster - 1)
     }
 
     /// Zeroes in a part of a cluster.

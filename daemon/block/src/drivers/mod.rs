@@ -16,8 +16,8 @@ use std::sync::Arc;
 use vdisk_api::{DriverOptions, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
 
-use crate::graph::Runtime;
 use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::runtime::Runtime;
 
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 

@@ -15,8 +15,8 @@ use vdisk_io::IoVecs;
 use vdisk_qcow2::{Header, Image, Kind, Lookup, MAX_HEADER, Options, Storage};
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
-use crate::graph::Runtime;
 use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::runtime::Runtime;
 
 /// Clusters that were given up are free for something else after this time.
 const TIDY_DELAY: Duration = Duration::from_secs(1);
