@@ -262,6 +262,9 @@ impl Image {
     /// Makes changes durable that give up clusters, and makes the clusters free once no request uses them any more.
     /// Not to be called from within a request, which would wait for itself.
     pub async fn tidy(&self) -> io::Result<()> {
+        if self.meta().writing.is_none() {
+            return Ok(());
+        }
         self.flush().await?;
         let upto = match &self.meta().writing {
             Some(w) if !w.unused.is_empty() => w.next_unused,
