@@ -25,7 +25,18 @@ impl Image {
         let Some(path) = redo.filter(|_| self.version >= 3) else {
             return Ok(());
         };
-        let (mut log, mut records) = Redo::open(path)?;
+        let (mut log, mut records) = match Redo::open(path) {
+            Ok(opened) => opened,
+            Err(error) => {
+                // The image is as safe as ever against power cuts.
+                tracing::warn!(
+                    log = %path.display(),
+                    %error,
+                    "cannot be opened: writes that were not flushed are lost if the daemon is killed"
+                );
+                return Ok(());
+            }
+        };
         if !counts {
             records.clear();
         }

@@ -175,6 +175,15 @@ fn what_was_answered_outlives_the_process() {
         });
     }
     std::fs::remove_dir_all(&dir).unwrap();
+    // Without the folder it works as well.
+    let file = created(&CreateOptions::new(1 << 20));
+    let image = open(&file, None, Options::default()).unwrap();
+    block_on(async {
+        image.activate(Some(&dir.join("gone"))).await.unwrap();
+        image.write(0, data(1, 512)).await.unwrap();
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
 }
 
 #[test]
