@@ -25,9 +25,16 @@ fn size(word: &str) -> Result<u64> {
     })
 }
 
+/// A path as the daemon, which has another working directory, understands it.
+fn absolute(path: &str) -> Variant<'static> {
+    let path = std::path::absolute(path).ok();
+    let path = path.and_then(|p| p.to_str().map(str::to_owned));
+    Variant::from(path.unwrap_or_default())
+}
+
 fn file_options(file: &ImageFile) -> Options<'_> {
     HashMap::from([
-        ("filename", Variant::from(file.filename.as_str())),
+        ("filename", absolute(&file.filename)),
         ("driver", Variant::from(file.format.as_str())),
         ("force-share", Variant::from(file.force_share)),
     ])
@@ -45,7 +52,7 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             options: words,
         } => {
             let mut options = options(&words)?;
-            options.insert("filename", Variant::from(filename.as_str()));
+            options.insert("filename", absolute(&filename));
             options.insert("driver", Variant::from(format.as_str()));
             options.insert("size", Variant::from(size(&word)?));
             if let (Some(file), Some(format)) = (&backing, &backing_format) {
@@ -95,7 +102,7 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             options: words,
         } => {
             let mut options = options(&words)?;
-            options.insert("filename", Variant::from(filename.as_str()));
+            options.insert("filename", absolute(&filename));
             manager.amend_image(options).await?;
         }
     }
