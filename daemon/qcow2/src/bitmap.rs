@@ -19,6 +19,9 @@ use crate::storage::buffer_of;
 const MAX_DIRECTORY: u64 = 64 << 20;
 const MAX_TABLE: u64 = 64 << 20;
 
+/// Bitmaps that an image may have. (QEMU has the same limit.)
+const MAX_BITMAPS: u32 = 65535;
+
 /// Bytes of bitmaps that one image may have in memory.
 const MAX_MEMORY: u64 = 256 << 20;
 
@@ -71,11 +74,14 @@ impl Active {
     #[inline]
     fn mark(&self, range: &Range<u64>) {
         let (first, last) = (range.start >> self.shift, (range.end - 1) >> self.shift);
-        for bit in first..=last {
-            if let Some(word) = self.bits.get(bit as usize / 64) {
-                let mask = 1 << (bit % 64);
+        // Word by word: a guest may zero terabytes with one request.
+        for index in first / 64..=last / 64 {
+            if let Some(word) = self.bits.get(index as usize) {
+                let from = first.max(index * 64) % 64;
+                let to = last.min(index * 64 + 63) % 64;
+                let mask = u64::MAX << from & u64::MAX >> (63 - to);
                 // Mostly it is set already: reading does not take the cache line from others.
-                if word.load(Ordering::Relaxed) & mask == 0 {
+                if word.load(Ordering::Relaxed) & mask != mask {
                     word.fetch_or(mask, Ordering::Relaxed);
                 }
             }
@@ -110,8 +116,16 @@ fn parse(bytes: &[u8], count: u32) -> Result<Vec<BitmapInfo>> {
             allowed,
         })
     };
+    if count > MAX_BITMAPS {
+        return field(
+            "the number of bitmaps",
+            count.into(),
+            "at most 65535 are allowed",
+        );
+    }
     let mut out = Vec::new();
     let mut at = 0usize;
+    let mut all_entries = 0;
     for _ in 0..count {
         let entry = bytes.get(at..at + FIXED).ok_or_else(short)?;
         let (flags, kind, bits) = (number(&entry[12..16]) as u32, entry[16], entry[17]);
@@ -134,10 +148,12 @@ fn parse(bytes: &[u8], count: u32) -> Result<Vec<BitmapInfo>> {
                 "9 to 31 bits are allowed",
             );
         }
-        if u64::from(entries) * 8 > MAX_TABLE {
+        // Of all together: many may name the same table.
+        all_entries += u64::from(entries);
+        if all_entries * 8 > MAX_TABLE {
             return field(
-                "the number of entries of a bitmap table",
-                entries.into(),
+                "the number of entries of the bitmap tables",
+                all_entries,
                 "at most 8388608 are allowed",
             );
         }
@@ -235,8 +251,13 @@ impl Image {
                 ));
             }
             let table = self.bitmap_table(&info).await?;
-            if (table.len() as u64) < (words_needed * 8).div_ceil(cluster as u64) {
-                return Err(Error::Short("a bitmap table").into());
+            if table.len() as u64 != (words_needed * 8).div_ceil(cluster as u64) {
+                return Err(Error::Field {
+                    what: "the number of entries of a bitmap table",
+                    value: table.len() as u64,
+                    allowed: "it does not fit the size of the disk",
+                }
+                .into());
             }
             let per = cluster / 8;
             let mut all = Vec::with_capacity(words_needed as usize);
@@ -347,5 +368,37 @@ impl Image {
             .await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn marks_are_the_bits_of_the_range(start in 0u64..5000, len in 1u64..5000) {
+            let info = BitmapInfo {
+                name: String::new(),
+                granularity: 8,
+                in_use: false,
+                auto: true,
+                table: (0, 0),
+                at: 0,
+                flags: 0,
+                has_unknown_data: false,
+            };
+            let b = Active {
+                info,
+                shift: 3,
+                bits: (0..16).map(|_| AtomicU64::new(0)).collect(),
+            };
+            b.mark(&(start..start + len));
+            for bit in 0..1024u64 {
+                let set = b.bits[bit as usize / 64].load(Ordering::Relaxed) >> (bit % 64) & 1 != 0;
+                prop_assert_eq!(set, bit * 8 < start + len && start < (bit + 1) * 8);
+            }
+        }
     }
 }

@@ -39,8 +39,6 @@ pub struct Options {
     pub pass_discard_snapshot: bool,
     /// Space of tables and of clusters that were copied goes back to the storage.
     pub pass_discard_other: bool,
-    /// Discarded clusters keep their place in the file; only the space goes back to the storage.
-    pub discard_no_unref: bool,
     /// Metadata is written in multiples of this many bytes, a power of two.
     pub block_size: usize,
 }
@@ -53,7 +51,6 @@ impl Default for Options {
             pass_discard_request: true,
             pass_discard_snapshot: true,
             pass_discard_other: false,
-            discard_no_unref: false,
             block_size: 512,
         }
     }
