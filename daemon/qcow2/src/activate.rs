@@ -102,6 +102,7 @@ impl Image {
             &table,
             self.refcount_capacity(),
         );
+        self.grow_data(header.size).await?;
         let end = self.file.size().div_ceil(self.cluster());
         self.start_writing(refs, end);
         self.with_refs(|w| {

@@ -17,6 +17,8 @@ pub struct Amend {
     /// Name and format; Some(None) for none. The data is not touched: this is for a backing file that was renamed,
     /// or is not needed any more.
     pub backing: Option<Option<(String, String)>>,
+    /// The name of the external data file, for one that was renamed.
+    pub data_file: Option<String>,
 }
 
 impl Image {
@@ -37,6 +39,15 @@ impl Image {
         if let Some(backing) = &change.backing {
             new.backing_file = backing.as_ref().map(|b| b.0.clone());
             new.backing_format = backing.as_ref().map(|b| b.1.clone());
+        }
+        if let Some(name) = &change.data_file {
+            if !old.external_data {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "the image has its data in itself: it cannot get an external data file",
+                ));
+            }
+            new.data_file = Some(name.clone());
         }
         if !matches!(new.version, 2 | 3) {
             return Err(Error::Version(new.version).into());
@@ -74,6 +85,12 @@ impl Image {
         }
         if new.compression != crate::Compression::Deflate {
             return has("zstd compression");
+        }
+        if new.external_data {
+            return has("external data files");
+        }
+        if new.bitmaps.is_some() {
+            return has("persistent bitmaps, which the image has");
         }
         if new.compatible & 1 != 0 {
             return has("lazy refcounts");

@@ -62,10 +62,32 @@ pub struct BitmapInfo {
     has_unknown_data: bool,
 }
 
-/// A bitmap that records writes, in memory.
+impl BitmapInfo {
+    /// Words of 64 bits for a disk of `size` bytes.
+    fn words(&self, size: u64) -> u64 {
+        size.div_ceil(self.granularity).div_ceil(64)
+    }
+}
+
+fn too_much(info: &BitmapInfo, memory: u64) -> io::Result<()> {
+    if memory <= MAX_MEMORY {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        format!(
+            "bitmap '{}' and those before it take more than 256 MiB of memory: remove it, or make one with a larger granularity",
+            info.name.escape_debug()
+        ),
+    ))
+}
+
+/// A bitmap in memory. Some record writes.
 pub(crate) struct Active {
     info: BitmapInfo,
     shift: u32,
+    /// What its table is to have when it is stored.
+    entries: u32,
     bits: Box<[AtomicU64]>,
 }
 
@@ -221,12 +243,21 @@ impl Image {
 
     /// Loads the bitmaps that record writes, and marks them as in use in the file.
     pub(crate) async fn load_bitmaps(&self) -> io::Result<()> {
+        self.load_bitmaps_if(|b| b.auto).await
+    }
+
+    /// Takes those into memory that are not there yet, and `wanted`.
+    async fn load_bitmaps_if(&self, wanted: impl Fn(&BitmapInfo) -> bool) -> io::Result<()> {
         let cluster = self.cluster() as usize;
-        let mut active = Vec::new();
-        let mut memory = 0;
+        let mut active: Vec<Arc<Active>> = match &*self.active_bitmaps.load() {
+            Some(all) => all.to_vec(),
+            None => Vec::new(),
+        };
+        let have = active.len();
+        let mut memory: u64 = active.iter().map(|b| b.bits.len() as u64 * 8).sum();
         for info in self.bitmaps().await? {
             // What nobody stored says nothing, now and later.
-            if info.in_use || !info.auto {
+            if info.in_use || !wanted(&info) {
                 continue;
             }
             if info.has_unknown_data {
@@ -238,18 +269,9 @@ impl Image {
                     ),
                 ));
             }
-            let bits = self.size().div_ceil(info.granularity);
-            let words_needed = bits.div_ceil(64);
+            let words_needed = info.words(self.size());
             memory += words_needed * 8;
-            if memory > MAX_MEMORY {
-                return Err(io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    format!(
-                        "bitmap '{}' and those before it take more than 256 MiB of memory: remove it, or make one with a larger granularity",
-                        info.name.escape_debug()
-                    ),
-                ));
-            }
+            too_much(&info, memory)?;
             let table = self.bitmap_table(&info).await?;
             if table.len() as u64 != (words_needed * 8).div_ceil(cluster as u64) {
                 return Err(Error::Field {
@@ -275,22 +297,62 @@ impl Image {
                 let (chunks, _) = bytes.as_chunks::<8>();
                 all.extend(chunks.iter().take(want).map(|c| u64::from_le_bytes(*c)));
             }
-            active.push(Active {
+            active.push(Arc::new(Active {
                 shift: info.granularity.trailing_zeros(),
+                entries: info.table.1,
                 bits: all.into_iter().map(AtomicU64::new).collect(),
                 info,
-            });
+            }));
         }
-        if active.is_empty() {
+        if active.len() == have {
             return Ok(());
         }
-        for b in &active {
+        for b in &active[have..] {
             self.write_bitmap_flags(&b.info, b.info.flags | IN_USE)
                 .await?;
         }
         self.file.flush().await?;
         self.active_bitmaps.store(Some(Arc::new(active)));
         Ok(())
+    }
+
+    /// Before the size of the disk changes: the file says of all bitmaps that they are in use, until they are stored as
+    /// they are then.
+    pub(crate) async fn prepare_bitmaps(&self, size: u64) -> io::Result<()> {
+        self.load_bitmaps_if(|_| true).await?;
+        let mut memory = 0;
+        for b in self.active_bitmaps.load().iter().flat_map(|all| all.iter()) {
+            memory += b.info.words(size) * 8;
+            too_much(&b.info, memory)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the bitmaps fit a disk of `size` bytes: what is new is clean. No request is in flight.
+    pub(crate) fn fit_bitmaps(&self, size: u64) {
+        let Some(old) = self.active_bitmaps.load_full() else {
+            return;
+        };
+        let fit = |b: &Arc<Active>| {
+            let words = b.info.words(size);
+            let bits = (0..words as usize)
+                .map(|i| b.bits.get(i).map_or(0, |w| w.load(Ordering::Relaxed)))
+                .map(AtomicU64::new)
+                .collect::<Box<[_]>>();
+            // Nothing of what is cut off may come back.
+            let last = size.div_ceil(b.info.granularity) % 64;
+            if let (Some(word), true) = (bits.last(), last > 0) {
+                word.fetch_and(u64::MAX >> (64 - last), Ordering::Relaxed);
+            }
+            Arc::new(Active {
+                info: b.info.clone(),
+                shift: b.shift,
+                entries: (words * 8).div_ceil(self.cluster()) as u32,
+                bits,
+            })
+        };
+        let new = old.iter().map(fit).collect();
+        self.active_bitmaps.store(Some(Arc::new(new)));
     }
 
     fn bitmap_at(&self, b: &BitmapInfo) -> u64 {
@@ -306,7 +368,7 @@ impl Image {
     #[inline]
     pub fn mark_dirty(&self, offset: u64, len: u64) {
         if let (Some(all), true) = (&*self.active_bitmaps.load(), len > 0) {
-            for b in all.iter() {
+            for b in all.iter().filter(|b| b.info.auto) {
                 b.mark(&(offset..offset + len));
             }
         }
@@ -330,7 +392,7 @@ impl Image {
                     .map(|i| offset + i * cluster as u64),
             );
             let mut table = Vec::new();
-            for index in 0..entries as usize {
+            for index in 0..b.entries as usize {
                 let bytes = b.bytes(cluster, index);
                 if bytes.iter().all(|b| *b == 0) {
                     table.push(0);
@@ -349,8 +411,10 @@ impl Image {
         // that they are right.
         self.flush().await?;
         for (b, table) in all.iter().zip(&new) {
+            let mut place = table.to_be_bytes().to_vec();
+            place.extend(b.entries.to_be_bytes());
             let at = self.bitmap_at(&b.info);
-            self.file.write(at, buffer_of(&table.to_be_bytes())).await?;
+            self.file.write(at, buffer_of(&place)).await?;
         }
         self.file.flush().await?;
         for b in all.iter() {
@@ -392,6 +456,7 @@ mod tests {
             let b = Active {
                 info,
                 shift: 3,
+                entries: 1,
                 bits: (0..16).map(|_| AtomicU64::new(0)).collect(),
             };
             b.mark(&(start..start + len));

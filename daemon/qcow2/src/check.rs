@@ -269,6 +269,7 @@ impl Image {
             let mut changed = Vec::new();
             for (i, &old) in entries.iter().enumerate() {
                 let new = match layout.references(old) {
+                    None if layout.external => old,
                     None => old.with_copied(false),
                     Some((first, clusters)) => {
                         let place = (first << layout.cluster_bits, clusters * self.cluster());
@@ -400,6 +401,9 @@ impl<'a> Check<'a> {
             .collect();
         self.report.clusters = header.size.div_ceil(self.cluster());
         self.count_l1("the L1 table", l1, &entries, true).await?;
+        if let Some(place) = header.luks {
+            self.add_aligned("the LUKS header", place.offset, place.len)?;
+        }
         self.count_snapshots().await?;
         self.count_bitmaps().await?;
         self.report.end = self.counts.end * self.cluster();
@@ -530,6 +534,9 @@ impl<'a> Check<'a> {
                     return Ok(ok.then_some(offset & !(self.cluster() - 1)));
                 }
                 let host = entry.host();
+                if layout.external {
+                    return Ok(layout.has_data(entry).then_some(host));
+                }
                 if host == 0 || !self.add_aligned(&what(), host, self.cluster())? {
                     return Ok(None);
                 }
@@ -648,7 +655,7 @@ impl<'a> Check<'a> {
             let at = index as u64 * layout.span();
             let entries = self.image.entries(at, 1 << layout.table_bits()).await?;
             for e in entries {
-                if !e.is_compressed() && e.host() != 0 {
+                if !e.is_compressed() && e.host() != 0 && !layout.external {
                     self.flag("the cluster", e.host(), e.word);
                 }
             }

@@ -60,6 +60,9 @@ impl Image {
 
     /// Makes everything durable that was written before.
     pub async fn flush(&self) -> io::Result<()> {
+        if self.layout.external {
+            self.data.flush().await?;
+        }
         if !self.is_dirty() && !self.has_dirty_refs() {
             return self.file.flush().await;
         }
@@ -185,6 +188,9 @@ impl Image {
             .chain(blocks.map(|b| (b.offset, &b.data)))
             .chain(new_l2.map(|t| (t.offset, &t.data)));
         self.put_all(before).await?;
+        if self.layout.external {
+            self.data.flush().await?;
+        }
         self.file.flush().await?;
         let old_l2 = batch.l2.iter().filter(|t| !t.dirty.new);
         let l1 = batch.l1.iter().map(|(_, offset, data)| (*offset, data));

@@ -1,15 +1,16 @@
 //! New images.
 
 use std::io;
-use std::sync::Arc;
+use std::ops::Range;
 
+use crate::allocator::Run;
 use crate::compress::Compression;
 use crate::error::{Error, Result};
-use crate::header::{Header, MAX_L1};
-use crate::image::{Image, Options};
+use crate::header::{AUTOCLEAR_RAW_DATA, Header, LuksPlace, MAX_L1};
+use crate::image::{Children, Image, Options};
 use crate::mapping::Entry;
 use crate::meta::Reason;
-use crate::storage::{Storage, buffer, buffer_of};
+use crate::storage::{buffer, buffer_of};
 
 /// What is made of a new image beyond its header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +42,12 @@ pub struct CreateOptions {
     /// Name and format of the backing file, as they are to stand in the image.
     pub backing: Option<(String, String)>,
     pub preallocation: Preallocation,
+    /// The name of the external data file, as it is to stand in the image.
+    pub data_file: Option<String>,
+    /// The external data file is to be the guest's disk as it is: all clusters get their place there.
+    pub data_file_raw: bool,
+    /// The LUKS header of an encrypted image with its key material; data goes through the cipher that it describes.
+    pub luks: Option<Vec<u8>>,
 }
 
 impl CreateOptions {
@@ -55,6 +62,9 @@ impl CreateOptions {
             lazy_refcounts: false,
             backing: None,
             preallocation: Preallocation::Off,
+            data_file: None,
+            data_file_raw: false,
+            luks: None,
         }
     }
 
@@ -97,6 +107,7 @@ impl CreateOptions {
                 (self.extended_l2, "extended L2 entries"),
                 (self.compression == Compression::Zstd, "zstd compression"),
                 (self.lazy_refcounts, "lazy refcounts"),
+                (self.data_file.is_some(), "external data files"),
             ];
             if let Some((_, what)) = needs.iter().find(|(set, _)| *set) {
                 return Err(Error::NeedsVersion3(what));
@@ -118,6 +129,18 @@ impl CreateOptions {
                 "1 to 1023 are allowed",
             );
         }
+        if let Some(name) = &self.data_file
+            && (name.is_empty() || name.len() > 1023)
+        {
+            return field(
+                "the length of the data file's name",
+                name.len() as u64,
+                "1 to 1023 are allowed",
+            );
+        }
+        if self.data_file_raw && (self.data_file.is_none() || self.backing.is_some()) {
+            return Err(Error::RawData);
+        }
         let mut header = Header {
             version: self.version,
             cluster_bits: self.cluster_size.trailing_zeros(),
@@ -134,10 +157,20 @@ impl CreateOptions {
             snapshots: 0,
             snapshots_offset: 0,
             compatible: u64::from(self.lazy_refcounts),
-            autoclear: 0,
+            autoclear: if self.data_file_raw {
+                AUTOCLEAR_RAW_DATA
+            } else {
+                0
+            },
             backing_file: self.backing.as_ref().map(|b| b.0.clone()),
             backing_format: self.backing.as_ref().map(|b| b.1.clone()),
             bitmaps: None,
+            external_data: self.data_file.is_some(),
+            data_file: self.data_file.clone(),
+            luks: self.luks.as_ref().map(|luks| LuksPlace {
+                offset: 0,
+                len: luks.len() as u64,
+            }),
             unknown_extensions: 0,
         };
         let entries = header.l1_entries_for(self.size);
@@ -155,10 +188,14 @@ impl CreateOptions {
 }
 
 impl Image {
-    /// Makes a new image in `file`, over what was there, and leaves it durable and closed.
-    pub async fn create(file: Arc<dyn Storage>, options: &CreateOptions) -> io::Result<()> {
+    /// Makes a new image in `children.file`, over what was there, and leaves it durable and closed. An external data
+    /// file loses what it had, too.
+    pub async fn create(children: Children, options: &CreateOptions) -> io::Result<()> {
         let header = options.header()?;
-        let head = header.encode()?;
+        // Whether it fits is to be known before anything is lost.
+        header.encode()?;
+        let file = children.file.clone();
+        let data = children.data.clone();
         let cluster = options.cluster_size;
         let l1_bytes = (u64::from(header.l1_entries) * 8).next_multiple_of(cluster);
         // Empty first: what is new in the file reads as zeroes.
@@ -181,46 +218,83 @@ impl Image {
         }
         let l1 = vec![0; header.l1_entries as usize * 8];
         // Nobody must take the image for one before it is whole.
-        let image = Image::new(header, &l1, file.clone(), None, Options::default())?;
+        let image = Image::new(header, &l1, children, Options::default())?;
+        let mut data_grows = image.fresh_is_zero && grows;
+        if let Some(data) = data.filter(|_| options.data_file.is_some()) {
+            data_grows = data.grows();
+            if data_grows {
+                data.set_size(0).await?;
+            }
+            image.grow_data(options.size).await?;
+            if !data_grows && options.data_file_raw {
+                data.write_zeroes(0, options.size, true).await?;
+            }
+        }
         image.start_writing(image.empty_refcounts(), size / cluster);
         for c in 0..size / cluster {
             image.set_count(c, 1).await?;
         }
         image.grow_to_end().await?;
+        if let Some(luks) = &options.luks {
+            let first = image.write_table(luks.clone()).await?;
+            if let Some(place) = &mut image.meta().header.luks {
+                place.offset = first << image.layout.cluster_bits;
+            }
+        }
         image.flush().await?;
-        if options.preallocation != Preallocation::Off {
-            image.preallocate(options.preallocation, !grows).await?;
+        let preallocation = match options.preallocation {
+            Preallocation::Off if options.data_file_raw => Preallocation::Metadata,
+            other => other,
+        };
+        if preallocation != Preallocation::Off {
+            let is_dirty = !data_grows && !options.data_file_raw;
+            image
+                .preallocate(0..options.size, preallocation, is_dirty)
+                .await?;
         }
         image.close().await?;
-        let mut whole = head;
-        let mut fields = [0; Header::PATCHED];
-        fields.copy_from_slice(&whole[..Header::PATCHED]);
-        image.header().patch(&mut fields);
-        whole[..Header::PATCHED].copy_from_slice(&fields);
+        let whole = image.header().encode()?;
         file.write(0, buffer_of(&whole)).await?;
         file.flush().await
     }
 
-    /// Gives every cluster of an empty image a place in the file.
-    async fn preallocate(&self, how: Preallocation, dirty: bool) -> io::Result<()> {
+    /// Gives every cluster of a range that has none a place. If `dirty`, there may be something there.
+    pub(crate) async fn preallocate(
+        &self,
+        range: Range<u64>,
+        how: Preallocation,
+        dirty: bool,
+    ) -> io::Result<()> {
         let cluster = self.cluster();
         let layout = self.layout;
-        let mut at = 0;
-        while at < self.size() {
+        let mut at = range.start.next_multiple_of(cluster);
+        while at < range.end {
             let table_end = (at / layout.span() + 1).saturating_mul(layout.span());
-            let end = self.size().min(table_end).min(at + (64 << 20).max(cluster));
+            let end = range.end.min(table_end).min(at + (64 << 20).max(cluster));
             self.own_table(layout.position(at).0).await?;
-            let run = self.allocate((end - at).div_ceil(cluster)).await?;
-            let (host, len) = (run.first << layout.cluster_bits, run.clusters * cluster);
+            let want = (end - at).div_ceil(cluster);
+            let run = if layout.external {
+                Run {
+                    first: at >> layout.cluster_bits,
+                    clusters: want,
+                    zero: true,
+                }
+            } else {
+                self.allocate(want).await?
+            };
+            let (host, mut len) = (run.first << layout.cluster_bits, run.clusters * cluster);
+            if layout.external {
+                len = len.min(range.end - at);
+            }
             if how == Preallocation::Falloc {
-                self.file.reserve(host, len).await?;
+                self.data.reserve(host, len).await?;
             }
             if how == Preallocation::Full || dirty || !run.zero {
                 const PIECE: u64 = 1 << 20;
                 let zeroes = buffer(PIECE.min(len) as usize);
                 for done in (0..len).step_by(PIECE as usize) {
                     let n = PIECE.min(len - done) as usize;
-                    self.file.write(host + done, zeroes.slice(0, n)).await?;
+                    self.data.write(host + done, zeroes.slice(0, n)).await?;
                 }
             }
             self.change_entries(at, run.clusters as usize, Reason::Other, |i, _| {

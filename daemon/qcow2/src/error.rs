@@ -33,6 +33,8 @@ pub enum Error {
     RefcountOverflow { bits: u32 },
     #[error("version 2 of the format has no {0}: use version 3 (compat 1.1)")]
     NeedsVersion3(&'static str),
+    #[error("a raw external data file goes with an external data file, and without a backing file")]
+    RawData,
     #[error("it was not closed, and {0} of its references cannot be repaired")]
     NotRepaired(u64),
     #[error("clusters beyond the end of the file have references: it is corrupt")]

@@ -35,6 +35,8 @@ const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
+const EXT_ENCRYPTION: u32 = 0x0537_be77;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 // Offsets of the fields that change while an image is open.
 const AT_SIZE: usize = 24;
@@ -60,6 +62,16 @@ pub(crate) const AUTOCLEAR_REDO: u64 = 1 << 63;
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1;
 /// The data of an external data file is the guest's disk as it is.
 pub(crate) const AUTOCLEAR_RAW_DATA: u64 = 2;
+
+/// Where in the file of an encrypted image the LUKS header is, with its key material; bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LuksPlace {
+    pub offset: u64,
+    pub len: u64,
+}
+
+/// The longest LUKS header that an image may have, in bytes.
+const MAX_LUKS: u64 = 64 << 20;
 
 /// What a header says, checked. Offsets and lengths are bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +105,12 @@ pub struct Header {
     pub backing_file: Option<String>,
     pub backing_format: Option<String>,
     pub bitmaps: Option<BitmapDirectory>,
+    /// Guest data is in another file.
+    pub external_data: bool,
+    /// The name of that file, as it stands in the image: untrusted, and never opened by itself.
+    pub data_file: Option<String>,
+    /// Guest data is encrypted, by what a LUKS header says.
+    pub luks: Option<LuksPlace>,
     /// Header extensions of kinds that are not known here.
     pub unknown_extensions: u32,
 }
@@ -121,6 +139,8 @@ struct Extensions {
     /// Names of incompatible features by bit.
     names: Vec<(u8, String)>,
     bitmaps: Option<BitmapDirectory>,
+    data_file: Option<String>,
+    luks: Option<LuksPlace>,
     unknown: u32,
 }
 
@@ -178,6 +198,7 @@ impl Header {
         let supported = [
             INCOMPAT_DIRTY,
             INCOMPAT_CORRUPT,
+            INCOMPAT_DATA_FILE,
             INCOMPAT_COMPRESSION,
             INCOMPAT_EXTENDED_L2,
         ];
@@ -191,16 +212,32 @@ impl Header {
             )));
         }
         let has = |bit: u32| incompatible & 1 << bit != 0;
-        match u32_at(32)? {
-            0 => {}
+        let luks = match u32_at(32)? {
+            0 => None,
             1 => {
                 return Err(Error::Encrypted(
                     "legacy AES (crypt method 1), which is insecure",
                 ));
             }
-            2 => return Err(Error::Encrypted("LUKS (crypt method 2)")),
+            2 => {
+                let place = extensions
+                    .luks
+                    .ok_or(Error::Short("the extension for LUKS encryption"))?;
+                let end = place.offset.checked_add(place.len);
+                if !place.offset.is_multiple_of(cluster)
+                    || place.len > MAX_LUKS
+                    || end.is_none_or(|end| end > file_size)
+                {
+                    return field(
+                        "the offset of the LUKS header",
+                        place.offset,
+                        "a multiple of the size of a cluster, with at most 64 MiB behind it within the file, is allowed",
+                    );
+                }
+                Some(place)
+            }
             other => return field("the crypt method", other.into(), "0 to 2 exist"),
-        }
+        };
         let kind = if version == 3 && length > MIN_LENGTH_V3 {
             bytes.get(104).copied().unwrap_or(0)
         } else {
@@ -281,6 +318,9 @@ impl Header {
             autoclear,
             backing_file: backing_file(first, u64_at(8)?, u32_at(16)?)?,
             backing_format: extensions.backing_format,
+            external_data: has(INCOMPAT_DATA_FILE),
+            data_file: extensions.data_file.filter(|_| has(INCOMPAT_DATA_FILE)),
+            luks,
             // Without its autoclear bit the extension is out of date.
             unknown_extensions: extensions.unknown,
             bitmaps: extensions
@@ -316,7 +356,7 @@ impl Header {
         }
     }
 
-    /// The beginning of a new image with this header: the header, its extensions and the name of the backing file.
+    /// The first cluster of an image with this header: the header, its extensions and the name of the backing file.
     pub(crate) fn encode(&self) -> Result<Vec<u8>> {
         let mut out = vec![0; Header::PATCHED];
         out[..4].copy_from_slice(&MAGIC.to_be_bytes());
@@ -334,10 +374,27 @@ impl Header {
         if let Some(format) = &self.backing_format {
             extension(EXT_BACKING_FORMAT, format.as_bytes());
         }
+        if let Some(name) = &self.data_file {
+            extension(EXT_DATA_FILE, name.as_bytes());
+        }
+        if let Some(place) = self.luks {
+            let mut data = place.offset.to_be_bytes().to_vec();
+            data.extend(place.len.to_be_bytes());
+            extension(EXT_ENCRYPTION, &data);
+            put(32, &2u32.to_be_bytes());
+        }
+        if let Some(dir) = self.bitmaps {
+            let mut data = dir.bitmaps.to_be_bytes().to_vec();
+            data.extend([0; 4]);
+            data.extend(dir.size.to_be_bytes());
+            data.extend(dir.offset.to_be_bytes());
+            extension(EXT_BITMAPS, &data);
+        }
         if self.version == 3 {
             length = LENGTH_V3;
             let zstd = self.compression == Compression::Zstd;
             let incompatible = u64::from(zstd) << INCOMPAT_COMPRESSION
+                | u64::from(self.external_data) << INCOMPAT_DATA_FILE
                 | u64::from(self.extended_l2) << INCOMPAT_EXTENDED_L2;
             put(AT_INCOMPATIBLE, &incompatible.to_be_bytes());
             put(80, &self.compatible.to_be_bytes());
@@ -346,7 +403,13 @@ impl Header {
             put(104, &[u8::from(zstd)]);
             // Small clusters have no room for them beside the name of a backing file.
             let room = (1usize << self.cluster_bits) - LENGTH_V3;
-            let others = self.backing_file.as_ref().map_or(0, |n| n.len() + 64);
+            let named = [&self.backing_file, &self.data_file];
+            let others: usize = named
+                .iter()
+                .filter_map(|n| n.as_ref())
+                .map(|n| n.len() + 64)
+                .sum();
+            let others = others + 64;
             let mut names = Vec::new();
             for (kind, bit, name) in FEATURE_NAMES {
                 let mut entry = vec![kind, bit];
@@ -379,6 +442,11 @@ impl Header {
         }
         out.resize(1 << self.cluster_bits, 0);
         Ok(out)
+    }
+
+    /// The external data file is the guest's disk as it is, and is to stay so.
+    pub fn is_raw_data(&self) -> bool {
+        self.external_data && self.autoclear & AUTOCLEAR_RAW_DATA != 0
     }
 
     /// Whether a process that had the image was killed, and may have left changes for the next writer to do again.
@@ -434,6 +502,15 @@ fn extensions(first: &[u8], mut at: usize) -> Result<Extensions> {
                         .push((entry[1], String::from_utf8_lossy(name).into_owned()));
                 }
             }
+            EXT_DATA_FILE => {
+                out.data_file = Some(String::from_utf8_lossy(data).into_owned());
+            }
+            EXT_ENCRYPTION => {
+                out.luks = match (be64(data, 0), be64(data, 8)) {
+                    (Some(offset), Some(len)) => Some(LuksPlace { offset, len }),
+                    _ => return Err(Error::Short("the extension for LUKS encryption")),
+                };
+            }
             EXT_BITMAPS => {
                 out.bitmaps = match (be32(data, 0), be64(data, 8), be64(data, 16)) {
                     (Some(bitmaps), Some(size), Some(offset)) => Some(BitmapDirectory {
@@ -453,9 +530,6 @@ fn extensions(first: &[u8], mut at: usize) -> Result<Extensions> {
 }
 
 fn feature_name(bit: u32, names: &[(u8, String)]) -> String {
-    if bit == INCOMPAT_DATA_FILE {
-        return "external data file".to_owned();
-    }
     let own = names.iter().find(|(b, _)| u32::from(*b) == bit);
     match own {
         Some((_, name)) if !name.is_empty() => name.clone(),

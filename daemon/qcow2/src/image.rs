@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::header::{Header, MAX_L1};
 use crate::mapping::{Entry, Kind, Layout, Mapping, OFFSET_MASK};
 use crate::meta::Meta;
-use crate::storage::{Storage, buffer, read_or_zero};
+use crate::storage::{Missing, Storage, buffer, read_or_zero};
 use crate::tables::{Table, Tables};
 
 /// How an image is used.
@@ -39,6 +39,8 @@ pub struct Options {
     pub pass_discard_snapshot: bool,
     /// Space of tables and of clusters that were copied goes back to the storage.
     pub pass_discard_other: bool,
+    /// Clusters that the guest discards or zeroes keep their place in the file (not in version 2).
+    pub discard_no_unref: bool,
     /// Metadata is written in multiples of this many bytes, a power of two.
     pub block_size: usize,
 }
@@ -51,7 +53,29 @@ impl Default for Options {
             pass_discard_request: true,
             pass_discard_snapshot: true,
             pass_discard_other: false,
+            discard_no_unref: false,
             block_size: 512,
+        }
+    }
+}
+
+/// What an image consists of.
+pub struct Children {
+    /// Its tables, and its data if nothing else is said.
+    pub file: Arc<dyn Storage>,
+    /// Where guest data goes if it is not in `file` as it is: the external data file, or a cipher before `file`. An image
+    /// that needs one can be looked at without it, and neither read nor written.
+    pub data: Option<Arc<dyn Storage>>,
+    /// What is read where the image has no data.
+    pub backing: Option<Arc<dyn Storage>>,
+}
+
+impl Children {
+    pub fn new(file: Arc<dyn Storage>) -> Children {
+        Children {
+            file,
+            data: None,
+            backing: None,
         }
     }
 }
@@ -78,6 +102,14 @@ pub struct Image {
     pub(crate) compression: Compression,
     pub(crate) options: Options,
     pub(crate) file: Arc<dyn Storage>,
+    /// Where guest data is: mostly `file`.
+    pub(crate) data: Arc<dyn Storage>,
+    /// What was never written to in the file reads as zeroes as guest data, too.
+    pub(crate) fresh_is_zero: bool,
+    /// Guest data is encrypted.
+    pub(crate) encrypted: bool,
+    /// The external data file is to be the guest's disk as it is.
+    pub(crate) raw_data: bool,
     pub(crate) backing: Option<Arc<dyn Storage>>,
     /// What is unallocated may read as something else than zeroes, now or when it is opened another time.
     pub(crate) has_backing: bool,
@@ -101,7 +133,7 @@ pub struct Image {
     /// The last change that could not be noted for the next process.
     pub(crate) unnoted: AtomicU64,
     /// Bitmaps that record writes.
-    pub(crate) active_bitmaps: ArcSwapOption<Vec<Active>>,
+    pub(crate) active_bitmaps: ArcSwapOption<Vec<Arc<Active>>>,
     decompressing: Semaphore,
     /// The cluster that was decompressed last: its descriptor and its data.
     decompressed: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
@@ -119,19 +151,26 @@ pub(crate) fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Image {
     /// `l1` holds the bytes of the L1 table, `header.l1_entries` of 8 bytes. The image can be read; for writing see
     /// [`Image::activate`].
-    pub fn new(
-        header: Header,
-        l1: &[u8],
-        file: Arc<dyn Storage>,
-        backing: Option<Arc<dyn Storage>>,
-        options: Options,
-    ) -> Result<Image> {
+    pub fn new(header: Header, l1: &[u8], children: Children, options: Options) -> Result<Image> {
+        let Children {
+            file,
+            data,
+            backing,
+        } = children;
+        let fresh_is_zero = data.is_none();
+        let data = match data {
+            Some(data) => data,
+            None if header.external_data => Arc::new(Missing("its external data file")),
+            None if header.luks.is_some() => Arc::new(Missing("the key of its encryption")),
+            None => file.clone(),
+        };
         if l1.len() / 8 < header.l1_entries as usize {
             return Err(Error::Short("the L1 table"));
         }
         let layout = Layout {
             cluster_bits: header.cluster_bits,
             extended: header.extended_l2,
+            external: header.external_data,
         };
         let tables = Tables::new((MAX_L1 / 8) as usize);
         for (i, entry) in words(l1).take(header.l1_entries as usize).enumerate() {
@@ -147,6 +186,10 @@ impl Image {
                 ..options
             },
             file,
+            data,
+            fresh_is_zero,
+            encrypted: header.luks.is_some(),
+            raw_data: header.is_raw_data(),
             has_backing: backing.is_some() || header.backing_file.is_some(),
             backing,
             tables,
@@ -386,7 +429,7 @@ impl Image {
             let len = m.len as usize;
             let part = iov.slice(done, len);
             match (m.kind, &self.backing) {
-                (Kind::Data(host), _) => read_or_zero(&*self.file, host, part).await?,
+                (Kind::Data(host), _) => read_or_zero(&*self.data, host, part).await?,
                 (Kind::Unallocated, Some(backing)) => read_or_zero(&**backing, at, part).await?,
                 (Kind::Zero | Kind::Unallocated, _) => part.zero_in_turns().await,
                 (Kind::Compressed { offset, len: raw }, _) => {

@@ -71,9 +71,8 @@ impl Entry {
         self.word & OFFSET_MASK
     }
 
-    /// The cluster has a place in the file that nobody else has: data may be written there.
-    pub fn is_own(self) -> bool {
-        self.word & COPIED != 0 && !self.is_compressed() && self.host() != 0
+    pub fn is_copied(self) -> bool {
+        self.word & COPIED != 0
     }
 
     pub fn with_copied(self, copied: bool) -> Entry {
@@ -87,6 +86,9 @@ impl Entry {
 pub(crate) struct Layout {
     pub cluster_bits: u32,
     pub extended: bool,
+    /// Guest data is in another file, each cluster at the offset that it has on the disk (specification, "Header",
+    /// external data file).
+    pub external: bool,
 }
 
 impl Layout {
@@ -125,6 +127,11 @@ impl Layout {
         first * each..(first + n) * each
     }
 
+    /// The cluster has a place for its data that nobody else has: data may be written there.
+    pub fn is_own(self, entry: Entry) -> bool {
+        entry.is_copied() && !entry.is_compressed() && (entry.host() != 0 || self.external)
+    }
+
     /// The entry of a cluster that has data in the subclusters of which `from..to` (bytes within the cluster) is a
     /// part, and is for the rest what `old` was.
     pub fn with_data(self, old: Entry, host: u64, from: u64, to: u64) -> Entry {
@@ -139,8 +146,10 @@ impl Layout {
         Entry { word, bitmap }
     }
 
-    /// The entry of a cluster that reads as zeroes, with or without a place of its own in the file.
+    /// The entry of a cluster that reads as zeroes, with (`host` not 0) or without a place of its own in the file.
     pub fn zero(self, host: u64) -> Entry {
+        // In an external data file each cluster has its place anyway.
+        let host = if self.external { 0 } else { host };
         let copied = if host == 0 { 0 } else { COPIED };
         if self.extended {
             Entry {
@@ -174,8 +183,12 @@ impl Layout {
         (offset, (sectors + 1) * 512 - offset % 512)
     }
 
-    /// Clusters of the file that an entry refers to: the first, and how many.
+    /// Clusters of the file that an entry refers to: the first, and how many. Those of an external data file are not
+    /// counted.
     pub fn references(self, entry: Entry) -> Option<(u64, u64)> {
+        if self.external {
+            return None;
+        }
         if entry.is_compressed() {
             let (offset, len) = self.compressed_place(entry.word);
             let first = offset >> self.cluster_bits;
@@ -198,6 +211,9 @@ impl Layout {
             })
         };
         let corrupt = |what, value| Err(Error::Corrupt { what, at, value });
+        if entry.is_compressed() && self.external {
+            return corrupt("the compressed cluster of an external data file", word);
+        }
         if entry.is_compressed() {
             if bitmap != 0 {
                 return corrupt("the subcluster bitmap of a compressed cluster", bitmap);
@@ -213,11 +229,15 @@ impl Layout {
         if offset & (self.cluster() - 1) != 0 {
             return corrupt("the L2 entry", word);
         }
+        let has_place = offset != 0 || self.is_own(entry);
+        if self.external && has_place && word & ZERO == 0 && offset != at - within {
+            return corrupt("the place in the external data file", word);
+        }
         if !self.extended {
-            return whole(match (word & ZERO != 0, offset) {
+            return whole(match (word & ZERO != 0, has_place) {
                 (true, _) => Kind::Zero,
-                (false, 0) => Kind::Unallocated,
-                (false, host) => Kind::Data(host + within),
+                (false, false) => Kind::Unallocated,
+                (false, true) => Kind::Data(offset + within),
             });
         }
         let sub = self.unit();
@@ -227,7 +247,7 @@ impl Layout {
             (true, true) => return corrupt("the subcluster bitmap", bitmap),
             (false, true) => Kind::Zero,
             (false, false) => Kind::Unallocated,
-            (true, false) if offset == 0 => return corrupt("the subcluster bitmap", bitmap),
+            (true, false) if !has_place => return corrupt("the subcluster bitmap", bitmap),
             (true, false) => Kind::Data(offset + within),
         };
         Ok(Mapping {
@@ -245,7 +265,7 @@ impl Layout {
         if self.extended {
             entry.bitmap & ALL_DATA != 0
         } else {
-            entry.host() != 0 && entry.word & ZERO == 0
+            (entry.host() != 0 || self.is_own(entry)) && entry.word & ZERO == 0
         }
     }
 }
@@ -258,7 +278,7 @@ mod tests {
     proptest! {
         #[test]
         fn compressed_descriptors_cover_their_bytes(bits in 9u32..=21, offset in 0u64..1 << 40, len in 1u64..1 << 21) {
-            let layout = Layout { cluster_bits: bits, extended: false };
+            let layout = Layout { cluster_bits: bits, extended: false, external: false };
             let len = len.min(layout.cluster());
             if let Some(entry) = layout.compressed(offset, len) {
                 let (at, n) = layout.compressed_place(entry.word);
@@ -274,11 +294,12 @@ mod tests {
         let layout = Layout {
             cluster_bits: 16,
             extended: true,
+            external: false,
         };
         let old = layout.zero(0);
         let new = layout.with_data(old, 0x10000, 2048, 4097);
         assert_eq!(new.bitmap, 0xffff_fff9_0000_0006);
-        assert!(new.is_own() && layout.has_data(new) && !layout.has_data(old));
+        assert!(layout.is_own(new) && layout.has_data(new) && !layout.has_data(old));
         let whole = layout.with_data(Entry::default(), 0x10000, 0, 65536);
         assert_eq!(whole.bitmap, ALL_DATA);
     }

@@ -19,9 +19,18 @@ impl CreateOptions {
         let cluster = self.cluster_size;
         let l1 = (u64::from(header.l1_entries) * 8).div_ceil(cluster);
         let l2 = u64::from(header.l1_entries);
-        let all = self.size.div_ceil(cluster);
+        // The data of the disk does not count if it is elsewhere.
+        let (all, data) = match self.data_file {
+            Some(_) => (0, 0),
+            None => (self.size.div_ceil(cluster), data),
+        };
+        let luks = self
+            .luks
+            .as_ref()
+            .map_or(0, |l| l.len() as u64)
+            .div_ceil(cluster);
         let bytes = |clusters: u64, tables: u64| {
-            let mut total = 1 + l1 + tables + clusters;
+            let mut total = 1 + l1 + luks + tables + clusters;
             let per_block = (cluster * 8) >> header.refcount_order;
             // Blocks and their table are counted themselves.
             let mut refcounts = 0;

@@ -179,7 +179,7 @@ impl Image {
     pub(crate) async fn redo(&self, records: &[Record]) -> io::Result<usize> {
         let bits = self.layout.cluster_bits;
         let plain = |e: Entry| {
-            if e.is_compressed() {
+            if e.is_compressed() || self.layout.external {
                 e
             } else {
                 e.with_copied(false)
@@ -211,7 +211,11 @@ impl Image {
                 return Err(other());
             }
             let host = new.host();
-            if new.is_compressed() || host != 0 && !self.is_place(host, self.cluster()) {
+            let external = self.layout.external;
+            if new.is_compressed()
+                || !external && host != 0 && !self.is_place(host, self.cluster())
+                || external && self.layout.decode(new, at).is_err()
+            {
                 return Err(other());
             }
             if plain(now) != plain(new) {
@@ -221,7 +225,7 @@ impl Image {
         // All places are taken before anything is allocated.
         for (_, before, new) in &changes {
             let host = new.host();
-            if host != 0 && host != *before {
+            if host != 0 && host != *before && !self.layout.external {
                 let count = self.with_refs(|w| w.refs.get(host >> bits)).await?;
                 if count == 0 {
                     self.set_count(host >> bits, 1).await?;
@@ -230,7 +234,10 @@ impl Image {
         }
         for (at, _, new) in &changes {
             self.own_table(self.layout.position(*at).0).await?;
-            let new = new.with_copied(new.host() != 0);
+            let new = match self.layout.external {
+                true => *new,
+                false => new.with_copied(new.host() != 0),
+            };
             self.change_entries(*at, 1, Reason::Other, |_, _| new)
                 .await?;
         }

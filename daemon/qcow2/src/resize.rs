@@ -1,7 +1,9 @@
 //! Changing the size of the guest's disk.
 
 use std::io;
+use std::ops::Range;
 
+use crate::create::Preallocation;
 use crate::error::Error;
 use crate::header::MAX_L1;
 use crate::image::Image;
@@ -32,23 +34,19 @@ impl Image {
                 "images of version 2 with snapshots cannot be made smaller: their snapshots do not say how large they are",
             ));
         }
-        if header.bitmaps.is_some() {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "the image has persistent dirty bitmaps, which would have to change with it: remove them first",
-            ));
-        }
         let entries = header.l1_entries_for(size);
         if entries * 8 > MAX_L1 {
             return Err(Error::TooLarge.into());
         }
+        self.prepare_bitmaps(size).await?;
         if size < before {
             // Nothing of what is cut off may come back when the disk grows again.
             let whole = size.next_multiple_of(self.cluster());
             if whole > size {
                 self.zero_new(size, whole.min(before)).await?;
             }
-            if whole < before {
+            // In a raw data file they keep their places: as long as the disk has them it has their data.
+            if whole < before && !self.raw_data {
                 self.cut_off(whole..before.next_multiple_of(self.cluster()))
                     .await?;
             }
@@ -57,6 +55,8 @@ impl Image {
             if entries > u64::from(header.l1_entries) {
                 self.grow_l1(entries).await?;
             }
+            let old_data = self.data.size();
+            self.grow_data(size).await?;
             // The rest of the last cluster was never seen, and may be anything; the backing file may be
             // longer than the disk was.
             let backing = self.backing.as_ref().map_or(0, |b| b.size());
@@ -66,19 +66,57 @@ impl Image {
             } else {
                 last
             };
+            // The data file may have been longer than the disk.
+            let end = if self.raw_data {
+                end.max(old_data)
+            } else {
+                end
+            };
             let end = end.min(size);
-            if end > before {
-                self.set_size(size);
-                let zeroed = self.zero_new(before, end).await;
-                self.set_size(before);
-                zeroed?;
-            }
+            self.set_size(size);
+            let prepared = self.prepare_new(before..size, end).await;
+            self.set_size(before);
+            prepared?;
             self.flush().await?;
         }
         self.meta().header.size = size;
         self.write_header().await?;
         self.file.flush().await?;
         self.set_size(size);
+        self.fit_bitmaps(size);
+        if self.layout.external && size < before && self.data.grows() {
+            self.data.set_size(size).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that an external data file has a place for every byte of a disk of `size` bytes.
+    pub(crate) async fn grow_data(&self, size: u64) -> io::Result<()> {
+        if !self.layout.external || self.data.size() >= size {
+            return Ok(());
+        }
+        if !self.data.grows() {
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                format!(
+                    "the external data file has {} bytes, and cannot grow to the {size} of the disk",
+                    self.data.size()
+                ),
+            ));
+        }
+        self.data.set_size(size).await
+    }
+
+    /// Makes what is new of the disk read as zeroes; up to `end` it may not do so by itself.
+    async fn prepare_new(&self, new: Range<u64>, end: u64) -> io::Result<()> {
+        if end > new.start {
+            self.zero_new(new.start, end).await?;
+        }
+        if self.raw_data {
+            // A write there must be in the disk if it is in the data file, power cut or not.
+            self.preallocate(new, Preallocation::Metadata, false)
+                .await?;
+        }
         Ok(())
     }
 

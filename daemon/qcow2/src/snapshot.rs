@@ -319,6 +319,12 @@ impl Image {
         if self.meta().writing.is_none() {
             return Err(read_only());
         }
+        if self.layout.external {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "an image with an external data file has no snapshots inside: its data has one place only",
+            ));
+        }
         self.settle().await?;
         self.snapshot_table().await
     }

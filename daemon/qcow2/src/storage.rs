@@ -38,9 +38,69 @@ pub trait Storage: Send + Sync {
     /// Grows or shrinks; what is new reads as zeroes. `Unsupported` if the size is fixed.
     fn set_size(&self, size: u64) -> LocalFuture<'_, io::Result<()>>;
 
+    /// Makes the range read as zeroes, with space taken or not.
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        may_unmap: bool,
+    ) -> LocalFuture<'_, io::Result<()>>;
+
     /// Waits until every request that was in flight when this was called has ended: see
     /// [`vdisk_io::quiesce`].
     fn quiesce(&self) -> LocalFuture<'_, ()>;
+}
+
+/// Stands where guest data would be, of an image that is only to be looked at.
+pub(crate) struct Missing(pub &'static str);
+
+impl Missing {
+    fn refuse<T: 'static>(&self) -> LocalFuture<'_, io::Result<T>> {
+        let message = format!("the image was opened without {}", self.0);
+        Box::pin(async { Err(io::Error::new(io::ErrorKind::Unsupported, message)) })
+    }
+}
+
+impl Storage for Missing {
+    fn size(&self) -> u64 {
+        u64::MAX
+    }
+
+    fn read(&self, _: u64, _: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        self.refuse()
+    }
+
+    fn write(&self, _: u64, _: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        self.refuse()
+    }
+
+    fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn discard(&self, _: u64, _: u64) -> LocalFuture<'_, io::Result<()>> {
+        self.refuse()
+    }
+
+    fn reserve(&self, _: u64, _: u64) -> LocalFuture<'_, io::Result<()>> {
+        self.refuse()
+    }
+
+    fn grows(&self) -> bool {
+        false
+    }
+
+    fn set_size(&self, _: u64) -> LocalFuture<'_, io::Result<()>> {
+        self.refuse()
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> LocalFuture<'_, io::Result<()>> {
+        self.refuse()
+    }
+
+    fn quiesce(&self) -> LocalFuture<'_, ()> {
+        Box::pin(async {})
+    }
 }
 
 /// A buffer of `len` bytes for metadata, aligned for O_DIRECT.

@@ -269,7 +269,7 @@ impl Image {
     async fn write_some(&self, at: u64, iov: IoVecs) -> io::Result<usize> {
         let len = iov.len() as u64;
         if let Some((host, n)) = self.in_place(at, len)? {
-            self.file.write(host, iov.slice(0, n as usize)).await?;
+            self.data.write(host, iov.slice(0, n as usize)).await?;
             return Ok(n as usize);
         }
         let layout = self.layout;
@@ -285,10 +285,10 @@ impl Image {
         // Somebody may have been here before.
         let mut entries = self.entries(at, count as usize).await?;
         if let Some((host, n)) = self.in_place(at, end - at)? {
-            self.file.write(host, iov.slice(0, n as usize)).await?;
+            self.data.write(host, iov.slice(0, n as usize)).await?;
             return Ok(n as usize);
         }
-        if entries[0].is_own() {
+        if layout.is_own(entries[0]) {
             // It has a place, but not all of what is written is data yet.
             let end = end.min(start + cluster);
             let part = iov.slice(0, (end - at) as usize);
@@ -300,14 +300,28 @@ impl Image {
             self.fill(&entries[..1], run, at..end, part).await?;
             return Ok((end - at) as usize);
         }
-        let n = entries.iter().take_while(|e| !e.is_own()).count();
+        let n = entries.iter().take_while(|e| !layout.is_own(**e)).count();
         entries.truncate(n);
-        let run = self.allocate(n as u64).await?;
+        let run = if layout.external {
+            Run {
+                first,
+                clusters: n as u64,
+                zero: false,
+            }
+        } else {
+            let run = self.allocate(n as u64).await?;
+            Run {
+                zero: run.zero && self.fresh_is_zero,
+                ..run
+            }
+        };
         entries.truncate(run.clusters as usize);
         let end = end.min(start + run.clusters * cluster);
         let part = iov.slice(0, (end - at) as usize);
         if let Err(e) = self.fill(&entries, run, at..end, part).await {
-            self.give_back(run);
+            if !layout.external {
+                self.give_back(run);
+            }
             return Err(e);
         }
         Ok((end - at) as usize)
@@ -326,7 +340,7 @@ impl Image {
         let cluster = layout.cluster();
         let start = range.start & !(cluster - 1);
         let end = start + old.len() as u64 * cluster;
-        let moves = |e: Entry| !e.is_own() && layout.has_data(e);
+        let moves = |e: Entry| !layout.is_own(e) && layout.has_data(e);
         // What becomes data with it: the subclusters that are touched, or all of a cluster whose data moves.
         let whole = if moves(old[0]) {
             start
@@ -337,6 +351,11 @@ impl Image {
             end
         } else {
             range.end.next_multiple_of(layout.unit()).min(end)
+        };
+        let whole_end = match layout.external {
+            // The data file ends where the disk does.
+            true => whole_end.min(self.size().max(range.end)),
+            false => whole_end,
         };
         let (mut from, mut parts) = (range.start, vec![data]);
         if whole < range.start && !(run.zero && self.reads_zero(whole..range.start).await?) {
@@ -355,7 +374,7 @@ impl Image {
             _ => IoVecs::concat(parts),
         };
         let host = run.first << layout.cluster_bits;
-        self.file.write(host + (from - start), iov).await?;
+        self.data.write(host + (from - start), iov).await?;
         self.change_entries(start, old.len(), Reason::Other, |i, old| {
             let base = start + i as u64 * cluster;
             let from = whole.saturating_sub(base).min(cluster);
@@ -389,6 +408,12 @@ impl Image {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "compressed data is written in whole clusters",
+            ));
+        }
+        if self.layout.external || self.encrypted {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "images with an external data file or with encryption have no compressed clusters",
             ));
         }
         self.mark_dirty(at, iov.len() as u64);
@@ -462,6 +487,9 @@ impl Image {
     pub async fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.mark_dirty(offset, len);
         let end = offset + len;
+        if self.raw_data {
+            self.data.write_zeroes(offset, len, may_unmap).await?;
+        }
         let whole = self.whole_clusters(offset..end);
         let (first, last) = (whole.start, whole.end);
         if whole.is_empty() {
@@ -482,6 +510,13 @@ impl Image {
     /// Gives up the clusters that lie wholly within a range; they read as zeroes, or still as what they were.
     pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.mark_dirty(offset, len);
+        if self.raw_data {
+            // The tables have to say what the data file says.
+            return match self.options.pass_discard_request {
+                true => self.data.discard(offset, len).await,
+                false => Ok(()),
+            };
+        }
         let whole = self.whole_clusters(offset..offset + len);
         if !whole.is_empty() {
             self.zero_clusters(whole, Place::GiveUp).await?;
@@ -513,9 +548,14 @@ impl Image {
         Ok(())
     }
 
-    /// Drops clusters that the disk will not have any more.
+    /// Drops clusters that the disk will not have any more. As long as it has them they read as zeroes, not as the backing
+    /// file (which version 2 cannot say).
     pub(crate) async fn cut_off(&self, range: Range<u64>) -> io::Result<()> {
-        self.change_clusters(range, |_| Entry::default()).await
+        let none = match self.has_backing && self.version >= 3 {
+            true => self.layout.zero(0),
+            false => Entry::default(),
+        };
+        self.change_clusters(range, false, |_| none).await
     }
 
     async fn zero_clusters(&self, range: Range<u64>, place: Place) -> io::Result<()> {
@@ -523,8 +563,17 @@ impl Image {
         if self.version < 3 && self.has_backing {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        self.change_clusters(range, |old| {
-            let keep = place == Place::Keep && old.is_own() && self.version >= 3;
+        let raw = self.raw_data;
+        let keeps = (place == Place::Keep || self.options.discard_no_unref) && self.version >= 3;
+        let discards = place == Place::GiveUp
+            && self.options.pass_discard_request
+            && (layout.external && !raw || keeps);
+        self.change_clusters(range, discards, |old| {
+            // Zeroes were written there.
+            if raw && layout.has_data(old) {
+                return old;
+            }
+            let keep = keeps && layout.is_own(old);
             match (keep, self.has_backing) {
                 (true, _) => layout.zero(old.host()),
                 (false, false) => Entry::default(),
@@ -534,10 +583,11 @@ impl Image {
         .await
     }
 
-    /// Gives whole clusters new entries without data.
+    /// Gives whole clusters new entries without data. If `discards`, data that keeps its place is discarded there.
     async fn change_clusters(
         &self,
         range: Range<u64>,
+        discards: bool,
         new: impl Fn(Entry) -> Entry,
     ) -> io::Result<()> {
         let layout = self.layout;
@@ -546,7 +596,7 @@ impl Image {
             let next = (at / layout.span() + 1)
                 .saturating_mul(layout.span())
                 .min(range.end);
-            self.change_within_table(at..next, &new).await?;
+            self.change_within_table(at..next, discards, &new).await?;
             at = next;
             vdisk_io::give_way().await;
             if self.meta().is_full() {
@@ -559,6 +609,7 @@ impl Image {
     async fn change_within_table(
         &self,
         range: Range<u64>,
+        discards: bool,
         new: impl Fn(Entry) -> Entry,
     ) -> io::Result<()> {
         let layout = self.layout;
@@ -579,6 +630,33 @@ impl Image {
         }
         self.own_table(index).await?;
         self.change_entries(range.start, n, Reason::Request, |_, old| new(old))
-            .await
+            .await?;
+        if discards {
+            // The clusters are held: nobody has written there again.
+            self.discard_data(&entries).await;
+        }
+        Ok(())
+    }
+
+    /// Discards the data of clusters that had these entries, and still have their places.
+    async fn discard_data(&self, entries: &[Entry]) {
+        let layout = self.layout;
+        let cluster = layout.cluster();
+        let has = |e: &Entry| layout.is_own(*e) && layout.has_data(*e);
+        let mut at = 0;
+        while at < entries.len() {
+            let first = entries[at].host();
+            let goes_on =
+                |(i, e): &(usize, &Entry)| has(e) && e.host() == first + *i as u64 * cluster;
+            let n = entries[at..].iter().enumerate().take_while(goes_on).count();
+            if n > 0 {
+                let len = (n as u64 * cluster).min(self.data.size().saturating_sub(first));
+                // Only space is lost if that fails.
+                if let Err(error) = self.data.discard(first, len).await {
+                    tracing::debug!(%error, "space cannot be given back");
+                }
+            }
+            at += n.max(1);
+        }
     }
 }

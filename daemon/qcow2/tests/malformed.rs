@@ -3,11 +3,11 @@
 mod exercise;
 mod memory;
 
-use memory::{Memory, Random, block_on, open};
+use memory::{Memory, Random, block_on, open, open_with};
 use proptest::prelude::*;
 use vdisk_io::IoVecs;
 use vdisk_qcow2::{
-    Compression, CreateOptions, Error, Header, Image, Kind, Lookup, Mapping, Options,
+    Children, Compression, CreateOptions, Error, Header, Image, Kind, Lookup, Mapping, Options,
 };
 
 /// An image of 512-byte clusters: header, L1 table, L2 table, data.
@@ -130,14 +130,29 @@ fn samples() -> Vec<Vec<u8>> {
             backing: Some(("base".into(), "raw".into())),
             ..base(2048)
         },
+        CreateOptions {
+            data_file: Some("data".into()),
+            ..base(1024)
+        },
+        CreateOptions {
+            data_file: Some("data".into()),
+            data_file_raw: true,
+            extended_l2: true,
+            ..base(16384)
+        },
     ]
     .iter()
     .enumerate()
     .map(|(i, options)| {
         let file = Memory::new(Vec::new(), None, false);
         block_on(async {
-            Image::create(file.clone(), options).await.unwrap();
-            let image = open(&file, None, Options::default()).unwrap();
+            let external = Memory::new(Vec::new(), None, false);
+            let children = || Children {
+                data: options.data_file.is_some().then(|| external.clone() as _),
+                ..Children::new(file.clone())
+            };
+            Image::create(children(), options).await.unwrap();
+            let image = open_with(&file, children().data, None, Options::default()).unwrap();
             image.activate(None).await.unwrap();
             let mut random = Random::new(i as u64 + 1);
             for _ in 0..30 {
@@ -175,7 +190,7 @@ proptest! {
     /// Some words of header and tables have other values.
     #[test]
     fn no_image_breaks_the_engine(
-        kind in 0usize..6,
+        kind in 0usize..8,
         head in prop::collection::vec((0usize..14, extreme()), 0..3),
         bytes in prop::collection::vec((0usize..160, any::<u8>()), 0..3),
         words in prop::collection::vec((any::<prop::sample::Index>(), extreme()), 0..8),

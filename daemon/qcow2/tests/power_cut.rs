@@ -7,9 +7,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
-use memory::{Memory, Random, after_power_cut, block_on, open};
+use memory::{Memory, Random, after_power_cut, block_on, open_with};
 use vdisk_io::IoVecs;
-use vdisk_qcow2::{CHECK_MEMORY, CreateOptions, Image, Options, Repair, Storage};
+use vdisk_qcow2::{CHECK_MEMORY, Children, CreateOptions, Image, Options, Repair, Storage};
 
 const SECTOR: u64 = 512;
 
@@ -45,6 +45,16 @@ struct Guest {
     next_tag: std::cell::Cell<u64>,
     /// What snapshots have, by name.
     snapshots: std::cell::RefCell<Vec<(String, Vec<u8>)>>,
+    /// Sizes that the disk had.
+    sizes: std::cell::RefCell<Vec<u64>>,
+}
+
+/// What happens between the phases of a workload.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Between {
+    Nothing,
+    Snapshots,
+    Resizes,
 }
 
 impl Guest {
@@ -185,6 +195,25 @@ impl Guest {
         }
     }
 
+    /// What is cut off is gone, and what is new reads as zeroes.
+    async fn resize(&self, size: u64) {
+        let began = self.file.tick();
+        let before = self.image.size();
+        let (from, to) = (before.min(size), before.max(size));
+        self.note(from, to - from, |_| Version {
+            tag: 0,
+            began,
+            ended: u64::MAX,
+            maybe: false,
+        });
+        self.sizes.borrow_mut().push(size);
+        self.image.resize(size).await.unwrap();
+        self.ended(from, to - from, began);
+        self.flushes
+            .borrow_mut()
+            .push((self.file.tick(), self.file.tick()));
+    }
+
     fn ended(&self, offset: u64, len: u64, began: u64) {
         let now = self.file.tick();
         let mut sectors = self.sectors.borrow_mut();
@@ -252,10 +281,10 @@ async fn sound(image: &Image, what: &str) {
 
 /// Runs a random workload from several requests at once, and cuts the power at many moments.
 fn workload(seed: u64, create: &CreateOptions, options: Options, cuts: usize) {
-    run(seed, create, options, cuts, false);
+    run(seed, create, options, cuts, Between::Nothing);
 }
 
-fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapshots: bool) {
+fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between: Between) {
     let mut random = Random::new(seed);
     let size = create.size;
     let backing = create.backing.is_some().then(|| {
@@ -264,24 +293,41 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
         Memory::new(data, Some(seed), false) as Arc<dyn Storage>
     });
     let empty = Memory::new(Vec::new(), None, false);
-    block_on(Image::create(empty.clone(), create)).unwrap();
+    let empty_data = create
+        .data_file
+        .is_some()
+        .then(|| Memory::new(Vec::new(), None, false));
+    let children = Children {
+        data: empty_data.clone().map(|d| d as _),
+        ..Children::new(empty.clone())
+    };
+    block_on(Image::create(children, create)).unwrap();
     let base = empty.data();
+    let base_data = empty_data.map(|d| d.data());
     let file = Memory::new(base.clone(), Some(seed), true);
-    let image = open(&file, backing.clone(), options).unwrap();
+    let data_file = base_data
+        .clone()
+        .map(|data| file.beside(data, Some(seed + 1)));
+    let as_storage = |d: &Option<Arc<Memory>>| d.clone().map(|d| d as Arc<dyn Storage>);
+    let image = open_with(&file, as_storage(&data_file), backing.clone(), options).unwrap();
+    let largest = 2 * size;
     let guest = Guest {
         file: file.clone(),
         image,
         backing: backing.as_ref().map_or(0, |b| b.size() / SECTOR),
-        sectors: std::cell::RefCell::new(vec![Vec::new(); (size / SECTOR) as usize]),
+        sectors: std::cell::RefCell::new(vec![Vec::new(); (largest / SECTOR) as usize]),
         flushes: Default::default(),
         next_tag: std::cell::Cell::new(1),
         snapshots: Default::default(),
+        sizes: std::cell::RefCell::new(vec![size]),
     };
     block_on(async {
         guest.image.activate(None).await.unwrap();
-        for phase in 0..if snapshots { 4 } else { 1 } {
+        let phases = if between == Between::Nothing { 1 } else { 4 };
+        for phase in 0..phases {
             join_all((0..4).map(|_| {
-                let ops = ops(&mut random, size, if snapshots { 12 } else { 40 });
+                let n = if phases == 1 { 40 } else { 12 };
+                let ops = ops(&mut random, guest.image.size(), n);
                 let guest = &guest;
                 async move {
                     for op in ops {
@@ -295,7 +341,11 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
             }))
             .await;
             match phase {
-                _ if !snapshots => {}
+                _ if between == Between::Nothing => {}
+                _ if between == Between::Resizes => {
+                    let size = SECTOR * (1 + random.below(largest / SECTOR));
+                    guest.resize(size).await;
+                }
                 0 => guest.snapshot("first").await,
                 1 => guest.snapshot("second").await,
                 2 if seed.is_multiple_of(2) => guest.apply("first").await,
@@ -311,8 +361,12 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
         guest.image.close().await.unwrap();
     });
     // Closed as it should be, it has no leaks either.
-    let closed = open(
+    let data = data_file
+        .as_ref()
+        .map(|d| Memory::new(d.data(), None, false));
+    let closed = open_with(
         &Memory::new(file.data(), None, false),
+        as_storage(&data),
         None,
         Options::default(),
     )
@@ -323,8 +377,9 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
         "seed {seed}: {report:#?}"
     );
     let log = file.log();
+    let data_log = data_file.map(|d| d.log()).unwrap_or_default();
     let end = file.tick();
-    assert!(log.len() > 100);
+    assert!(log.len() + data_log.len() > 100);
     for cut in 0..=cuts {
         let time = if cut == cuts {
             end
@@ -334,8 +389,17 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
         let data = after_power_cut(&base, &log, time, &mut random);
         let what = format!("seed {seed}, cut {cut} at {time} of {end}");
         let file = Memory::new(data, None, false);
-        let image = open(&file, backing.clone(), Options::default())
-            .unwrap_or_else(|e| panic!("{what}: {e}"));
+        let data_file = base_data.as_ref().map(|base| {
+            let data = after_power_cut(base, &data_log, time, &mut random);
+            Memory::new(data, None, false)
+        });
+        let image = open_with(
+            &file,
+            as_storage(&data_file),
+            backing.clone(),
+            Options::default(),
+        )
+        .unwrap_or_else(|e| panic!("{what}: {e}"));
         block_on(async {
             // A snapshot that was being made or deleted leaves the image marked, to be repaired by whoever opens it.
             if !image.header().dirty {
@@ -343,8 +407,18 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, snapsho
             }
             image.activate(None).await.unwrap();
             sound(&image, &what).await;
+            let size = image.size();
+            assert!(guest.sizes.borrow().contains(&size), "{what}: {size} bytes");
             let iov = IoVecs::zeroed(size as usize, 1);
             image.read(0, iov.clone()).await.unwrap();
+            if let (true, Some(d)) = (create.data_file_raw, &data_file) {
+                let (disk, data) = (iov.to_vec(), d.data());
+                let differs = (0..size as usize).find(|i| disk[*i] != data[*i]);
+                assert_eq!(
+                    differs, None,
+                    "{what}: the data file is not the disk of {size} bytes"
+                );
+            }
             for (i, word) in iov.to_vec().chunks(8).enumerate() {
                 let word = u64::from_le_bytes(word.try_into().unwrap());
                 let sector = i as u64 / 64;
@@ -454,7 +528,60 @@ fn snapshots() {
             },
             ..create
         };
-        run(seed, &create, Options::default(), cuts(), true);
+        run(
+            seed,
+            &create,
+            Options::default(),
+            cuts(),
+            Between::Snapshots,
+        );
+    }
+}
+
+#[test]
+fn sizes_that_change() {
+    for seed in 60..68 {
+        let create = CreateOptions {
+            cluster_size: [512, 4096, 16384][seed as usize % 3],
+            extended_l2: seed % 3 == 2 && seed > 63,
+            backing: (seed % 4 == 0).then(|| ("base".into(), "raw".into())),
+            ..small()
+        };
+        run(seed, &create, Options::default(), cuts(), Between::Resizes);
+    }
+}
+
+#[test]
+fn external_data_files() {
+    for seed in 70..78 {
+        let raw = seed % 2 == 0;
+        let extended_l2 = seed % 3 == 0;
+        let create = CreateOptions {
+            cluster_size: if extended_l2 { 16384 } else { 2048 },
+            extended_l2,
+            data_file: Some("data".into()),
+            data_file_raw: raw,
+            backing: (!raw && seed > 73).then(|| ("base".into(), "raw".into())),
+            ..small()
+        };
+        let between = [Between::Nothing, Between::Resizes][seed as usize / 2 % 2];
+        run(seed, &create, Options::default(), cuts(), between);
+    }
+}
+
+#[test]
+fn places_that_stay() {
+    for seed in 80..86 {
+        let options = Options {
+            discard_no_unref: true,
+            ..Options::default()
+        };
+        let create = CreateOptions {
+            backing: (seed % 2 == 0).then(|| ("base".into(), "raw".into())),
+            ..small()
+        };
+        let between = [Between::Nothing, Between::Snapshots][seed as usize / 2 % 2];
+        run(seed, &create, options, cuts(), between);
     }
 }
 

@@ -11,12 +11,12 @@ use std::task::Poll;
 use memory::{Memory, Random, block_on, open};
 use vdisk_io::{IoVecs, give_way};
 use vdisk_qcow2::{
-    CHECK_MEMORY, CreateOptions, Image, Kind, Lookup, Options, Preallocation, Repair,
+    CHECK_MEMORY, Children, CreateOptions, Image, Kind, Lookup, Options, Preallocation, Repair,
 };
 
 fn created(options: &CreateOptions) -> Arc<Memory> {
     let file = Memory::new(Vec::new(), None, false);
-    block_on(Image::create(file.clone(), options)).unwrap();
+    block_on(Image::create(Children::new(file.clone()), options)).unwrap();
     file
 }
 

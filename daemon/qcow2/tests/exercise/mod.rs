@@ -3,7 +3,11 @@
 use vdisk_io::IoVecs;
 use vdisk_qcow2::{Options, Repair};
 
-use crate::memory::{Memory, open};
+use crate::memory::{Memory, open_with};
+
+fn external_data(bytes: &[u8]) -> bool {
+    bytes.get(79).is_some_and(|b| b & 4 != 0)
+}
 
 /// Does with an image whatever can be done.
 pub async fn exercise(bytes: Vec<u8>, backing: bool) {
@@ -14,7 +18,10 @@ pub async fn exercise(bytes: Vec<u8>, backing: bool) {
         refcount_cache: 8192,
         ..Options::default()
     };
-    let Ok(image) = open(&file, below, options) else {
+    // Used if the header asks for it.
+    let external =
+        external_data(&file.data()).then(|| Memory::new(vec![5; 50_000], None, false) as _);
+    let Ok(image) = open_with(&file, external, below, options) else {
         return;
     };
     let size = image.size().min(1 << 20);

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use vdisk_io::{IoVecs, give_way};
-use vdisk_qcow2::{Header, Image, LocalFuture, MAX_HEADER, Options, Result, Storage};
+use vdisk_qcow2::{Children, Header, Image, LocalFuture, MAX_HEADER, Options, Result, Storage};
 
 /// The medium is full then.
 const MAX_SIZE: u64 = 64 << 20;
@@ -71,7 +71,7 @@ struct State {
 #[derive(Default)]
 pub struct Memory {
     state: Mutex<State>,
-    clock: AtomicU64,
+    clock: Arc<AtomicU64>,
     record: bool,
 }
 
@@ -84,9 +84,16 @@ impl Memory {
                 random: seed.map(Random::new),
                 ..State::default()
             }),
-            clock: AtomicU64::new(1),
+            clock: Arc::new(AtomicU64::new(1)),
             record,
         })
+    }
+
+    /// As [`Memory::new`], with the clock of this one: both lose power at one moment.
+    pub fn beside(&self, data: Vec<u8>, seed: Option<u64>) -> Arc<Memory> {
+        let mut other = Arc::into_inner(Memory::new(data, seed, self.record)).unwrap();
+        other.clock = self.clock.clone();
+        Arc::new(other)
     }
 
     pub fn tick(&self) -> u64 {
@@ -295,6 +302,16 @@ impl Storage for Memory {
         })
     }
 
+    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            if offset + len > self.size() {
+                return Err(io::Error::other("zeroes beyond the end"));
+            }
+            self.change(Change::Write(offset, vec![0; len as usize]))
+                .await
+        })
+    }
+
     fn quiesce(&self) -> LocalFuture<'_, ()> {
         Box::pin(async move {
             let now = self.tick();
@@ -326,6 +343,16 @@ pub fn open(
     backing: Option<Arc<dyn Storage>>,
     options: Options,
 ) -> Result<Rc<Image>> {
+    open_with(file, None, backing, options)
+}
+
+/// As [`open`], with an external data file.
+pub fn open_with(
+    file: &Arc<Memory>,
+    data_file: Option<Arc<dyn Storage>>,
+    backing: Option<Arc<dyn Storage>>,
+    options: Options,
+) -> Result<Rc<Image>> {
     let data = file.data();
     let header = Header::parse(&data[..data.len().min(MAX_HEADER)], data.len() as u64)?;
     let at = header.l1_offset as usize;
@@ -333,8 +360,11 @@ pub fn open(
     Ok(Rc::new(Image::new(
         header,
         &l1,
-        file.clone(),
-        backing,
+        Children {
+            file: file.clone(),
+            data: data_file,
+            backing,
+        },
         options,
     )?))
 }
