@@ -18,12 +18,16 @@ pub trait Manager {
     fn add_export(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn add_io_thread(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn add_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
+    fn remove_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
     fn create_image(&self, options: Options<'_>) -> zbus::Result<()>;
     fn measure_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn check_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn map_image(&self, start: u64, options: Options<'_>) -> zbus::Result<Vec<Statistics>>;
     fn amend_image(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn secrets(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "const"))]

@@ -5,6 +5,7 @@ mod guest;
 mod lab;
 pub mod qemu_tools;
 mod qmp;
+pub mod workload;
 
 pub mod blk_client;
 pub mod frontend;

@@ -6,6 +6,7 @@ use std::process::Command;
 use vdisk_qemu_tests::Daemon;
 use vdisk_qemu_tests::blk_client::Client;
 use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
+use vdisk_qemu_tests::workload::{assert_same, change, compare};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 24 * MIB;
@@ -32,35 +33,6 @@ fn fill(image: &Path, seed: u64) {
     }
     args.push(text(image));
     tool("qemu-io", &args);
-}
-
-fn assert_same(got: &[u8], want: &[u8], at: u64, what: &str) {
-    if let Some(i) = got.iter().zip(want).position(|(a, b)| a != b) {
-        panic!(
-            "{what}: byte {} is {:#x}, not {:#x}",
-            at + i as u64,
-            got[i],
-            want[i]
-        );
-    }
-}
-
-/// Reads the whole export, in large pieces and again in small ones at odd places.
-fn compare(daemon: &Daemon, id: &str, want: &[u8]) {
-    let mut client = Client::connect(&daemon.socket(id), 1, 1, 1 << 20);
-    assert_eq!(client.capacity(), want.len() as u64);
-    let mut buf = vec![0; 1 << 20];
-    for at in (0..want.len()).step_by(1 << 20) {
-        let n = buf.len().min(want.len() - at);
-        assert_eq!(client.read(at as u64, &mut buf[..n]), 0, "{id} at {at}");
-        assert_same(&buf[..n], &want[at..at + n], at as u64, id);
-    }
-    for i in 0..2000usize {
-        let n = 512 * (i % 13 + 1);
-        let at = (i * 7919 * 512) % (want.len() - n) / 512 * 512;
-        assert_eq!(client.read(at as u64, &mut buf[..n]), 0, "{id} at {at}");
-        assert_same(&buf[..n], &want[at..at + n], at as u64, id);
-    }
 }
 
 fn add(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
@@ -252,40 +224,6 @@ fn add_writable(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
     daemon.export_node(id, id, &[]);
 }
 
-/// Random writes, zeroes and discards from a client, and the same to `model`.
-fn change(client: &mut Client, model: &mut [u8], seed: u64, n: usize) {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let size = model.len() as u64;
-    for i in 0..n {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        let longest = [8, 100, 1000][(x >> 8) as usize % 3];
-        let len = ((x % longest + 1) * 512).min(size);
-        let at = (x >> 20) % ((size - len) / 512 + 1) * 512;
-        let range = at as usize..(at + len) as usize;
-        match x >> 60 {
-            0 => {
-                assert_eq!(client.write_zeroes(at, len, x & 1 == 0), 0);
-                model[range].fill(0);
-            }
-            1 => {
-                // What is discarded may read as anything it was, or zeroes: it is written again.
-                assert_eq!(client.discard(at, len), 0);
-                let data = vec![i as u8 | 1; len as usize];
-                assert_eq!(client.write(at, &data), 0);
-                model[range].copy_from_slice(&data);
-            }
-            2 => assert_eq!(client.flush(), 0),
-            _ => {
-                let data: Vec<u8> = (0..len).map(|b| (b / 512 + x) as u8).collect();
-                assert_eq!(client.write(at, &data), 0, "{at} {len}");
-                model[range].copy_from_slice(&data);
-            }
-        }
-    }
-}
-
 #[test]
 fn what_is_written_is_what_qemu_reads() {
     let daemon = Daemon::start(&[]);
@@ -339,6 +277,100 @@ fn what_is_written_is_what_qemu_reads() {
         fill(&image, i as u64 + 90);
         assert_sound(&image);
     }
+}
+
+#[test]
+fn external_data_files_go_both_ways() {
+    let daemon = Daemon::start(&[]);
+    for (i, (name, options, ours)) in [
+        ("x-plain", "", false),
+        ("x-raw", "data_file_raw=on", false),
+        ("x-sub", "extended_l2=on,cluster_size=128k", false),
+        ("x-ours", "data-file-raw=off", true),
+        ("x-ours-raw", "data-file-raw=on", true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let raw = name.ends_with("raw");
+        let data = daemon.path(&format!("{name}.data"));
+        let size = SIZE.to_string();
+        let image = if ours {
+            let image = daemon.path(&format!("{name}.qcow2"));
+            let named = format!("data-file={}", data.display());
+            daemon.ctl(&["image", "create", text(&image), &size, &named, options]);
+            let info = daemon.ctl_json(&["image", "info", text(&image)]);
+            assert_eq!(info["data-file"], text(&data));
+            assert_eq!(info["data-file-raw"], raw);
+            image
+        } else {
+            let more = format!("data_file={},{options}", data.display());
+            create(&daemon, name, more.trim_end_matches(','))
+        };
+        fill(&image, i as u64 + 200);
+        let mut model = read_with_qemu(&image);
+        let filename = format!("data-file.filename={}", data.display());
+        let more = ["data-file.driver=file", &filename];
+        add_writable(&daemon, name, &image, &more);
+        let mut client = Client::connect(&daemon.socket(name), 1, 1, 1 << 20);
+        change(&mut client, &mut model, i as u64 + 20, 300);
+        drop(client);
+        compare(&daemon, name, &model);
+        // Its size changes with the disk's.
+        daemon.ctl(&["node", "resize", name, "+1M"]);
+        model.resize(model.len() + (1 << 20), 0);
+        let (_, e) = daemon.ctl_error(&["snapshot", "create", name, "s"]);
+        assert!(e.contains("external data file"), "{e}");
+        daemon.ctl(&["export", "remove", name]);
+        daemon.ctl(&["node", "remove", name]);
+        assert_sound(&image);
+        assert_same(&read_with_qemu(&image), &model, 0, name);
+        assert_eq!(std::fs::metadata(&data).unwrap().len(), SIZE + MIB);
+        if raw {
+            assert_same(&std::fs::read(&data).unwrap(), &model, 0, name);
+        }
+        // And QEMU goes on with it.
+        fill(&image, i as u64 + 300);
+        assert_sound(&image);
+    }
+    // A renamed data file.
+    let image = daemon.path("x-ours.qcow2");
+    let renamed = daemon.path("renamed.data");
+    std::fs::rename(daemon.path("x-ours.data"), &renamed).unwrap();
+    let name = format!("data-file={}", renamed.display());
+    daemon.ctl(&["image", "amend", text(&image), &name]);
+    assert_eq!(read_with_qemu(&image).len() as u64, SIZE + MIB);
+}
+
+/// Clusters that the guest gives up keep their places, and the storage gets their space.
+#[test]
+fn discarded_clusters_keep_their_places() {
+    let daemon = Daemon::start(&[]);
+    let image = create(&daemon, "kept", "");
+    let write = ["-f", "qcow2", "-c", "write -P 7 0 16M", text(&image)];
+    tool("qemu-io", &write);
+    add_writable(&daemon, "kept", &image, &["discard-no-unref=on"]);
+    let allocated = || {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(&image).unwrap().blocks() * 512
+    };
+    let mut client = Client::connect(&daemon.socket("kept"), 1, 1, 1 << 20);
+    assert!(allocated() > 15 * MIB);
+    assert_eq!(client.discard(0, 8 * MIB), 0);
+    assert_eq!(client.write_zeroes(8 * MIB, 4 * MIB, true), 0);
+    assert!(allocated() < 5 * MIB, "{}", allocated());
+    let before = std::fs::metadata(&image).unwrap().len();
+    for at in (0..12).rev() {
+        assert_eq!(client.write(at * MIB, &vec![9; MIB as usize]), 0);
+    }
+    drop(client);
+    daemon.ctl(&["export", "remove", "kept"]);
+    daemon.ctl(&["node", "remove", "kept"]);
+    // Nothing was put elsewhere, and what was one piece still is.
+    assert!(std::fs::metadata(&image).unwrap().len() <= before);
+    let map = daemon.ctl_json(&["image", "map", text(&image)]);
+    assert_eq!(map[0]["length"], 16 * MIB, "{map}");
+    assert_sound(&image);
 }
 
 #[test]
@@ -446,7 +478,16 @@ fn what_cannot_be_opened_is_refused_by_name() {
         "external",
         &format!("data_file={}", data.display()),
     );
-    refused(&external, &["read-only=on"], &["external data file"]);
+    refused(
+        &external,
+        &["read-only=on"],
+        &["data in another file", "/data'", "'data-file'"],
+    );
+    let here = format!("data-file.filename={}", data.display());
+    let data_file = ["data-file.driver=file", &here];
+    refused(&plain, &data_file, &["in itself", "'data-file'"]);
+    let old = create(&daemon, "old", "compat=0.10");
+    refused(&old, &["discard-no-unref=on"], &["version 2"]);
     daemon.ctl(&[
         "node",
         "add",

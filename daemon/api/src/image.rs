@@ -8,6 +8,28 @@ use crate::fields::{Fields, Map, expand_dotted};
 pub enum ImageFormat {
     Raw,
     Qcow2,
+    Luks,
+}
+
+/// The hash that protects a passphrase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KeyHash {
+    Sha1,
+    #[default]
+    Sha256,
+    Sha512,
+}
+
+/// How a new image is encrypted (QAPI `QCryptoBlockCreateOptionsLUKS`): with AES-XTS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encryption {
+    /// The secret that will open it, by its id.
+    pub key_secret: String,
+    /// 128 or 256.
+    pub aes_bits: u32,
+    pub hash: KeyHash,
+    /// How long trying a passphrase is to take, in milliseconds.
+    pub iter_time: u64,
 }
 
 /// What is made of a new image beyond its header.
@@ -32,6 +54,19 @@ pub struct Qcow2Create {
     pub lazy_refcounts: bool,
     /// Name and format of the backing file.
     pub backing: Option<(String, String)>,
+    /// Name of the external data file.
+    pub data_file: Option<String>,
+    /// It is to be the guest's disk as it is.
+    pub data_file_raw: bool,
+    pub encrypt: Option<Encryption>,
+}
+
+/// What a new image holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NewFormat {
+    Raw,
+    Qcow2(Qcow2Create),
+    Luks(Encryption),
 }
 
 /// A new image.
@@ -43,8 +78,7 @@ pub struct CreateImage {
     pub preallocation: ImagePreallocation,
     /// What is there already may be lost.
     pub overwrite: bool,
-    /// None for raw images.
-    pub qcow2: Option<Qcow2Create>,
+    pub format: NewFormat,
 }
 
 /// An image in a file.
@@ -74,10 +108,15 @@ pub struct AmendImage {
     pub lazy_refcounts: Option<bool>,
     /// Name and format of the backing file; the empty name for none.
     pub backing: Option<(String, Option<String>)>,
+    /// Name of the external data file, for one that was renamed.
+    pub data_file: Option<String>,
 }
 
-const FORMATS: [(&str, ImageFormat); 2] =
-    [("raw", ImageFormat::Raw), ("qcow2", ImageFormat::Qcow2)];
+const FORMATS: [(&str, ImageFormat); 3] = [
+    ("raw", ImageFormat::Raw),
+    ("qcow2", ImageFormat::Qcow2),
+    ("luks", ImageFormat::Luks),
+];
 const VERSIONS: [(&str, u32); 4] = [("v2", 2), ("v3", 3), ("0.10", 2), ("1.1", 3)];
 
 fn named(map: Map) -> Result<(Fields, String)> {
@@ -85,6 +124,43 @@ fn named(map: Map) -> Result<(Fields, String)> {
     let filename = f.required_string("filename")?;
     f.set_what(format!("image '{filename}'"));
     Ok((f, filename))
+}
+
+impl Encryption {
+    fn read(f: &mut Fields) -> Result<Encryption> {
+        f.choice("cipher-mode", &[("xts", ())])?;
+        f.choice("ivgen-alg", &[("plain64", ())])?;
+        Ok(Encryption {
+            key_secret: f.required_string("key-secret")?,
+            aes_bits: f
+                .choice("cipher-alg", &[("aes-128", 128), ("aes-256", 256)])?
+                .unwrap_or(256),
+            hash: f
+                .choice(
+                    "hash-alg",
+                    &[
+                        ("sha1", KeyHash::Sha1),
+                        ("sha256", KeyHash::Sha256),
+                        ("sha512", KeyHash::Sha512),
+                    ],
+                )?
+                .unwrap_or_default(),
+            iter_time: f.integer("iter-time", 1..=60_000)?.unwrap_or(2000),
+        })
+    }
+
+    /// The dictionary "encrypt" of a qcow2 image.
+    fn within(f: &mut Fields) -> Result<Option<Encryption>> {
+        let Some(map) = f.object("encrypt")? else {
+            return Ok(None);
+        };
+        let mut e = Fields::new(format!("{}, encrypt", f.what()), map);
+        e.choice("format", &[("luks", ())])?
+            .ok_or_else(|| e.error("format", "is missing: luks is supported"))?;
+        let read = Encryption::read(&mut e)?;
+        e.finish()?;
+        Ok(Some(read))
+    }
 }
 
 impl Qcow2Create {
@@ -117,6 +193,9 @@ impl Qcow2Create {
                 .unwrap_or(false),
             lazy_refcounts: f.boolean("lazy-refcounts")?.unwrap_or(false),
             backing,
+            data_file: f.string("data-file")?,
+            data_file_raw: f.boolean("data-file-raw")?.unwrap_or(false),
+            encrypt: Encryption::within(f)?,
         })
     }
 }
@@ -139,14 +218,15 @@ impl CreateImage {
                 ],
             )?
             .unwrap_or_default();
-        let qcow2 = match format {
-            ImageFormat::Raw => None,
-            ImageFormat::Qcow2 => Some(Qcow2Create::read(&mut f)?),
+        let format = match format {
+            ImageFormat::Raw => NewFormat::Raw,
+            ImageFormat::Qcow2 => NewFormat::Qcow2(Qcow2Create::read(&mut f)?),
+            ImageFormat::Luks => NewFormat::Luks(Encryption::read(&mut f)?),
         };
-        if qcow2.is_none() && preallocation == ImagePreallocation::Metadata {
+        if !matches!(format, NewFormat::Qcow2(_)) && preallocation == ImagePreallocation::Metadata {
             return Err(f.error(
                 "preallocation",
-                "is 'metadata', which raw images do not have",
+                "is 'metadata', which only qcow2 images have",
             ));
         }
         let overwrite = f.boolean("overwrite")?.unwrap_or(false);
@@ -156,7 +236,7 @@ impl CreateImage {
             size,
             preallocation,
             overwrite,
-            qcow2,
+            format,
         })
     }
 }
@@ -201,9 +281,9 @@ pub fn check_from_map(map: Map) -> Result<(ImageFile, RepairWhat)> {
     let (mut f, filename) = named(map)?;
     let file = ImageFile::read(&mut f, filename)?;
     let repair = RepairWhat::read(&mut f)?;
-    if file.format == ImageFormat::Raw {
+    if file.format != ImageFormat::Qcow2 {
         return Err(Error::not_supported(format!(
-            "{}: raw images have nothing that could be checked",
+            "{}: only qcow2 images have something that could be checked",
             f.what()
         )));
     }
@@ -219,9 +299,10 @@ impl AmendImage {
         let lazy_refcounts = f.boolean("lazy-refcounts")?;
         let backing_file = f.string("backing-file")?;
         let format = f.string("backing-fmt")?;
-        if file.format == ImageFormat::Raw {
+        let data_file = f.string("data-file")?;
+        if file.format != ImageFormat::Qcow2 {
             return Err(Error::not_supported(format!(
-                "{}: raw images have nothing that could be amended",
+                "{}: only qcow2 images have something that could be amended",
                 f.what()
             )));
         }
@@ -247,6 +328,7 @@ impl AmendImage {
             version,
             lazy_refcounts,
             backing,
+            data_file,
         })
     }
 }
@@ -276,7 +358,9 @@ mod tests {
             "compression-type": "zstd", "backing-file": "/b", "backing-fmt": "raw",
         })))
         .unwrap();
-        let q = c.qcow2.unwrap();
+        let NewFormat::Qcow2(q) = c.format else {
+            panic!()
+        };
         assert_eq!((c.size, q.cluster_size, q.version), (1 << 30, 2 << 20, 2));
         assert!(q.zstd && q.backing == Some(("/b".into(), "raw".into())));
     }
@@ -301,6 +385,18 @@ mod tests {
             (
                 json!({"filename": "/x", "size": 1, "driver": "raw", "preallocation": "metadata"}),
                 vec!["metadata"],
+            ),
+            (
+                json!({"filename": "/x", "size": 1, "driver": "luks"}),
+                vec!["key-secret"],
+            ),
+            (
+                json!({"filename": "/x", "size": 1, "encrypt.format": "aes"}),
+                vec!["format", "aes", "luks"],
+            ),
+            (
+                json!({"filename": "/x", "size": 1, "encrypt.format": "luks", "encrypt.key-secret": "s", "encrypt.ivgen-alg": "essiv"}),
+                vec!["ivgen-alg", "essiv"],
             ),
         ] {
             let e = CreateImage::from_map(map(options.clone())).unwrap_err();

@@ -11,6 +11,7 @@ mod fields;
 mod image;
 mod iothread;
 mod node;
+mod secret;
 mod size;
 
 pub use command::{Command, Reply, SnapshotAction};
@@ -21,12 +22,13 @@ pub use export::{
 };
 pub use fields::{Map, Value, expand_dotted};
 pub use image::{
-    AmendImage, CreateImage, ImageFile, ImageFormat, ImagePreallocation, Qcow2Create, RepairWhat,
-    check_from_map, measure_from_map,
+    AmendImage, CreateImage, Encryption, ImageFile, ImageFormat, ImagePreallocation, KeyHash,
+    NewFormat, Qcow2Create, RepairWhat, check_from_map, measure_from_map,
 };
 pub use iothread::{IoThreadOptions, IoThreadUpdate};
 pub use node::{
     BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,
-    NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
+    LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
 };
+pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
 
 /// The drivers, by name.
-pub const DRIVERS: [&str; 5] = ["file", "host_device", "null-co", "qcow2", "raw"];
+pub const DRIVERS: [&str; 6] = ["file", "host_device", "luks", "null-co", "qcow2", "raw"];
 
 /// What a discard request does to the storage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,6 +81,10 @@ pub enum BackingRef {
 pub struct Qcow2Options {
     pub file: NodeRef,
     pub backing: BackingRef,
+    /// Where guest data is, of an image with an external data file.
+    pub data_file: Option<NodeRef>,
+    /// The secret that opens an image with LUKS encryption, by its id.
+    pub key_secret: Option<String>,
     /// Bytes of L2 tables kept in memory.
     pub l2_cache_size: Option<u64>,
     /// Bytes of refcount blocks kept in memory.
@@ -90,6 +94,15 @@ pub struct Qcow2Options {
     pub pass_discard_request: Option<bool>,
     pub pass_discard_snapshot: Option<bool>,
     pub pass_discard_other: Option<bool>,
+    /// What the guest discards keeps its place in the file.
+    pub discard_no_unref: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct LuksOptions {
+    pub file: NodeRef,
+    /// The secret that opens it, by its id.
+    pub key_secret: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +119,7 @@ pub enum DriverOptions {
     HostDevice(FileOptions),
     Raw(RawOptions),
     Qcow2(Qcow2Options),
+    Luks(LuksOptions),
     NullCo(NullOptions),
 }
 
@@ -116,6 +130,7 @@ impl DriverOptions {
             DriverOptions::HostDevice(_) => "host_device",
             DriverOptions::Raw(_) => "raw",
             DriverOptions::Qcow2(_) => "qcow2",
+            DriverOptions::Luks(_) => "luks",
             DriverOptions::NullCo(_) => "null-co",
         }
     }
@@ -258,7 +273,20 @@ impl NodeOptions {
                 pass_discard_request: f.boolean("pass-discard-request")?,
                 pass_discard_snapshot: f.boolean("pass-discard-snapshot")?,
                 pass_discard_other: f.boolean("pass-discard-other")?,
+                key_secret: encryption(&mut f)?,
+                discard_no_unref: f.boolean("discard-no-unref")?.unwrap_or(false),
+                data_file: match f.peek("data-file") {
+                    Some(_) => Some(node_ref(&mut f, "data-file", &inherited)?),
+                    None => {
+                        f.value("data-file");
+                        None
+                    }
+                },
                 backing: backing_ref(&mut f, &inherited)?,
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
+            "luks" => DriverOptions::Luks(LuksOptions {
+                key_secret: f.required_string("key-secret")?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
             "null-co" => DriverOptions::NullCo(NullOptions {
@@ -307,6 +335,19 @@ fn file_options(f: &mut Fields) -> Result<FileOptions> {
             )?
             .unwrap_or_default(),
     })
+}
+
+/// The secret that opens an encrypted image (QAPI `BlockdevQcow2Encryption`).
+fn encryption(f: &mut Fields) -> Result<Option<String>> {
+    let Some(map) = f.object("encrypt")? else {
+        return Ok(None);
+    };
+    let mut e = Fields::new(format!("{}, encrypt", f.what()), map);
+    e.choice("format", &[("luks", ())])?
+        .ok_or_else(|| e.error("format", "is missing: luks is supported"))?;
+    let secret = e.required_string("key-secret")?;
+    e.finish()?;
+    Ok(Some(secret))
 }
 
 /// The backing node; null, or (D-Bus has no null) the empty string, is none.

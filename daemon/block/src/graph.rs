@@ -211,8 +211,14 @@ impl Graph {
         if let DriverOptions::Raw(raw) = &options.driver {
             children.push(("file", self.plan_child(&name, &raw.file, plan)?));
         }
+        if let DriverOptions::Luks(luks) = &options.driver {
+            children.push(("file", self.plan_child(&name, &luks.file, plan)?));
+        }
         if let DriverOptions::Qcow2(qcow2) = &options.driver {
             children.push(("file", self.plan_child(&name, &qcow2.file, plan)?));
+            if let Some(data_file) = &qcow2.data_file {
+                children.push(("data-file", self.plan_child(&name, data_file, plan)?));
+            }
             if let BackingRef::Node(backing) = &qcow2.backing {
                 children.push(("backing", self.plan_child(&name, backing, plan)?));
             }
@@ -346,7 +352,7 @@ impl Graph {
             let wants = self.use_of_child(parent, name, None);
             if !wants.shared.contains(Permissions::RESIZE) && self.is_image(parent) {
                 return Err(Error::in_use(format!(
-                    "node '{name}' holds the image of node '{parent}', which decides about its size: resize that"
+                    "node '{name}' belongs to the image of node '{parent}', which decides about its size: resize that"
                 )));
             }
             self.check_resize(parent)?;

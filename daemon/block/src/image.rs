@@ -52,7 +52,7 @@ impl Standalone {
     pub fn open_image(file: &ImageFile, write: bool) -> Result<(Standalone, Image)> {
         let opened = Standalone::open(&file.filename, write, file.force_share)?;
         let what = format!("image '{}'", file.filename);
-        let image = open_image(&what, &opened.node, None, Options::default())?;
+        let image = open_image(&what, &opened.node, None, None, None, Options::default())?;
         Ok((opened, image))
     }
 

@@ -14,6 +14,7 @@
 //!   block (see [`vdisk_io::RangeLock`]).
 
 mod backend;
+mod crypt;
 mod drivers;
 mod graph;
 mod image;
@@ -22,9 +23,11 @@ mod permission;
 mod runtime;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard};
+pub use crypt::{Encrypted, luks_failed, read_header};
+pub use drivers::qcow2::NodeStorage;
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
 pub use graph::{Graph, NodeInfo, Opened, Parent, Plan};
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};
-pub use runtime::Runtime;
+pub use runtime::{Runtime, Secrets};

@@ -100,7 +100,7 @@ impl Use {
 pub(crate) fn image_child_use(role: &str, writable: bool) -> Use {
     let read = Permissions::CONSISTENT_READ;
     Use {
-        taken: if writable && role == "file" {
+        taken: if writable && role != "backing" {
             read.and(Permissions::WRITE).and(Permissions::RESIZE)
         } else {
             read

@@ -47,7 +47,9 @@ impl CreateOptions {
         };
         let fully_allocated = bytes(all, l2);
         let spared = match self.preallocation {
-            Preallocation::Off | Preallocation::Metadata => all - data.div_ceil(cluster).min(all),
+            Preallocation::Off => all - data.div_ceil(cluster).min(all),
+            // What is encrypted has to be written.
+            Preallocation::Metadata if self.luks.is_none() => all - data.div_ceil(cluster).min(all),
             _ => 0,
         };
         Ok(Measure {

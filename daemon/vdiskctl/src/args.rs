@@ -36,6 +36,9 @@ pub enum Command {
     /// Images in files: make, look at, check, repair
     #[command(subcommand)]
     Image(Image),
+    /// Secrets, which open encrypted images
+    #[command(subcommand)]
+    Secret(Secret),
     /// Snapshots inside the image of a node
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
@@ -96,13 +99,34 @@ pub enum Node {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub enum Secret {
+    /// Make a passphrase known to the daemon
+    ///
+    /// Without --file it is asked for, or read from standard input up to its end (every byte belongs to it, a newline at
+    /// the end, too). It reaches the daemon through a file descriptor, not in a message.
+    ///
+    /// Example: vdiskctl secret add vm1 --file /etc/vdisk/vm1.key
+    Add {
+        /// The new secret's id
+        id: String,
+        /// Read it from this file
+        #[arg(long, value_name = "FILE")]
+        file: Option<std::path::PathBuf>,
+    },
+    /// Forget a secret; what it has opened stays open
+    Remove { id: String },
+    /// List the ids of all secrets
+    List,
+}
+
 /// What an image is found by.
 #[derive(Debug, ClapArgs)]
 pub struct ImageFile {
     /// The file or device
     pub filename: String,
     /// Format of the image
-    #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw", "luks"])]
     pub format: String,
     /// Look although somebody else writes to it
     #[arg(short = 'U', long)]
@@ -114,12 +138,14 @@ pub enum Image {
     /// Make an image
     ///
     /// Example: vdiskctl image create /srv/vm1.qcow2 20G cluster-size=1M
+    ///
+    /// Encrypted: vdiskctl image create /srv/vm1.qcow2 20G encrypt.format=luks encrypt.key-secret=vm1
     Create {
         filename: String,
         /// Size of the disk (20G)
         size: String,
         /// Format of the image
-        #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+        #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw", "luks"])]
         format: String,
         /// The image is an overlay of this one
         #[arg(short, long, value_name = "FILE", requires = "backing_format")]
@@ -130,7 +156,8 @@ pub enum Image {
         /// Lose what is there already
         #[arg(long)]
         overwrite: bool,
-        /// Options: cluster-size=1M, preallocation=metadata, version=v2, extended-l2=on, …
+        /// Options: cluster-size=1M, preallocation=metadata, version=v2, extended-l2=on, data-file=NAME,
+        /// encrypt.format=luks, encrypt.key-secret=ID (key-secret=ID for format luks), …
         #[arg(value_name = "KEY=VALUE")]
         options: Vec<String>,
     },
@@ -151,7 +178,7 @@ pub enum Image {
         /// Size of the disk (20G)
         size: String,
         /// Format of the image
-        #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+        #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw", "luks"])]
         format: String,
         /// Options as of create
         #[arg(value_name = "KEY=VALUE")]
@@ -164,7 +191,8 @@ pub enum Image {
     /// Example: vdiskctl image amend /srv/vm1.qcow2 backing-file=/srv/base.qcow2 backing-fmt=qcow2
     Amend {
         filename: String,
-        /// Options: version=v3, lazy-refcounts=off, backing-file=… backing-fmt=… (empty for none)
+        /// Options: version=v3, lazy-refcounts=off, backing-file=… backing-fmt=… (empty for none),
+        /// data-file=… (for one that was renamed)
         #[arg(value_name = "KEY=VALUE", required = true)]
         options: Vec<String>,
     },

@@ -25,6 +25,17 @@ fn size(word: &str) -> Result<u64> {
     })
 }
 
+/// Options of an image, in which the name of a data file is a path: QEMU looks for a relative one where it was started,
+/// which is not where the image is.
+fn image_options(words: &[String]) -> Result<Options<'_>> {
+    let mut out = options(words)?;
+    if let Some(Variant::Str(name)) = out.get("data-file") {
+        let path = absolute(name);
+        out.insert("data-file", path);
+    }
+    Ok(out)
+}
+
 /// A path as the daemon, which has another working directory, understands it.
 fn absolute(path: &str) -> Variant<'static> {
     let path = std::path::absolute(path).ok();
@@ -51,7 +62,7 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             overwrite,
             options: words,
         } => {
-            let mut options = options(&words)?;
+            let mut options = image_options(&words)?;
             options.insert("filename", absolute(&filename));
             options.insert("driver", Variant::from(format.as_str()));
             options.insert("size", Variant::from(size(&word)?));
@@ -83,7 +94,7 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             format,
             options: words,
         } => {
-            let mut options = options(&words)?;
+            let mut options = image_options(&words)?;
             options.insert("driver", Variant::from(format.as_str()));
             options.insert("size", Variant::from(size(&word)?));
             let found = properties(manager.measure_image(options).await?);
@@ -101,7 +112,7 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             filename,
             options: words,
         } => {
-            let mut options = options(&words)?;
+            let mut options = image_options(&words)?;
             options.insert("filename", absolute(&filename));
             manager.amend_image(options).await?;
         }
@@ -133,6 +144,23 @@ fn print_info(info: &Properties, json: bool) {
     );
     line("disk", bytes("virtual-size"));
     line("takes", bytes("actual-size"));
+    if let Some(Json::Object(e)) = info.get("encrypt") {
+        line(
+            "encryption",
+            format!(
+                "{}-{}-{}, {}",
+                text(e, "cipher-alg"),
+                text(e, "cipher-mode"),
+                text(e, "ivgen-alg"),
+                text(e, "hash-alg")
+            ),
+        );
+        line(
+            "key slots",
+            format!("{} of 8 in use", number(e, "active-slots")),
+        );
+        line("uuid", text(e, "uuid"));
+    }
     if text(info, "format") != "qcow2" {
         return;
     }
@@ -145,6 +173,7 @@ fn print_info(info: &Properties, json: bool) {
     let features: Vec<&str> = [
         ("extended-l2", "subclusters"),
         ("lazy-refcounts", "lazy refcounts"),
+        ("encrypted", "encrypted (LUKS)"),
         (
             "dirty",
             "not closed: will be repaired when it is opened for writing",
@@ -156,6 +185,15 @@ fn print_info(info: &Properties, json: bool) {
     .map(|(_, word)| *word)
     .collect();
     line("features", features.join(", "));
+    let data_file = text(info, "data-file");
+    if !data_file.is_empty() {
+        let raw = if flag(info, "data-file-raw") {
+            " (raw)"
+        } else {
+            ""
+        };
+        line("data file", format!("{data_file}{raw}"));
+    }
     let backing = text(info, "backing-file");
     if !backing.is_empty() {
         line(

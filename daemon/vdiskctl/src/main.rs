@@ -6,6 +6,7 @@ mod error;
 mod images;
 mod objects;
 mod output;
+mod secrets;
 mod stats;
 mod tree;
 

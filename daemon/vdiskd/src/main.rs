@@ -135,6 +135,7 @@ async fn run(args: Args) -> Result<(), String> {
         io_threads: args.io_threads.into(),
         runtime: Runtime {
             dir: runtime_dir(args.runtime_dir)?,
+            ..Runtime::default()
         },
     })
     .map_err(|e| e.message)?;

@@ -2,6 +2,7 @@
 
 mod file;
 mod locks;
+mod luks;
 mod null;
 pub(crate) mod qcow2;
 mod raw;
@@ -61,6 +62,8 @@ pub enum SlowReason {
     Allocates,
     /// It is compressed.
     Compressed,
+    /// It is encrypted.
+    Encrypted,
     /// The table that says where it is must be read first.
     Metadata,
     /// Its parts are in several places.
@@ -78,6 +81,7 @@ impl fmt::Display for SlowReason {
             SlowReason::DetectZeroes => "detect-zeroes looks at the data of writes",
             SlowReason::Allocates => "the write needs new clusters",
             SlowReason::Compressed => "the data is compressed",
+            SlowReason::Encrypted => "the data is encrypted",
             SlowReason::Metadata => "the table of the image must be read first",
             SlowReason::Scattered => "the data is in several places",
             SlowReason::Latency => "latency-ns delays requests",
@@ -222,6 +226,7 @@ pub(crate) fn open(
         DriverOptions::HostDevice(o) => file::open(name, options, o, true),
         DriverOptions::Raw(o) => raw::open(name, options, o, children),
         DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children, runtime),
+        DriverOptions::Luks(o) => luks::open(name, options, o, children, runtime),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }
 }

@@ -12,11 +12,13 @@ use std::time::Duration;
 
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
 use vdisk_io::IoVecs;
-use vdisk_qcow2::{Header, Image, Kind, Lookup, MAX_HEADER, Options, Storage};
+use vdisk_luks::SECTOR;
+use vdisk_qcow2::{Children, Header, Image, Kind, Lookup, MAX_HEADER, Options, Storage};
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
+use crate::crypt::{Encrypted, unlock};
 use crate::node::{Node, WriteFlags, ZeroFlags};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, Secrets};
 
 /// Clusters that were given up are free for something else after this time.
 const TIDY_DELAY: Duration = Duration::from_secs(1);
@@ -61,6 +63,19 @@ impl Storage for NodeStorage {
         })
     }
 
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        may_unmap: bool,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        let flags = ZeroFlags {
+            may_unmap,
+            ..ZeroFlags::default()
+        };
+        Box::pin(self.0.write_zeroes(offset, len, flags))
+    }
+
     fn quiesce(&self) -> LocalFuture<'_, ()> {
         Box::pin(vdisk_io::quiesce())
     }
@@ -69,7 +84,10 @@ impl Storage for NodeStorage {
 struct Qcow2 {
     image: Arc<Image>,
     file: Arc<Node>,
+    /// Where guest data is: `file`, or the external data file.
+    data: Arc<Node>,
     backing: Option<Arc<Node>>,
+    encrypted: bool,
     read_only: bool,
     /// Where changes are noted for the next daemon.
     redo: Option<PathBuf>,
@@ -97,7 +115,9 @@ pub fn image_error(what: &str, e: vdisk_qcow2::Error) -> Error {
 pub fn open_image(
     what: &str,
     file: &Arc<Node>,
+    data: Option<&Arc<Node>>,
     backing: Option<&Arc<Node>>,
+    key: Option<(&Secrets, &str)>,
     mut options: Options,
 ) -> Result<Image> {
     let cannot = |e: io::Error| Error::io(format_args!("{what}: its header cannot be read"), &e);
@@ -112,8 +132,24 @@ pub fn open_image(
     // Clusters may be smaller than blocks.
     file.announce_block_size(1 << header.cluster_bits);
     let storage = |n: &Arc<Node>| Arc::new(NodeStorage(n.clone())) as Arc<dyn Storage>;
-    Image::new(header, &l1, storage(file), backing.map(storage), options)
-        .map_err(|e| image_error(what, e))
+    let data = match (header.luks, key) {
+        (Some(place), Some((secrets, secret))) => {
+            let place = (place.offset, place.len);
+            let (_, cipher) = unlock(what, file, place, secrets, secret)?;
+            Some(Arc::new(Encrypted {
+                below: data.unwrap_or(file).clone(),
+                base: 0,
+                cipher,
+            }) as Arc<dyn Storage>)
+        }
+        _ => data.map(storage),
+    };
+    let children = Children {
+        file: storage(file),
+        data,
+        backing: backing.map(storage),
+    };
+    Image::new(header, &l1, children, options).map_err(|e| image_error(what, e))
 }
 
 pub(super) fn open(
@@ -124,21 +160,25 @@ pub(super) fn open(
     runtime: &Runtime,
 ) -> Result<OpenedDriver> {
     let what = format!("node '{name}'");
-    let file = children
-        .first()
-        .cloned()
+    // In the order of the roles: file, data-file, backing.
+    let mut roles = children.iter().cloned();
+    let file = roles
+        .next()
         .ok_or_else(|| Error::failed(format!("{what}: driver qcow2 has no child")))?;
-    let backing = children.get(1).cloned();
+    let data_file = options.data_file.as_ref().and_then(|_| roles.next());
+    let backing = roles.next();
     let read_only = node.read_only || (node.auto_read_only && file.is_read_only());
-    if !read_only && file.is_read_only() {
-        return Err(Error::invalid(format!(
-            "{what} is to be written, but its child '{}' is read-only: set read-only=on here, or add that without it",
-            file.name()
-        )));
+    for child in [Some(&file), data_file.as_ref()].into_iter().flatten() {
+        if !read_only && child.is_read_only() {
+            return Err(Error::invalid(format!(
+                "{what} is to be written, but its child '{}' is read-only: set read-only=on here, or add that without it",
+                child.name()
+            )));
+        }
     }
-    let fixed = if read_only { children } else { &children[1..] };
-    for child in fixed {
-        if !child.is_read_only() {
+    for child in children {
+        let is_below = backing.as_ref().is_some_and(|b| Arc::ptr_eq(b, child));
+        if !child.is_read_only() && (read_only || is_below) {
             return Err(Error::invalid(format!(
                 "{what}: its child '{}' can be written, which would change the image under it: add that with read-only=on",
                 child.name()
@@ -156,10 +196,54 @@ pub(super) fn open(
             .unwrap_or(node.discard == vdisk_api::Discard::Unmap),
         pass_discard_snapshot: options.pass_discard_snapshot.unwrap_or(true),
         pass_discard_other: options.pass_discard_other.unwrap_or(false),
+        discard_no_unref: options.discard_no_unref,
         ..defaults
     };
-    let image = open_image(&what, &file, backing.as_ref(), image_options)?;
+    let key = options.key_secret.as_deref();
+    let image = open_image(
+        &what,
+        &file,
+        data_file.as_ref(),
+        backing.as_ref(),
+        key.map(|id| (&runtime.secrets, id)),
+        image_options,
+    )?;
     let header = image.header();
+    match (header.luks, key) {
+        (Some(_), None) => {
+            return Err(Error::invalid(format!(
+                "{what}: the image is encrypted: give 'encrypt.format' (luks) and 'encrypt.key-secret', the secret that opens it"
+            )));
+        }
+        (None, Some(_)) => {
+            return Err(Error::invalid(format!(
+                "{what}: the image is not encrypted: leave out the option 'encrypt'"
+            )));
+        }
+        _ => {}
+    }
+    match (header.external_data, &data_file) {
+        (true, None) => {
+            return Err(Error::invalid(format!(
+                "{what}: the image has its data in another file{}, and names inside images are not followed: give it as 'data-file' if you trust it",
+                match &header.data_file {
+                    Some(named) => format!(", '{}'", named.escape_debug()),
+                    None => String::new(),
+                }
+            )));
+        }
+        (false, Some(_)) => {
+            return Err(Error::invalid(format!(
+                "{what}: the image has its data in itself: leave out the option 'data-file'"
+            )));
+        }
+        _ => {}
+    }
+    if options.discard_no_unref && header.version < 3 {
+        return Err(Error::not_supported(format!(
+            "{what}: the image has version 2, where a discarded cluster cannot keep its place: leave out 'discard-no-unref', or make it version 3 with 'vdiskctl image amend'"
+        )));
+    }
     match (&header.backing_file, &options.backing) {
         (Some(named), BackingRef::Unset) => {
             return Err(Error::invalid(format!(
@@ -208,6 +292,8 @@ pub(super) fn open(
                 redo_path(name, &file, runtime)
             },
             tidying: Arc::default(),
+            encrypted: header.luks.is_some(),
+            data: data_file.unwrap_or_else(|| file.clone()),
             file,
         }),
     })
@@ -278,10 +364,10 @@ impl Driver for Qcow2 {
 
     fn limits(&self) -> Limits {
         let backing = self.backing.as_ref().map_or(Limits::NONE, |b| b.limits());
-        let file = self.file.limits();
+        let data = self.data.limits();
         Limits {
-            request_alignment: 1,
-            memory_alignment: file.memory_alignment.max(backing.memory_alignment),
+            request_alignment: if self.encrypted { SECTOR as u64 } else { 1 },
+            memory_alignment: data.memory_alignment.max(backing.memory_alignment),
             zero_alignment: self.image.cluster(),
         }
     }
@@ -291,7 +377,7 @@ impl Driver for Qcow2 {
     }
 
     fn announce_block_size(&self, block_size: u64) {
-        self.file.announce_block_size(block_size);
+        self.data.announce_block_size(block_size);
     }
 
     #[inline]
@@ -309,15 +395,19 @@ impl Driver for Qcow2 {
             if !m.writable {
                 return Resolved::Slow(SlowReason::Allocates);
             }
+            if self.encrypted {
+                return Resolved::Slow(SlowReason::Encrypted);
+            }
             self.image.mark_dirty(offset, len);
-            let mut resolved = self.file.resolve_range(direction, host, len);
+            let mut resolved = self.data.resolve_range(direction, host, len);
             if let Resolved::Direct { settled, .. } = &mut resolved {
                 *settled &= !self.image.is_dirty();
             }
             return resolved;
         }
         match (m.kind, &self.backing) {
-            (Kind::Data(host), _) => self.file.resolve_range(direction, host, len),
+            (Kind::Data(_), _) if self.encrypted => Resolved::Slow(SlowReason::Encrypted),
+            (Kind::Data(host), _) => self.data.resolve_range(direction, host, len),
             (Kind::Compressed { .. }, _) => Resolved::Slow(SlowReason::Compressed),
             (Kind::Unallocated, Some(b)) if offset < b.size() => match offset + len <= b.size() {
                 true => b.resolve_range(direction, offset, len),
@@ -328,7 +418,10 @@ impl Driver for Qcow2 {
     }
 
     fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
-        self.file.slow_reason(direction)
+        match self.encrypted {
+            true => Some(SlowReason::Encrypted),
+            false => self.data.slow_reason(direction),
+        }
     }
 
     fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {

@@ -356,7 +356,11 @@ pub fn open_with(
     let data = file.data();
     let header = Header::parse(&data[..data.len().min(MAX_HEADER)], data.len() as u64)?;
     let at = header.l1_offset as usize;
-    let l1 = data[at..at + header.l1_entries as usize * 8].to_vec();
+    // An empty table may be said to be anywhere.
+    let l1 = data
+        .get(at..at + header.l1_entries as usize * 8)
+        .unwrap_or_default()
+        .to_vec();
     Ok(Rc::new(Image::new(
         header,
         &l1,

@@ -1,18 +1,25 @@
 //! Images: in files that are not part of the graph, and those that nodes serve.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value as Json, json};
 use vdisk_api::{
-    AmendImage, CreateImage, Error, ErrorKind, ImageFile, ImageFormat, ImagePreallocation, Map,
-    RepairWhat, Reply, Result, SnapshotAction,
+    AmendImage, CreateImage, Encryption, Error, ErrorKind, ImageFile, ImageFormat,
+    ImagePreallocation, KeyHash, Map, NewFormat, Qcow2Create, RepairWhat, Reply, Result,
+    SnapshotAction,
 };
-use vdisk_block::{DrainGuard, Standalone, image_failed};
-use vdisk_io::IoThread;
+use vdisk_block::{
+    DrainGuard, Encrypted, Node, NodeStorage, Secrets, Standalone, WriteFlags, ZeroFlags,
+    image_failed, luks_failed, read_header,
+};
+use vdisk_io::{IoThread, IoVecs};
+use vdisk_luks::{Cipher, FormatOptions, Hash, Header, SECTOR};
 use vdisk_qcow2::{
-    Amend, CHECK_MEMORY, Compression, CreateOptions, Image, Kind, Preallocation, Repair, Report,
-    Snapshot,
+    Amend, CHECK_MEMORY, Children, Compression, CreateOptions, Image, Kind, Preallocation, Repair,
+    Report, Snapshot, Storage,
 };
 
 use super::{Control, Event, Handle};
@@ -46,9 +53,8 @@ where
         .map_err(|e| image_failed(what, &e))
 }
 
-fn qcow2_options(options: &CreateImage) -> Option<CreateOptions> {
-    let q = options.qcow2.as_ref()?;
-    Some(CreateOptions {
+fn qcow2_options(options: &CreateImage, q: &Qcow2Create, luks: Option<Vec<u8>>) -> CreateOptions {
+    CreateOptions {
         version: q.version,
         cluster_size: q.cluster_size,
         refcount_bits: q.refcount_bits,
@@ -65,17 +71,36 @@ fn qcow2_options(options: &CreateImage) -> Option<CreateOptions> {
             ImagePreallocation::Falloc => Preallocation::Falloc,
             ImagePreallocation::Full => Preallocation::Full,
         },
+        data_file: q.data_file.clone(),
+        data_file_raw: q.data_file_raw,
+        luks,
         ..CreateOptions::new(options.size)
-    })
+    }
 }
 
-/// Makes an image. A file that is there already is left alone unless the options say otherwise.
-pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
-    let thread = control.world().any_thread()?;
-    let what = format!("image '{}'", options.filename);
-    let path = options.filename.clone();
-    let overwrite = options.overwrite;
-    let (file, is_new) = blocking(move || {
+fn luks_options(e: &Encryption) -> FormatOptions {
+    FormatOptions {
+        aes_bits: e.aes_bits,
+        hash: match e.hash {
+            KeyHash::Sha1 => Hash::Sha1,
+            KeyHash::Sha256 => Hash::Sha256,
+            KeyHash::Sha512 => Hash::Sha512,
+        },
+        iteration_time: Duration::from_millis(e.iter_time),
+    }
+}
+
+/// A file that becomes an image, or a part of one.
+struct NewFile {
+    file: Standalone,
+    path: String,
+    /// It was not there before.
+    is_new: bool,
+}
+
+impl NewFile {
+    /// Opens or makes it. What is there already is left alone unless `overwrite` is set.
+    fn open(path: String, overwrite: bool) -> Result<NewFile> {
         let what = format!("image '{path}'");
         let mut open = std::fs::OpenOptions::new();
         let is_new = match open.write(true).create_new(true).open(&path) {
@@ -91,7 +116,7 @@ pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
             Err(e) => return Err(Error::io(format_args!("{what} cannot be made"), &e)),
         };
         match Standalone::open(&path, true, false) {
-            Ok(file) => Ok((file, is_new)),
+            Ok(file) => Ok(NewFile { file, path, is_new }),
             Err(e) => {
                 if is_new {
                     let _ = std::fs::remove_file(&path);
@@ -99,38 +124,161 @@ pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
                 Err(e)
             }
         }
-    })
-    .await?;
-    let (storage, node) = (file.storage(), file.node().clone());
+    }
+
+    async fn close(self, keep: bool) {
+        self.file.close().await;
+        if !keep && self.is_new {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Empties a file and gives it a size.
+async fn set_new_size(storage: &dyn Storage, size: u64) -> io::Result<()> {
+    if storage.grows() {
+        storage.set_size(0).await?;
+        return storage.set_size(size).await;
+    }
+    match storage.size() < size {
+        true => Err(io::ErrorKind::StorageFull.into()),
+        false => Ok(()),
+    }
+}
+
+async fn make_raw(file: Arc<Node>, options: &CreateImage) -> io::Result<()> {
+    let size = options.size;
+    set_new_size(&NodeStorage(file.clone()), size).await?;
+    match options.preallocation {
+        ImagePreallocation::Off | ImagePreallocation::Metadata => {}
+        ImagePreallocation::Falloc => file.reserve(0, size).await?,
+        ImagePreallocation::Full => {
+            file.reserve(0, size).await?;
+            file.write_zeroes(0, size, ZeroFlags::default()).await?;
+        }
+    }
+    file.flush().await
+}
+
+async fn make_luks(
+    file: Arc<Node>,
+    options: &CreateImage,
+    header: &[u8],
+    cipher: Cipher,
+) -> io::Result<()> {
+    let base = header.len() as u64;
+    let total = base
+        .checked_add(options.size)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::StorageFull))?;
+    set_new_size(&NodeStorage(file.clone()), total).await?;
+    if options.preallocation != ImagePreallocation::Off {
+        file.reserve(0, total).await?;
+    }
+    if options.preallocation == ImagePreallocation::Full {
+        let data = Encrypted {
+            below: file.clone(),
+            base,
+            cipher,
+        };
+        data.write_zeroes(0, options.size, false).await?;
+    }
+    let header = IoVecs::from_slice(header);
+    file.write(0, header, WriteFlags::default()).await?;
+    file.flush().await
+}
+
+/// The parts of a new image, open.
+struct NewImage {
+    file: NewFile,
+    data: Option<NewFile>,
+    /// Header and key of what is encrypted.
+    luks: Option<(Vec<u8>, Cipher)>,
+}
+
+impl NewImage {
+    /// May block, for seconds if it is encrypted.
+    fn open(options: &CreateImage, secrets: &Secrets) -> Result<NewImage> {
+        let what = format!("image '{}'", options.filename);
+        let (encrypt, data_file) = match &options.format {
+            NewFormat::Raw => (None, None),
+            NewFormat::Luks(e) => (Some(e), None),
+            NewFormat::Qcow2(q) => (q.encrypt.as_ref(), q.data_file.as_ref()),
+        };
+        if encrypt.is_some() && !options.size.is_multiple_of(SECTOR as u64) {
+            return Err(Error::invalid(format!(
+                "{what}: option 'size' is {}: encrypted disks have a multiple of 512 bytes",
+                options.size
+            )));
+        }
+        let luks = match encrypt {
+            None => None,
+            Some(e) => {
+                let secret = secrets.get(&e.key_secret).map_err(|e| e.context(&what))?;
+                let made = Header::format(&luks_options(e), secret.bytes());
+                Some(made.map_err(|e| luks_failed(&what, &e))?)
+            }
+        };
+        let file = NewFile::open(options.filename.clone(), options.overwrite)?;
+        // Beside the image, as whoever opens it will look for it.
+        let data = data_file.map(|name| {
+            let dir = Path::new(&options.filename)
+                .parent()
+                .unwrap_or(Path::new("/"));
+            let path = dir.join(name).to_string_lossy().into_owned();
+            NewFile::open(path, options.overwrite)
+        });
+        match data.transpose() {
+            Ok(data) => Ok(NewImage { file, data, luks }),
+            Err(e) => {
+                if file.is_new {
+                    let _ = std::fs::remove_file(&file.path);
+                }
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Makes an image. A file that is there already is left alone unless the options say otherwise.
+pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
+    let (thread, secrets) = {
+        let world = control.world();
+        (world.any_thread()?, world.defaults.runtime.secrets.clone())
+    };
+    let what = format!("image '{}'", options.filename);
+    let wanted = options.clone();
+    let new = blocking(move || NewImage::open(&wanted, &secrets)).await?;
+    let node = new.file.file.node().clone();
+    let data = new.data.as_ref().map(|d| d.file.node().clone());
+    let luks = new.luks;
     let wanted = options.clone();
     let made = on_thread(&thread, &what, move || async move {
-        match qcow2_options(&wanted) {
-            Some(o) => Image::create(storage, &o).await,
-            None => {
-                let size = wanted.size;
-                if storage.grows() {
-                    storage.set_size(0).await?;
-                    storage.set_size(size).await?;
-                } else if storage.size() < size {
-                    return Err(io::ErrorKind::StorageFull.into());
-                }
-                match wanted.preallocation {
-                    ImagePreallocation::Off | ImagePreallocation::Metadata => {}
-                    ImagePreallocation::Falloc => node.reserve(0, size).await?,
-                    ImagePreallocation::Full => {
-                        node.reserve(0, size).await?;
-                        let flags = vdisk_block::ZeroFlags::default();
-                        node.write_zeroes(0, size, flags).await?;
-                    }
-                }
-                storage.flush().await
+        match (&wanted.format, luks) {
+            (NewFormat::Qcow2(q), luks) => {
+                let (header, cipher) = luks.unzip();
+                let below = data.as_ref().unwrap_or(&node).clone();
+                let encrypted = cipher.map(|cipher| {
+                    Arc::new(Encrypted {
+                        below,
+                        base: 0,
+                        cipher,
+                    }) as Arc<dyn Storage>
+                });
+                let data = data.map(|d| Arc::new(NodeStorage(d)) as Arc<dyn Storage>);
+                let children = Children {
+                    data: encrypted.or(data),
+                    ..Children::new(Arc::new(NodeStorage(node)))
+                };
+                Image::create(children, &qcow2_options(&wanted, q, header)).await
             }
+            (_, Some((header, cipher))) => make_luks(node, &wanted, &header, cipher).await,
+            (_, None) => make_raw(node, &wanted).await,
         }
     })
     .await;
-    file.close().await;
-    if made.is_err() && is_new {
-        let _ = std::fs::remove_file(&options.filename);
+    new.file.close(made.is_ok()).await;
+    if let Some(data) = new.data {
+        data.close(made.is_ok()).await;
     }
     if made.is_ok() {
         tracing::info!(image = options.filename, size = options.size, "image made");
@@ -140,14 +288,20 @@ pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
 
 /// What a new image would take.
 pub fn measure(options: &CreateImage) -> Result<Map> {
-    let (required, fully) = match qcow2_options(options) {
-        Some(o) => {
-            let m = o
+    let (required, fully) = match &options.format {
+        NewFormat::Qcow2(q) => {
+            let luks = q.encrypt.as_ref();
+            let luks = luks.map(|e| vec![0; luks_options(e).payload() as usize]);
+            let m = qcow2_options(options, q, luks)
                 .measure(0)
                 .map_err(|e| Error::invalid(format!("new image: {e}")))?;
             (m.required, m.fully_allocated)
         }
-        None => (options.size, options.size),
+        NewFormat::Raw => (options.size, options.size),
+        NewFormat::Luks(e) => {
+            let size = options.size.saturating_add(luks_options(e).payload());
+            (size, size)
+        }
     };
     Ok(map(json!({"required": required, "fully-allocated": fully})))
 }
@@ -189,6 +343,9 @@ async fn describe(image: &Image, size: u64) -> io::Result<Map> {
         "lazy-refcounts": h.compatible & 1 != 0,
         "dirty": h.dirty,
         "corrupt": h.corrupt,
+        "encrypted": h.luks.is_some(),
+        "data-file-raw": h.is_raw_data(),
+        "data-file": h.data_file.unwrap_or_default(),
         "backing-file": h.backing_file.unwrap_or_default(),
         "backing-fmt": h.backing_format.unwrap_or_default(),
         "bitmaps": bitmaps,
@@ -212,6 +369,18 @@ where
     result
 }
 
+fn luks_info(h: &Header) -> Json {
+    json!({
+        "format": "luks",
+        "uuid": h.uuid,
+        "cipher-alg": if h.key_bytes == 32 { "aes-128" } else { "aes-256" },
+        "cipher-mode": "xts",
+        "ivgen-alg": "plain64",
+        "hash-alg": h.hash.name(),
+        "active-slots": h.slots.iter().filter(|s| s.active).count(),
+    })
+}
+
 fn allocated(filename: &str) -> u64 {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata(filename).map_or(0, |m| m.blocks() * 512)
@@ -226,6 +395,22 @@ pub async fn info(control: &Handle, file: ImageFile) -> Result<Map> {
             let size = opened.node().size();
             opened.close().await;
             map(json!({"format": "raw", "virtual-size": size, "file-size": size}))
+        }
+        ImageFormat::Luks => {
+            let path = file.clone();
+            let (header, size) = blocking(move || {
+                let what = format!("image '{}'", path.filename);
+                let opened = Standalone::open(&path.filename, false, path.force_share)?;
+                let header = read_header(&what, opened.node(), 0)?;
+                Ok((header, opened.node().size()))
+            })
+            .await?;
+            map(json!({
+                "format": "luks",
+                "virtual-size": size.saturating_sub(header.payload),
+                "file-size": size,
+                "encrypt": luks_info(&header),
+            }))
         }
         ImageFormat::Qcow2 => {
             let size = std::fs::metadata(&file.filename).map_or(0, |m| m.len());
@@ -269,7 +454,7 @@ pub async fn check(control: &Handle, file: ImageFile, what: RepairWhat) -> Resul
 
 /// Where the data of an image is: this image only, without what is below. Pieces from `from` on.
 pub async fn extents(control: &Handle, file: ImageFile, from: u64) -> Result<Vec<Map>> {
-    if file.format == ImageFormat::Raw {
+    if file.format != ImageFormat::Qcow2 {
         return Err(Error::not_supported(format!(
             "image '{}': only qcow2 images have a map",
             file.filename
@@ -305,6 +490,7 @@ pub async fn amend(control: &Handle, options: AmendImage) -> Result<()> {
             "" => None,
             _ => Some((name, format.unwrap_or_default())),
         }),
+        data_file: options.data_file,
     };
     look(control, &options.file, true, move |image| async move {
         image.activate(None).await?;

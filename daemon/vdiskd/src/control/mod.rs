@@ -8,6 +8,7 @@ mod exports;
 pub mod images;
 mod iothreads;
 mod nodes;
+pub mod secrets;
 mod world;
 
 use std::sync::{Arc, Mutex, MutexGuard};

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use vdisk_api::{Error, Map, Result};
+use vdisk_api::{Error, Map, Result, Secret, SecretSource};
 use zbus::{OwnedVariant, Variant};
 
 use super::statistics::{Statistics, owned};
@@ -40,6 +40,41 @@ pub fn plain_options(given: Options) -> Result<Map> {
             "option 'socket' has no meaning here: leave it out",
         )),
     }
+}
+
+/// Where a secret comes from. Its bytes take no way but this.
+pub fn secret_sources(given: Options) -> Result<Vec<SecretSource>> {
+    let byte = |v: &Variant<'_>| match v {
+        Variant::U8(b) => Some(*b),
+        _ => None,
+    };
+    let mut out = Vec::new();
+    for (key, value) in given {
+        let source = match (key.as_str(), &*value) {
+            ("data", Variant::Str(s)) => {
+                Some(SecretSource::Data(Secret::new(s.as_bytes().to_vec())))
+            }
+            ("data", Variant::Array(items)) => {
+                let bytes: Option<Vec<u8>> = items.iter().map(byte).collect();
+                bytes.map(|b| SecretSource::Data(Secret::new(b)))
+            }
+            ("file", Variant::Str(s)) => Some(SecretSource::File(s.to_string())),
+            ("fd", Variant::Fd(fd)) => {
+                let fd = fd
+                    .as_fd()
+                    .try_clone_to_owned()
+                    .map_err(|e| Error::failed(format!("option 'fd': {e}")))?;
+                Some(SecretSource::Fd(fd))
+            }
+            _ => None,
+        };
+        out.push(source.ok_or_else(|| {
+            Error::invalid(format!(
+                "option '{key}' is unknown or has the wrong type: there are 'data' (s or ay), 'file' (s) and 'fd' (h)"
+            ))
+        })?);
+    }
+    Ok(out)
 }
 
 /// For methods that have no options yet.

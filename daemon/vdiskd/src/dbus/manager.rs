@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use vdisk_api::{
     AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
-    IoThreadOptions, NodeOptions, Reply, check_from_map, measure_from_map,
+    IoThreadOptions, NodeOptions, Reply, SecretOptions, check_from_map, measure_from_map,
 };
 use vdisk_dbus::{export_path, iothread_path, node_path};
 use zbus::interface;
@@ -13,7 +13,7 @@ use zbus::{OwnedObjectPath, Variant};
 use super::Failure;
 use super::convert::{self, Options};
 use super::statistics::{self, Statistics};
-use crate::control::{Handle, images};
+use crate::control::{Handle, images, secrets};
 
 pub struct ManagerObject(pub Handle);
 
@@ -84,6 +84,16 @@ impl ManagerObject {
         ]))
     }
 
+    async fn add_secret(&self, id: String, options: Options) -> Result<(), Failure> {
+        let options = SecretOptions::new(id, convert::secret_sources(options)?)?;
+        Ok(secrets::add(&self.0, options).await?)
+    }
+
+    async fn remove_secret(&self, id: String, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        Ok(secrets::remove(&self.0, &id)?)
+    }
+
     async fn create_image(&self, options: Options) -> Result<(), Failure> {
         let options = CreateImage::from_map(convert::plain_options(options)?)?;
         Ok(images::create(&self.0, options).await?)
@@ -118,6 +128,11 @@ impl ManagerObject {
     async fn amend_image(&self, options: Options) -> Result<(), Failure> {
         let options = AmendImage::from_map(convert::plain_options(options)?)?;
         Ok(images::amend(&self.0, options).await?)
+    }
+
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn secrets(&self) -> Vec<String> {
+        secrets::all(&self.0).ids()
     }
 
     #[zbus(property(emits_changed_signal = "const"))]

@@ -1,0 +1,55 @@
+//! Secrets, which open encrypted images.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use vdisk_api::{Error, MAX_SECRET, Result, Secret, SecretOptions, SecretSource};
+use vdisk_block::Secrets;
+
+use super::Handle;
+
+/// Reads all that there is.
+fn read(from: File) -> io::Result<Secret> {
+    let mut bytes = Vec::new();
+    from.take(MAX_SECRET as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(Secret::new(bytes))
+}
+
+/// Reads a secret and keeps it. (Not a command of the control plane: a pipe may give nothing for long.)
+pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
+    let SecretOptions { id, source } = options;
+    let what = format!("secret '{id}'");
+    let secret = tokio::task::spawn_blocking(move || match source {
+        SecretSource::Data(secret) => Ok(secret),
+        SecretSource::Fd(fd) => read(File::from(fd)),
+        SecretSource::File(path) => File::open(path).and_then(read),
+    })
+    .await
+    .map_err(io::Error::other)
+    .flatten()
+    .map_err(|e| Error::io(format_args!("{what} cannot be read"), &e))?;
+    match secret.bytes().len() {
+        1..=MAX_SECRET => {}
+        0 => {
+            return Err(Error::invalid(format!(
+                "{what} is empty: give at least one byte"
+            )));
+        }
+        _ => return Err(Error::invalid(format!("{what} has more than 1 MiB"))),
+    }
+    all(control).add(&id, secret)?;
+    tracing::info!(secret = id, "secret added");
+    Ok(())
+}
+
+/// Forgets a secret. What it has opened stays open.
+pub fn remove(control: &Handle, id: &str) -> Result<()> {
+    all(control).remove(id)?;
+    tracing::info!(secret = id, "secret removed");
+    Ok(())
+}
+
+/// All secrets.
+pub fn all(control: &Handle) -> Secrets {
+    control.world().defaults.runtime.secrets.clone()
+}
