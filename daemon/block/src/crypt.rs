@@ -1,5 +1,6 @@
 //! Encrypted data on a node: for driver `luks`, and for qcow2 images with encryption.
 
+use std::cell::RefCell;
 use std::io;
 use std::sync::Arc;
 
@@ -85,21 +86,29 @@ fn whole_sectors(offset: u64, len: usize) -> io::Result<()> {
     ))
 }
 
+/// Calls `f` with `len` bytes of this thread, which hold anything.
+fn with_piece(len: usize, f: impl FnOnce(&mut [u8])) {
+    thread_local! {
+        static BUFFER: RefCell<Box<[u8; PIECE]>> = RefCell::new(Box::new([0; PIECE]));
+    }
+    BUFFER.with_borrow_mut(|b| f(&mut b[..len]));
+}
+
 impl Encrypted {
     pub async fn read_at(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
         whole_sectors(offset, iov.len())?;
         self.below.read(self.base + offset, iov.clone()).await?;
-        let mut piece = [0; PIECE];
         for at in (0..iov.len()).step_by(PIECE) {
             if at > 0 && at % TURN == 0 {
                 give_way().await;
             }
-            let piece = &mut piece[..PIECE.min(iov.len() - at)];
-            // A guest may change its memory meanwhile: it gets what it makes of it.
-            iov.copy_to_slice(at, piece);
-            self.cipher
-                .decrypt((offset + at as u64) / SECTOR as u64, piece);
-            iov.copy_from_slice(at, piece);
+            with_piece(PIECE.min(iov.len() - at), |piece| {
+                // A guest may change its memory meanwhile: it gets what it makes of it.
+                iov.copy_to_slice(at, piece);
+                self.cipher
+                    .decrypt((offset + at as u64) / SECTOR as u64, piece);
+                iov.copy_from_slice(at, piece);
+            });
         }
         Ok(())
     }
@@ -107,7 +116,6 @@ impl Encrypted {
     pub async fn write_at(&self, offset: u64, iov: IoVecs, flags: WriteFlags) -> io::Result<()> {
         whole_sectors(offset, iov.len())?;
         let alignment = self.below.limits().memory_alignment.max(SECTOR);
-        let mut piece = [0; PIECE];
         for start in (0..iov.len()).step_by(CHUNK) {
             let len = CHUNK.min(iov.len() - start);
             let out = IoVecs::zeroed(len, alignment);
@@ -115,11 +123,12 @@ impl Encrypted {
                 if at > 0 && at % TURN == 0 {
                     give_way().await;
                 }
-                let piece = &mut piece[..PIECE.min(len - at)];
-                iov.copy_to_slice(start + at, piece);
-                let sector = (offset + (start + at) as u64) / SECTOR as u64;
-                self.cipher.encrypt(sector, piece);
-                out.copy_from_slice(at, piece);
+                with_piece(PIECE.min(len - at), |piece| {
+                    iov.copy_to_slice(start + at, piece);
+                    let sector = (offset + (start + at) as u64) / SECTOR as u64;
+                    self.cipher.encrypt(sector, piece);
+                    out.copy_from_slice(at, piece);
+                });
             }
             let place = self.base + offset + start as u64;
             self.below.write(place, out, flags).await?;

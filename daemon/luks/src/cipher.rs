@@ -1,9 +1,17 @@
 //! AES-XTS on sectors (IEEE 1619), with the number of the sector as tweak (dm-crypt's `plain64`).
 //!
-//! The blocks of several sectors go through AES together: the instructions of processors work on many blocks at a time,
-//! and crates that take one after the other are several times slower (docs/decisions.md).
+//! The blocks of several sectors go through AES together, and their tweaks are made together: processors work on many
+//! blocks at a time, and one after the other is several times slower (docs/decisions.md).
 
-use aes::cipher::{Array, Block, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
+use std::cell::RefCell;
+
+use aes::cipher::consts::U16;
+use aes::cipher::typenum::Unsigned;
+use aes::cipher::{
+    Array, Block, BlockCipherDecBackend, BlockCipherDecClosure, BlockCipherDecrypt,
+    BlockCipherEncBackend, BlockCipherEncClosure, BlockCipherEncrypt, BlockSizeUser, KeyInit,
+    ParBlocks,
+};
 use aes::{Aes128, Aes256};
 
 /// Bytes of a sector: data is encrypted in multiples of them.
@@ -34,23 +42,90 @@ enum Direction {
     Decrypt,
 }
 
-/// Multiplies by x in GF(2^128) (IEEE 1619, section 5.2).
-#[inline]
-fn double(tweak: u128) -> u128 {
-    (tweak << 1) ^ ((tweak >> 127) * 0x87)
+/// The tweaks of the blocks of [`TOGETHER`] sectors.
+type Tweaks = [u128; TOGETHER * BLOCKS];
+
+thread_local! {
+    /// Clearing an array for each request would take a good part of its time.
+    static TWEAKS: RefCell<Tweaks> = const { RefCell::new([0; TOGETHER * BLOCKS]) };
 }
 
+/// Makes the tweaks from those of the first blocks: each is the one before times x in GF(2^128) (IEEE 1619, section
+/// 5.2). In halves and of all sectors at once, which compilers make vectors of.
 #[inline]
-fn xor(blocks: &mut [Block<Aes128>], tweaks: &[u128]) {
-    for (block, tweak) in blocks.iter_mut().zip(tweaks) {
-        *block = Array((u128::from_le_bytes(block.0) ^ tweak).to_le_bytes());
+fn expand(firsts: &[Block<Aes128>; TOGETHER], tweaks: &mut Tweaks) {
+    let all = firsts.map(|f| u128::from_le_bytes(f.0));
+    let (mut low, mut high) = (all.map(|t| t as u64), all.map(|t| (t >> 64) as u64));
+    for i in 0..BLOCKS {
+        for s in 0..TOGETHER {
+            tweaks[s * BLOCKS + i] = u128::from(low[s]) | u128::from(high[s]) << 64;
+        }
+        let reduced = high.map(|h| (h >> 63).wrapping_neg() & 0x87);
+        let carry = low.map(|l| l >> 63);
+        for s in 0..TOGETHER {
+            low[s] = low[s] << 1 ^ reduced[s];
+            high[s] = high[s] << 1 | carry[s];
+        }
+    }
+}
+
+#[inline(always)]
+fn xor(block: &Block<Aes128>, tweak: u128) -> Block<Aes128> {
+    Array((u128::from_le_bytes(block.0) ^ tweak).to_le_bytes())
+}
+
+/// Blocks with their tweaks, on the way through AES.
+struct Masked<'a> {
+    blocks: &'a mut [Block<Aes128>],
+    tweaks: &'a [u128],
+}
+
+impl BlockSizeUser for Masked<'_> {
+    type BlockSize = U16;
+}
+
+/// Puts the blocks through `$many` as many at a time as the backend likes, and the rest through `$one`.
+macro_rules! through {
+    ($self:ident, $backend:ident, $B:ident, $many:ident, $one:ident) => {
+        let n = $B::ParBlocksSize::USIZE;
+        let mut groups = $self.blocks.chunks_exact_mut(n);
+        let mut tweaks = $self.tweaks.chunks_exact(n);
+        for (group, tweaks) in groups.by_ref().zip(tweaks.by_ref()) {
+            let mut masked = ParBlocks::<$B>::default();
+            for i in 0..n {
+                masked[i] = xor(&group[i], tweaks[i]);
+            }
+            $backend.$many((&mut masked).into());
+            for i in 0..n {
+                group[i] = xor(&masked[i], tweaks[i]);
+            }
+        }
+        for (block, tweak) in groups.into_remainder().iter_mut().zip(tweaks.remainder()) {
+            let mut masked = xor(block, *tweak);
+            $backend.$one((&mut masked).into());
+            *block = xor(&masked, *tweak);
+        }
+    };
+}
+
+impl BlockCipherEncClosure for Masked<'_> {
+    #[inline(always)]
+    fn call<B: BlockCipherEncBackend<BlockSize = U16>>(self, backend: &B) {
+        through!(self, backend, B, encrypt_par_blocks, encrypt_block);
+    }
+}
+
+impl BlockCipherDecClosure for Masked<'_> {
+    #[inline(always)]
+    fn call<B: BlockCipherDecBackend<BlockSize = U16>>(self, backend: &B) {
+        through!(self, backend, B, decrypt_par_blocks, decrypt_block);
     }
 }
 
 impl<A> Xts<A>
 where
     A: KeyInit + BlockCipherEncrypt + BlockCipherDecrypt,
-    A: aes::cipher::BlockSizeUser<BlockSize = aes::cipher::consts::U16>,
+    A: BlockSizeUser<BlockSize = U16>,
 {
     /// None if the key has the wrong length: it consists of one for the data and one for the tweaks.
     fn new(key: &[u8]) -> Option<Xts<A>> {
@@ -61,31 +136,23 @@ where
         })
     }
 
-    fn run(&self, direction: Direction, first: u64, data: &mut [u8]) {
+    fn run(&self, direction: Direction, first: u64, data: &mut [u8], tweaks: &mut Tweaks) {
         let (blocks, _) = Array::slice_as_chunks_mut(data);
-        let mut tweaks = [0u128; TOGETHER * BLOCKS];
         let mut sector = first;
-        for part in blocks.chunks_mut(TOGETHER * BLOCKS) {
+        for blocks in blocks.chunks_mut(TOGETHER * BLOCKS) {
             let mut firsts = [Array([0; BLOCK]); TOGETHER];
             for f in &mut firsts {
                 *f = Array(u128::from(sector).to_le_bytes());
                 sector = sector.wrapping_add(1);
             }
             self.tweak.encrypt_blocks(&mut firsts);
-            // Of all sectors at once: each one's tweaks depend on those before.
-            let mut now = firsts.map(|f| u128::from_le_bytes(f.0));
-            for i in 0..BLOCKS {
-                for (s, tweak) in now.iter_mut().enumerate() {
-                    tweaks[s * BLOCKS + i] = *tweak;
-                    *tweak = double(*tweak);
-                }
-            }
-            xor(part, &tweaks);
+            expand(&firsts, tweaks);
+            let tweaks = &tweaks[..blocks.len()];
+            let masked = Masked { blocks, tweaks };
             match direction {
-                Direction::Encrypt => self.data.encrypt_blocks(part),
-                Direction::Decrypt => self.data.decrypt_blocks(part),
+                Direction::Encrypt => self.data.encrypt_with_backend(masked),
+                Direction::Decrypt => self.data.decrypt_with_backend(masked),
             }
-            xor(part, &tweaks);
         }
     }
 }
@@ -101,10 +168,10 @@ impl Cipher {
     }
 
     fn run(&self, direction: Direction, sector: u64, data: &mut [u8]) {
-        match &self.0 {
-            Kind::Aes128(xts) => xts.run(direction, sector, data),
-            Kind::Aes256(xts) => xts.run(direction, sector, data),
-        }
+        TWEAKS.with_borrow_mut(|tweaks| match &self.0 {
+            Kind::Aes128(xts) => xts.run(direction, sector, data, tweaks),
+            Kind::Aes256(xts) => xts.run(direction, sector, data, tweaks),
+        });
     }
 
     /// Encrypts whole sectors, the first of which has this number. What is left beyond a multiple of [`SECTOR`] bytes

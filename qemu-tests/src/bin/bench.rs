@@ -3,7 +3,7 @@
 //! One core for the client, one for the server. The servers take turns for each workload; the figures are
 //! medians over the rounds, the ratios vdiskd / qemu-storage-daemon.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -77,61 +77,53 @@ impl Workload {
     }
 }
 
-fn workloads(seconds: f64) -> Vec<Workload> {
+/// Workloads in groups: those of one group take turns, so that they can be compared with each other, too.
+fn workloads(seconds: f64) -> Vec<Vec<Workload>> {
     let duration = Duration::from_secs_f64(seconds);
-    let mut out = Vec::new();
-    for storage in ["null", "cached", "direct"] {
-        for op in [Op::Read, Op::Write] {
-            let mut add = |queues, block, depth, sequential| {
-                let load = Load {
+    let group = |storages: &[&'static str], op, block, depth: usize| -> Vec<Workload> {
+        let one = |storage: &&'static str| {
+            let fresh = matches!(*storage, "sparse" | "empty" | "empty-seq" | "overlay");
+            let large = fresh && *storage != "overlay";
+            Workload {
+                storage,
+                queues: 1,
+                fresh,
+                load: Load {
                     op,
                     block,
                     depth,
-                    sequential,
-                    span: SPAN,
+                    sequential: block > 4096,
+                    span: if large { EMPTY_SPAN } else { SPAN },
                     duration,
-                };
-                out.push(Workload {
-                    storage,
-                    queues,
-                    load,
-                    fresh: false,
-                });
-            };
-            for depth in [1, 32, 128] {
-                add(1, 4096, depth, false);
+                },
             }
-            add(2, 4096, 32, false);
-            add(1, 1 << 20, 4, true);
-        }
-    }
-    let mut add = |storage, fresh, op, block, depth, span| {
-        let load = Load {
-            op,
-            block,
-            depth,
-            sequential: block > 4096,
-            span,
-            duration,
         };
-        out.push(Workload {
-            storage,
-            queues: 1,
-            load,
-            fresh,
-        });
+        storages.iter().map(one).collect()
     };
-    for op in [Op::Read, Op::Write] {
-        for depth in [32, 128] {
-            add("qcow2", false, op, 4096, depth, SPAN);
+    const MIB: usize = 1 << 20;
+    let mut out = Vec::new();
+    for storage in ["null", "cached", "direct"] {
+        for op in [Op::Read, Op::Write] {
+            for depth in [1, 32, 128] {
+                out.push(group(&[storage], op, 4096, depth));
+            }
+            let mut two = group(&[storage], op, 4096, 32);
+            two[0].queues = 2;
+            out.push(two);
+            out.push(group(&[storage], op, MIB, 4));
         }
     }
     for depth in [32, 128] {
-        add("chain", false, Op::Read, 4096, depth, SPAN);
+        out.push(group(&["cached", "qcow2", "chain"], Op::Read, 4096, depth));
+        out.push(group(&["cached", "qcow2"], Op::Write, 4096, depth));
     }
-    add("empty", true, Op::Write, 4096, 32, EMPTY_SPAN);
-    add("empty-seq", true, Op::Write, 1 << 20, 4, EMPTY_SPAN);
-    add("overlay", true, Op::Write, 4096, 32, SPAN);
+    for (op, depth) in [(Op::Read, 1), (Op::Read, 32), (Op::Write, 32)] {
+        let encrypted = ["cached", "luks", "qcow2-luks"];
+        out.push(group(&encrypted, op, 4096, depth));
+    }
+    out.push(group(&["empty"], Op::Write, 4096, 32));
+    out.push(group(&["sparse", "empty-seq"], Op::Write, MIB, 4));
+    out.push(group(&["overlay"], Op::Write, 4096, 32));
     out
 }
 
@@ -216,9 +208,11 @@ fn text(path: &Path) -> &str {
 /// Overlays over overlays: the names of the images, the lowest first.
 const CHAIN: usize = 5;
 
-/// An image for the benchmark: a node of driver qcow2.
+/// An image for the benchmark: a node that stands on a file.
 struct Image {
     name: String,
+    driver: &'static str,
+    encrypted: bool,
     file: PathBuf,
     /// A raw file that is below.
     backing: Option<PathBuf>,
@@ -227,87 +221,103 @@ struct Image {
     exported: bool,
 }
 
-/// All qcow2 images that a server gets.
-fn qcow2_images(dir: &Path, prefix: &str, rounds: usize) -> Vec<Image> {
-    let path = |name: &str| dir.join(format!("{prefix}{name}.qcow2"));
-    let mut out = Vec::new();
-    let mut add = |name: &str, file, backing, below, exported| {
-        out.push(Image {
-            name: name.to_owned(),
-            file,
-            backing,
-            below,
-            exported,
-        });
+/// What opens the encrypted images.
+const PASSPHRASE: &str = "passphrase";
+
+/// The images that a server needs for these storages, each after those that it stands on.
+fn images(dir: &Path, prefix: &str, rounds: usize, storages: &BTreeSet<&str>) -> Vec<Image> {
+    let path = |name: &str| dir.join(format!("{prefix}{name}.img"));
+    let new = |name: &str, driver, file| Image {
+        name: name.to_owned(),
+        driver,
+        encrypted: false,
+        file,
+        backing: None,
+        below: None,
+        exported: true,
     };
-    add(
-        "qcow2",
-        qcow2_image(dir, &format!("{prefix}qcow2.qcow2")),
-        None,
-        None,
-        true,
-    );
-    let bottom = qcow2_image(dir, &format!("{prefix}bottom.qcow2"));
-    add("bottom", bottom.clone(), None, None, false);
-    let (mut below, mut below_file) = ("bottom".to_owned(), bottom);
-    for i in 1..=CHAIN {
-        let name = if i == CHAIN {
-            "chain".to_owned()
-        } else {
-            format!("chain{i}")
-        };
-        let file = path(&name);
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            "qcow2",
-            "-b",
-            text(&below_file),
-            text(&file),
-        ]);
-        add(&name, file.clone(), None, Some(below), i == CHAIN);
-        (below, below_file) = (name, file);
+    let mut out = Vec::new();
+    if storages.contains("qcow2") {
+        out.push(new("qcow2", "qcow2", qcow2_image(dir, &path("qcow2"))));
     }
-    let base = image(dir, &format!("{prefix}base"));
-    for round in 0..rounds {
-        for name in ["empty", "empty-seq"] {
-            let name = format!("{name}-{round}");
-            let file = path(&name);
-            qemu_img(&[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                text(&file),
-                &EMPTY_SPAN.to_string(),
-            ]);
-            add(&name, file, None, None, true);
+    for (name, driver) in [("luks", "luks"), ("qcow2-luks", "qcow2")] {
+        if storages.contains(name) {
+            let mut image = new(name, driver, path(name));
+            encrypted_image(dir, driver, &image.file);
+            image.encrypted = true;
+            out.push(image);
         }
-        let name = format!("overlay-{round}");
-        let file = path(&name);
-        qemu_img(&[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            "raw",
-            "-b",
-            text(&base),
-            text(&file),
-        ]);
-        add(&name, file, Some(base.clone()), None, true);
+    }
+    if storages.contains("chain") {
+        let mut bottom = new("bottom", "qcow2", qcow2_image(dir, &path("bottom")));
+        bottom.exported = false;
+        out.push(bottom);
+        for i in 1..=CHAIN {
+            let is_top = i == CHAIN;
+            let name = if is_top {
+                "chain".into()
+            } else {
+                format!("chain{i}")
+            };
+            let mut image = new(&name, "qcow2", path(&name));
+            if let Some(below) = out.last() {
+                overlay(&image.file, "qcow2", &below.file);
+                image.below = Some(below.name.clone());
+            }
+            image.exported = is_top;
+            out.push(image);
+        }
+    }
+    let base = storages
+        .contains("overlay")
+        .then(|| image(dir, &format!("{prefix}base")));
+    for round in 0..rounds {
+        let size = EMPTY_SPAN.to_string();
+        for (storage, driver) in [
+            ("sparse", "raw"),
+            ("empty", "qcow2"),
+            ("empty-seq", "qcow2"),
+        ] {
+            if storages.contains(storage) {
+                let name = format!("{storage}-{round}");
+                let image = new(&name, driver, path(&name));
+                qemu_img(&["create", "-q", "-f", driver, text(&image.file), &size]);
+                out.push(image);
+            }
+        }
+        if let Some(base) = &base {
+            let name = format!("overlay-{round}");
+            let mut image = new(&name, "qcow2", path(&name));
+            overlay(&image.file, "raw", base);
+            image.backing = Some(base.clone());
+            out.push(image);
+        }
     }
     out
 }
 
-/// The same as a qcow2 image, all of it allocated.
-fn qcow2_image(dir: &Path, name: &str) -> PathBuf {
+fn overlay(file: &Path, format: &str, below: &Path) {
+    let args = ["create", "-q", "-f", "qcow2", "-F", format, "-b"];
+    qemu_img(&[&args[..], &[text(below), text(file)]].concat());
+}
+
+fn encrypted_image(dir: &Path, driver: &str, file: &Path) {
     let raw = image(dir, "raw");
-    let path = dir.join(name);
+    let object = format!("secret,id=key,data={PASSPHRASE}");
+    let options = match driver {
+        "luks" => "key-secret=key,iter-time=100",
+        _ => "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=100",
+    };
+    let args = [
+        "convert", "--object", &object, "-f", "raw", "-O", driver, "-o", options,
+    ];
+    qemu_img(&[&args[..], &[text(&raw), text(file)]].concat());
+    let _ = std::fs::remove_file(raw);
+}
+
+/// A qcow2 image, all of it allocated.
+fn qcow2_image(dir: &Path, path: &Path) -> PathBuf {
+    let raw = image(dir, "raw");
     qemu_img(&[
         "convert",
         "-f",
@@ -315,13 +325,13 @@ fn qcow2_image(dir: &Path, name: &str) -> PathBuf {
         "-O",
         "qcow2",
         text(&raw),
-        text(&path),
+        text(path),
     ]);
     let _ = std::fs::remove_file(raw);
-    path
+    path.to_owned()
 }
 
-fn start_vdiskd(args: &Args) -> Vdiskd {
+fn start_vdiskd(args: &Args, storages: &BTreeSet<&str>) -> Vdiskd {
     let poll = args.poll_max_ns.to_string();
     let daemon = Daemon::start(&["--poll-max-ns", &poll, "--io-engine", &args.io_engine]);
     let dir = daemon.path("");
@@ -332,20 +342,34 @@ fn start_vdiskd(args: &Args) -> Vdiskd {
     };
     daemon.ctl(&["node", "add", "null", "driver=null-co", "size=1G"]);
     daemon.export_node("null", "null", &[fixed]);
-    daemon.export_file("cached", &image(&dir, "cached"), &[], &[fixed]);
-    daemon.export_file(
-        "direct",
-        &image(&dir, "direct"),
-        &["cache.direct=on"],
-        &[fixed],
-    );
-    for image in qcow2_images(&dir, "", args.rounds) {
+    for (name, cache) in [
+        ("cached", "cache.direct=off"),
+        ("direct", "cache.direct=on"),
+    ] {
+        if storages.contains(name) {
+            daemon.export_file(name, &image(&dir, name), &[cache], &[fixed]);
+        }
+    }
+    // None of them has the advantage that its pages are still dirty.
+    rustix::fs::sync();
+    let passphrase = dir.join("passphrase");
+    std::fs::write(&passphrase, PASSPHRASE).expect("the scratch folder is writable");
+    daemon.ctl(&["secret", "add", "key", "--file", text(&passphrase)]);
+    for image in images(&dir, "", args.rounds, storages) {
         let filename = format!("file.filename={}", image.file.display());
         let mut options = vec![
-            "driver=qcow2".to_owned(),
+            format!("driver={}", image.driver),
             "file.driver=file".into(),
             filename,
         ];
+        match (image.encrypted, image.driver) {
+            (true, "luks") => options.push("key-secret=key".into()),
+            (true, _) => {
+                options.push("encrypt.format=luks".into());
+                options.push("encrypt.key-secret=key".into());
+            }
+            _ => {}
+        }
         if !image.exported || image.name == "chain" {
             options.push("read-only=on".into());
         }
@@ -372,7 +396,7 @@ fn start_vdiskd(args: &Args) -> Vdiskd {
     Vdiskd(daemon)
 }
 
-fn start_qsd(dir: &Path, rounds: usize) -> Option<Qsd> {
+fn start_qsd(dir: &Path, rounds: usize, storages: &BTreeSet<&str>) -> Option<Qsd> {
     let root = lab().join("sid");
     let newest = root.join(".done").exists();
     let (program, prefix): (&str, Vec<String>) = if newest {
@@ -390,7 +414,9 @@ fn start_qsd(dir: &Path, rounds: usize) -> Option<Qsd> {
     let version = run(&["--version".into()]).output().ok()?;
     let version = String::from_utf8_lossy(&version.stdout);
     let version = version.split_whitespace().nth(2)?.to_owned();
-    let mut args: Vec<String> = vec!["--object".into(), "iothread,id=io0".into()];
+    let secret = format!("secret,id=key,data={PASSPHRASE}");
+    let objects = ["--object", "iothread,id=io0", "--object", &secret];
+    let mut args = objects.map(str::to_owned).to_vec();
     let file = |name: &str, cache: &str| {
         let path = image(dir, &format!("qsd-{name}"));
         format!(
@@ -398,21 +424,28 @@ fn start_qsd(dir: &Path, rounds: usize) -> Option<Qsd> {
             path.display()
         )
     };
-    for blockdev in [
-        "null-co,node-name=null,size=1073741824".to_owned(),
-        file("cached", ""),
-        file("direct", ",cache.direct=on"),
-    ] {
-        args.push("--blockdev".into());
-        args.push(blockdev);
+    args.push("--blockdev".into());
+    args.push("null-co,node-name=null,size=1073741824".into());
+    let mut exports = vec!["null".to_owned()];
+    for (name, cache) in [("cached", ""), ("direct", ",cache.direct=on")] {
+        if storages.contains(name) {
+            args.push("--blockdev".into());
+            args.push(file(name, cache));
+            exports.push(name.into());
+        }
     }
-    let mut exports = ["null", "cached", "direct"].map(str::to_owned).to_vec();
-    for image in qcow2_images(dir, "qsd-", rounds) {
+    for image in images(dir, "qsd-", rounds, storages) {
         let mut blockdev = format!(
-            "qcow2,node-name={},discard=unmap,file.driver=file,file.filename={},file.aio=io_uring",
+            "{},node-name={},discard=unmap,file.driver=file,file.filename={},file.aio=io_uring",
+            image.driver,
             image.name,
             image.file.display()
         );
+        match (image.encrypted, image.driver) {
+            (true, "luks") => blockdev += ",key-secret=key",
+            (true, _) => blockdev += ",encrypt.format=luks,encrypt.key-secret=key",
+            _ => {}
+        }
         if !image.exported || image.name == "chain" {
             blockdev += ",read-only=on";
         }
@@ -440,6 +473,7 @@ fn start_qsd(dir: &Path, rounds: usize) -> Option<Qsd> {
             if name == "chain" { "off" } else { "on" },
         ));
     }
+    rustix::fs::sync();
     let child = run(&args).stdin(Stdio::null()).spawn().ok()?;
     let qsd = Qsd {
         child,
@@ -497,6 +531,32 @@ impl Figures {
     }
 }
 
+/// How a storage compares with the first of its group, in the same daemon: medians of the ratios of each round, and the CPU
+/// time that it adds to a request, beside what it adds in the other server.
+fn beside(
+    first: &BTreeMap<&str, Figures>,
+    first_name: &str,
+    this: &BTreeMap<&str, Figures>,
+    name: &str,
+) -> String {
+    let pairs = |server: &str, f: fn(&Figures) -> &Vec<f64>, op: fn(f64, f64) -> f64| {
+        let (a, b) = (this.get(server)?, first.get(server)?);
+        let all: Vec<f64> = f(a).iter().zip(f(b)).map(|(a, b)| op(*a, *b)).collect();
+        Some(median(&all))
+    };
+    let iops = pairs("vdiskd", |f| &f.iops, |a, b| a / b).unwrap_or(0.0);
+    let cpu = pairs("vdiskd", |f| &f.cpu, |a, b| a / b).unwrap_or(0.0);
+    let added = |server| pairs(server, |f| &f.cpu, |a, b| a - b);
+    let ours = added("vdiskd").unwrap_or(0.0);
+    let mut line = format!(
+        "    {name} of {first_name}: {iops:.2} of its IOPS, {cpu:.2} of its CPU per request; {ours:+.2} µs"
+    );
+    if let Some(theirs) = added("qsd") {
+        line += &format!(" (qsd {theirs:+.2} µs, ratio {:.2})", ours / theirs);
+    }
+    line
+}
+
 fn measure(server: &dyn Server, w: &Workload, round: usize) -> (Measured, u64) {
     let mut client = Client::connect(
         &server.socket(&w.storage(round)),
@@ -536,12 +596,18 @@ fn main() {
         eprintln!("this is a debug build: its figures say nothing; run 'make bench'");
     }
     pin(std::process::id(), "0");
-    let vdiskd = start_vdiskd(&args);
+    let mut groups = workloads(args.seconds);
+    if let Some(only) = &args.only {
+        // Whole groups: what the others are compared with comes along.
+        groups.retain(|g| g.iter().any(|w| w.name().contains(only.as_str())));
+    }
+    let storages: BTreeSet<&str> = groups.iter().flatten().map(|w| w.storage).collect();
+    let vdiskd = start_vdiskd(&args, &storages);
     let dir = vdiskd.0.path("");
     let qsd = if args.alone {
         None
     } else {
-        start_qsd(&dir, args.rounds)
+        start_qsd(&dir, args.rounds, &storages)
     };
     let mut servers: Vec<&dyn Server> = vec![&vdiskd];
     match &qsd {
@@ -575,41 +641,44 @@ fn main() {
         "ratio"
     );
     let mut results = Vec::new();
-    for w in workloads(args.seconds) {
-        let name = w.name();
-        if args
-            .only
-            .as_ref()
-            .is_some_and(|o| !name.contains(o.as_str()))
-        {
-            continue;
-        }
-        let mut figures: BTreeMap<&str, Figures> = BTreeMap::new();
+    for group in groups {
+        let mut figures: Vec<BTreeMap<&str, Figures>> = vec![BTreeMap::new(); group.len()];
         for round in 0..args.rounds {
-            for server in &servers {
-                let (m, cpu) = measure(*server, &w, round);
-                figures.entry(server.name()).or_default().add(&m, cpu);
+            for (w, figures) in group.iter().zip(&mut figures) {
+                for server in &servers {
+                    let (m, cpu) = measure(*server, w, round);
+                    figures.entry(server.name()).or_default().add(&m, cpu);
+                }
             }
         }
-        let ours = figures["vdiskd"].clone();
-        let theirs = figures.get("qsd").cloned().unwrap_or_default();
-        let ratio = |f: fn(&Figures) -> &Vec<f64>| median(f(&ours)) / median(f(&theirs));
-        println!(
-            "{name:<34} {:>10.0} {:>10.0} {:>6.2}  {:>8.1} {:>8.1}  {:>8.1} {:>8.1}  {:>7.2} {:>7.2} {:>6.2}",
-            median(&ours.iops),
-            median(&theirs.iops),
-            ratio(|f| &f.iops),
-            median(&ours.p50),
-            median(&theirs.p50),
-            median(&ours.p99),
-            median(&theirs.p99),
-            median(&ours.cpu),
-            median(&theirs.cpu),
-            ratio(|f| &f.cpu),
-        );
-        results.push(json!({"workload": name, "vdiskd": ours.json(), "qsd": theirs.json()}));
+        for (w, f) in group.iter().zip(&figures) {
+            let name = w.name();
+            let ours = f["vdiskd"].clone();
+            let theirs = f.get("qsd").cloned().unwrap_or_default();
+            let ratio = |f: fn(&Figures) -> &Vec<f64>| median(f(&ours)) / median(f(&theirs));
+            println!(
+                "{name:<34} {:>10.0} {:>10.0} {:>6.2}  {:>8.1} {:>8.1}  {:>8.1} {:>8.1}  {:>7.2} {:>7.2} {:>6.2}",
+                median(&ours.iops),
+                median(&theirs.iops),
+                ratio(|f| &f.iops),
+                median(&ours.p50),
+                median(&theirs.p50),
+                median(&ours.p99),
+                median(&theirs.p99),
+                median(&ours.cpu),
+                median(&theirs.cpu),
+                ratio(|f| &f.cpu),
+            );
+            results.push(json!({"workload": name, "vdiskd": ours.json(), "qsd": theirs.json()}));
+        }
+        for (w, f) in group.iter().zip(&figures).skip(1) {
+            println!("{}", beside(&figures[0], group[0].storage, f, w.storage));
+        }
     }
     for depth in [1, 32, 128] {
+        if !storages.contains("direct") {
+            break;
+        }
         let Some(iops) = fio(&dir.join("direct"), depth, args.seconds) else {
             println!("fio is not installed: no limit of the storage to show");
             break;

@@ -115,6 +115,8 @@ pub struct Queue {
     buffered: Cell<u32>,
     /// Requests of this turn that were answered without the storage.
     immediate: Cell<u32>,
+    /// Slow requests answered in this batch.
+    unshown: Cell<u32>,
     /// Requests that the storage failed since the queue was started.
     failed: Cell<u64>,
     idle: Notify,
@@ -192,6 +194,7 @@ impl Queue {
                 failed: Cell::new(0),
                 buffered: Cell::new(0),
                 immediate: Cell::new(0),
+                unshown: Cell::new(0),
                 idle: Notify::new(),
                 this: this.clone(),
                 kept,
@@ -563,6 +566,13 @@ impl Queue {
         self.reactor.spawn(async move {
             let result = future.await;
             this.complete(token, result);
+            // Slow requests may take their time: what is done is not to wait for all that are ready.
+            let done = this.unshown.get() + 1;
+            this.unshown.set(done);
+            if done.is_multiple_of(PUBLISH_EVERY) {
+                // A guest that sleeps is woken for the first answers; one that is awake sees the rest.
+                this.publish(&mut this.inner.borrow_mut(), done == PUBLISH_EVERY);
+            }
             match this.id.get() {
                 Some(id) => this.reactor.touch(id),
                 None => this.finish_batch(),
@@ -723,6 +733,7 @@ impl Source for Queue {
     }
 
     fn finish_batch(&self) {
+        self.unshown.set(0);
         self.publish(&mut self.inner.borrow_mut(), true);
         if self.closed.get() && self.client.in_flight() == 0 {
             self.idle.notify_waiters();
