@@ -55,6 +55,57 @@ enum Between {
     Nothing,
     Snapshots,
     Resizes,
+    /// As `Nothing`; the image has a bitmap that records writes.
+    Bitmap,
+}
+
+/// What of the disk one bit of the bitmap stands for.
+const GRANULARITY: u64 = 4096;
+
+/// Adds a persistent bitmap to an image of version 3: header extension, directory, and a table of one entry.
+fn add_bitmap(base: Vec<u8>, cluster: u64) -> Vec<u8> {
+    let mut b = base;
+    b.resize(b.len().next_multiple_of(cluster as usize), 0);
+    let (directory, table) = (b.len() as u64, b.len() as u64 + cluster);
+    b.resize(b.len() + 2 * cluster as usize, 0);
+    let mut put = |at: u64, value: &[u8]| {
+        b[at as usize..at as usize + value.len()].copy_from_slice(value);
+    };
+    // In the place of the names of features.
+    put(112, &0x2385_2875u32.to_be_bytes());
+    put(116, &24u32.to_be_bytes());
+    put(120, &1u32.to_be_bytes());
+    put(124, &[0; 4]);
+    put(128, &32u64.to_be_bytes());
+    put(136, &directory.to_be_bytes());
+    put(144, &[0; 8]);
+    put(95, &[1]);
+    put(directory, &table.to_be_bytes());
+    put(directory + 8, &1u32.to_be_bytes());
+    put(directory + 12, &2u32.to_be_bytes());
+    put(
+        directory + 16,
+        &[1, GRANULARITY.trailing_zeros() as u8, 0, 1],
+    );
+    put(directory + 24, b"b");
+    let file = Memory::new(b, None, false);
+    let image = open_with(&file, None, None, Options::default()).unwrap();
+    block_on(image.check(Repair::All, CHECK_MEMORY)).unwrap();
+    file.data()
+}
+
+/// The bits of the bitmap in a file; None if it says that they are not up to date.
+fn stored_bitmap(b: &[u8], cluster: u64) -> Option<Vec<u8>> {
+    let number = |at: u64| u64::from_be_bytes(b[at as usize..][..8].try_into().unwrap());
+    let directory = number(136);
+    if number(directory + 8) & 1 != 0 {
+        return None;
+    }
+    let entry = number(number(directory));
+    Some(match entry {
+        0 => vec![0; cluster as usize],
+        place => b[place as usize..][..cluster as usize].to_vec(),
+    })
 }
 
 impl Guest {
@@ -302,7 +353,10 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
         ..Children::new(empty.clone())
     };
     block_on(Image::create(children, create)).unwrap();
-    let base = empty.data();
+    let base = match between {
+        Between::Bitmap => add_bitmap(empty.data(), create.cluster_size),
+        _ => empty.data(),
+    };
     let base_data = empty_data.map(|d| d.data());
     let file = Memory::new(base.clone(), Some(seed), true);
     let data_file = base_data
@@ -323,7 +377,8 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
     };
     block_on(async {
         guest.image.activate(None).await.unwrap();
-        let phases = if between == Between::Nothing { 1 } else { 4 };
+        let one_phase = matches!(between, Between::Nothing | Between::Bitmap);
+        let phases = if one_phase { 1 } else { 4 };
         for phase in 0..phases {
             join_all((0..4).map(|_| {
                 let n = if phases == 1 { 40 } else { 12 };
@@ -341,7 +396,7 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
             }))
             .await;
             match phase {
-                _ if between == Between::Nothing => {}
+                _ if one_phase => {}
                 _ if between == Between::Resizes => {
                     let size = SECTOR * (1 + random.below(largest / SECTOR));
                     guest.resize(size).await;
@@ -388,6 +443,10 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
         };
         let data = after_power_cut(&base, &log, time, &mut random);
         let what = format!("seed {seed}, cut {cut} at {time} of {end}");
+        let bitmap = match between {
+            Between::Bitmap => stored_bitmap(&data, create.cluster_size),
+            _ => None,
+        };
         let file = Memory::new(data, None, false);
         let data_file = base_data.as_ref().map(|base| {
             let data = after_power_cut(base, &data_log, time, &mut random);
@@ -422,6 +481,14 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
             for (i, word) in iov.to_vec().chunks(8).enumerate() {
                 let word = u64::from_le_bytes(word.try_into().unwrap());
                 let sector = i as u64 / 64;
+                if let Some(bitmap) = &bitmap {
+                    let bit = (sector * SECTOR / GRANULARITY) as usize;
+                    let is_set = bitmap[bit / 8] >> (bit % 8) & 1 != 0;
+                    assert!(
+                        word == 0 || is_set,
+                        "{what}: sector {sector} is not in the bitmap"
+                    );
+                }
                 assert!(
                     guest.allows(sector, word, time),
                     "{what}: sector {sector} has {word:#x}, of {:#?}; flushes {:?}",
@@ -548,6 +615,13 @@ fn sizes_that_change() {
             ..small()
         };
         run(seed, &create, Options::default(), cuts(), Between::Resizes);
+    }
+}
+
+#[test]
+fn bitmaps() {
+    for seed in 90..96 {
+        run(seed, &small(), Options::default(), cuts(), Between::Bitmap);
     }
 }
 
