@@ -45,6 +45,7 @@ pub trait Node {
     fn flush(&self, options: Options<'_>) -> zbus::Result<()>;
     fn check(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn add_overlay(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
     fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
@@ -56,7 +57,7 @@ pub trait Node {
     fn filename(&self) -> zbus::Result<String>;
     #[zbus(property)]
     fn size(&self) -> zbus::Result<u64>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property)]
     fn read_only(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn implicit(&self) -> zbus::Result<bool>;

@@ -395,6 +395,74 @@ fn killed_under_load_with_a_qcow2_image() {
     daemon.ctl(&["image", "check", path]);
 }
 
+/// Overlays come while a guest writes, syncs and verifies; one of the daemons on the way is killed.
+#[test]
+fn live_snapshots_under_load() {
+    let mut daemon = Daemon::start(&["--io-threads", "2"]);
+    let path = |daemon: &Daemon, i: u32| daemon.path(&format!("d{i}.qcow2")).display().to_string();
+    let image = path(&daemon, 0);
+    daemon.ctl(&["image", "create", &image, "64M"]);
+    let filename = format!("file.filename={image}");
+    daemon.ctl(&[
+        "node",
+        "add",
+        "d0",
+        "driver=qcow2",
+        "file.driver=file",
+        &filename,
+    ]);
+    daemon.export_node("disk", "d0", &["--queues", "2"]);
+    let mut guest = Guest::boot(GuestOptions::new().disk(&daemon.socket("disk"), 2));
+    guest.run(write("vda", 0, 8 * MIB, 1));
+    guest.run(json!({"cmd": "load-start", "disk": "vda", "offset": 8 * MIB, "len": 48 * MIB, "threads": 8}));
+    for i in 1..=4 {
+        guest.wait_load(200);
+        let (below, name) = (format!("d{}", i - 1), format!("d{i}"));
+        daemon.ctl(&["snapshot", "overlay", &below, &name, &path(&daemon, i)]);
+        guest.wait_load(200);
+    }
+    daemon.kill();
+    daemon.start_again();
+    daemon.ctl(&[
+        "node",
+        "add",
+        "d0",
+        "driver=qcow2",
+        "read-only=on",
+        "file.driver=file",
+        &filename,
+    ]);
+    for i in 1..=4 {
+        let filename = format!("file.filename={}", path(&daemon, i));
+        let (backing, name) = (format!("backing=d{}", i - 1), format!("d{i}"));
+        let mut args = vec![
+            "node",
+            "add",
+            &name,
+            "driver=qcow2",
+            "file.driver=file",
+            &filename,
+            &backing,
+        ];
+        if i < 4 {
+            args.push("read-only=on");
+        }
+        daemon.ctl(&args);
+    }
+    daemon.export_node("disk", "d4", &["--queues", "2"]);
+    guest.wait_load(200);
+    let result = guest.run(json!({"cmd": "load-stop"}));
+    assert!(result["verified"].as_u64() > Some(0), "{result}");
+    guest.run(verify("vda", 0, 8 * MIB, 1));
+    guest.assert_no_errors();
+    guest.shut_down();
+    daemon.ctl(&["export", "remove", "disk"]);
+    for i in (0..=4).rev() {
+        daemon.ctl(&["node", "remove", &format!("d{i}")]);
+        daemon.ctl(&["image", "check", &path(&daemon, i)]);
+    }
+}
+
 #[test]
 fn killed_under_load_on_uring() {
     kill_and_restart("uring", "cache.direct=off");

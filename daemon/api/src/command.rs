@@ -1,5 +1,7 @@
 //! The commands of the control plane: each is carried out wholly or not at all.
 
+use std::time::Duration;
+
 use crate::export::ExportOptions;
 use crate::fields::Map;
 use crate::image::RepairWhat;
@@ -25,6 +27,11 @@ pub enum Command {
     CheckNode {
         name: String,
         repair: RepairWhat,
+    },
+    /// Puts a new overlay in the place of a node that guests use: it becomes the overlay's backing file.
+    AddOverlay {
+        node: String,
+        overlay: NodeOptions,
     },
     /// Does something with a snapshot inside the image of a node.
     Snapshot {
@@ -52,6 +59,11 @@ pub enum Reply {
     Done,
     /// A node was added, with the children that were given in place: all their names, itself first.
     Nodes(Vec<String>),
+    /// An overlay took the place of a node: as `Nodes`, and how long guests had to wait.
+    Overlay {
+        names: Vec<String>,
+        paused: Duration,
+    },
     /// What was found out.
     Found(Map),
 }

@@ -75,6 +75,9 @@ pub enum BackingRef {
     /// Zeroes, whatever the image names.
     None,
     Node(NodeRef),
+    /// A node that is written to until this one takes its place. (Not an option: the control plane makes it for a live
+    /// snapshot.)
+    Active(String),
 }
 
 #[derive(Clone, Debug, PartialEq)]

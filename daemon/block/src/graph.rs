@@ -219,10 +219,21 @@ impl Graph {
             if let Some(data_file) = &qcow2.data_file {
                 children.push(("data-file", self.plan_child(&name, data_file, plan)?));
             }
-            if let BackingRef::Node(backing) = &qcow2.backing {
-                children.push(("backing", self.plan_child(&name, backing, plan)?));
+            let before = children.len();
+            match &qcow2.backing {
+                BackingRef::Unset | BackingRef::None => {}
+                BackingRef::Node(backing) => {
+                    children.push(("backing", self.plan_child(&name, backing, plan)?));
+                }
+                BackingRef::Active(active) => {
+                    let active = NodeRef::Name(active.clone());
+                    children.push(("backing", self.plan_child(&name, &active, plan)?));
+                }
             }
-            for (role, child) in &children {
+            // The users of an active node will be those of the new one.
+            let is_active = matches!(qcow2.backing, BackingRef::Active(_));
+            let checked = if is_active { before } else { children.len() };
+            for (role, child) in &children[..checked] {
                 if let Child::Existing(node) = child {
                     let wants = image_child_use(role, !options.read_only);
                     let user = Parent::Node(name.clone());
@@ -423,6 +434,36 @@ impl Graph {
         if let Some(entry) = self.nodes.get_mut(name) {
             entry.users.retain(|u| u.parent != *parent);
         }
+    }
+
+    /// Whether an overlay may take the place of a node: only users that can be moved to it use the node.
+    pub fn check_overlay(&self, name: &str) -> Result<()> {
+        let entry = self.entry(name)?;
+        if entry.node.is_read_only() {
+            return Err(Error::invalid(format!(
+                "node '{name}' is read-only: nothing is written to it that an overlay could take"
+            )));
+        }
+        if let Some(parent) = self.parent_nodes(name).next() {
+            return Err(Error::in_use(format!(
+                "node '{name}' is below node '{parent}': put the overlay over that"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Makes an opened overlay part of the graph, and its users those of the node below, which everything above was
+    /// drained for. Returns the names as [`Graph::insert`].
+    pub fn insert_overlay(&mut self, opened: Opened, below: &str) -> Vec<String> {
+        let users = match self.nodes.get_mut(below) {
+            Some(entry) => std::mem::take(&mut entry.users),
+            None => Vec::new(),
+        };
+        let names = self.insert(opened);
+        if let Some(entry) = names.first().and_then(|n| self.nodes.get_mut(n)) {
+            entry.users = users;
+        }
+        names
     }
 
     /// The backends whose requests can reach a node, and the nodes between, it included.

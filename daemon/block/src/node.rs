@@ -38,7 +38,7 @@ pub struct Node {
     name: String,
     driver: Box<dyn Driver>,
     limits: Limits,
-    read_only: bool,
+    read_only: AtomicBool,
     discard: Discard,
     detect_zeroes: DetectZeroes,
     /// Bytes.
@@ -78,7 +78,7 @@ impl Node {
         Ok(Arc::new(Node {
             name: name.to_owned(),
             limits,
-            read_only: opened.read_only,
+            read_only: AtomicBool::new(opened.read_only),
             discard: options.discard,
             detect_zeroes: options.detect_zeroes,
             size: AtomicU64::new(opened.size),
@@ -111,7 +111,12 @@ impl Node {
     }
 
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.load(Relaxed)
+    }
+
+    /// Nothing is written to it from now on. The caller has drained everything above.
+    pub fn set_read_only(&self) {
+        self.read_only.store(true, Relaxed);
     }
 
     pub fn discards(&self) -> bool {
@@ -189,7 +194,7 @@ impl Node {
 
     #[inline]
     fn check(&self, direction: Direction, offset: u64, len: u64) -> io::Result<()> {
-        if direction == Direction::Write && self.read_only {
+        if direction == Direction::Write && self.is_read_only() {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         match offset.checked_add(len) {
@@ -385,7 +390,7 @@ impl Node {
 
     /// Changes the size to `size` bytes. The caller has drained everything above.
     pub async fn resize(&self, size: u64) -> io::Result<u64> {
-        if self.read_only {
+        if self.is_read_only() {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         if !size.is_multiple_of(self.limits.request_alignment) {
@@ -566,7 +571,7 @@ mod tests {
             name: "n".into(),
             limits: blocks.limits(),
             driver: Box::new(blocks.clone()),
-            read_only: false,
+            read_only: AtomicBool::new(false),
             discard: Discard::Unmap,
             detect_zeroes: DetectZeroes::Off,
             size: AtomicU64::new(size as u64),

@@ -39,7 +39,7 @@ pub enum Command {
     /// Secrets, which open encrypted images
     #[command(subcommand)]
     Secret(Secret),
-    /// Snapshots inside the image of a node
+    /// Snapshots: overlays over nodes that are in use, and those inside an image
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
     /// Exports: nodes offered to guests
@@ -200,7 +200,25 @@ pub enum Image {
 
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
-    /// Make a snapshot of a node's disk
+    /// Put a new overlay over a node, while guests use it
+    ///
+    /// The exports of the node offer the overlay from now on. The node keeps what was written so far, and is read-only.
+    ///
+    /// Example: vdiskctl snapshot overlay disk0 disk0-monday /srv/disk0-monday.qcow2
+    Overlay {
+        node: String,
+        /// The overlay's name
+        name: String,
+        /// The overlay's image, which is made
+        filename: String,
+        /// The image is there already
+        #[arg(long)]
+        existing: bool,
+        /// Options of the overlay's node, such as discard=unmap or file.cache.direct=on
+        #[arg(value_name = "KEY=VALUE")]
+        options: Vec<String>,
+    },
+    /// Make a snapshot inside a node's image
     Create { node: String, name: String },
     /// List the snapshots in a node's image
     List { node: String },

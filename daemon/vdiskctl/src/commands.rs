@@ -168,7 +168,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Node(command) => node(&connection, &manager, command, json).await,
         Command::Image(command) => images::image(&manager, command, json).await,
         Command::Secret(command) => secrets::secret(&manager, command, json).await,
-        Command::Snapshot(command) => images::snapshot(&connection, command, json).await,
+        Command::Snapshot(command) => images::snapshot(&connection, &manager, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,
         Command::IoThread(command) => iothread(&connection, &manager, command, json).await,
         Command::Tree => {

@@ -325,8 +325,87 @@ async fn print_map(manager: &ManagerProxy<'_>, file: &ImageFile, json: bool) -> 
     Ok(())
 }
 
-pub async fn snapshot(connection: &Connection, command: SnapshotCommand, json: bool) -> Result<()> {
+/// Makes the image of an overlay over this node.
+async fn make_overlay(manager: &ManagerProxy<'_>, below: &Properties, file: &str) -> Result<()> {
+    // What QEMU calls the content of such a node.
+    let format = match text(below, "Driver").as_str() {
+        "qcow2" => "qcow2",
+        "luks" => "luks",
+        _ => "raw",
+    };
+    let mut options = HashMap::from([
+        ("filename", absolute(file)),
+        ("size", Variant::from(number(below, "Size"))),
+    ]);
+    let backing = text(below, "Filename");
+    if !backing.is_empty() {
+        options.insert("backing-file", Variant::from(backing));
+        options.insert("backing-fmt", Variant::from(format));
+    }
+    Ok(manager.create_image(options).await?)
+}
+
+/// Puts an overlay over a node that may be in use.
+async fn overlay(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    command: &SnapshotCommand,
+    json: bool,
+) -> Result<()> {
+    let SnapshotCommand::Overlay {
+        node,
+        name,
+        filename,
+        existing,
+        options: words,
+    } = command
+    else {
+        return Ok(());
+    };
+    let objects = Objects::load(connection).await?;
+    let below = objects.find("node", node)?;
+    if objects.find("node", name).is_ok() {
+        return Err(Error::failed(format!(
+            "there is a node '{name}' already: choose another name"
+        )));
+    }
+    if !existing {
+        make_overlay(manager, below, filename).await?;
+    }
+    let mut options = options(words)?;
+    for (key, value) in [("driver", "qcow2"), ("file.driver", "file")] {
+        options.entry(key).or_insert_with(|| Variant::from(value));
+    }
+    options.insert("node-name", Variant::from(name.as_str()));
+    options.insert("file.filename", absolute(filename));
+    let proxy = NodeProxy::builder(connection).path(node_path(node));
+    let added = proxy.build().await?.add_overlay(options).await;
+    let report = match added {
+        Ok((_, report)) => properties(report),
+        Err(e) => {
+            if !existing {
+                let _ = std::fs::remove_file(filename);
+            }
+            return Err(e.into());
+        }
+    };
+    if json {
+        print_json(&Json::Object(report));
+    } else {
+        let paused = number(&report, "paused-ns") as f64 / 1e6;
+        anstream::println!("'{name}' is over '{node}' now; guests waited for {paused:.1} ms");
+    }
+    Ok(())
+}
+
+pub async fn snapshot(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    command: SnapshotCommand,
+    json: bool,
+) -> Result<()> {
     let (SnapshotCommand::Create { node, .. }
+    | SnapshotCommand::Overlay { node, .. }
     | SnapshotCommand::List { node }
     | SnapshotCommand::Apply { node, .. }
     | SnapshotCommand::Delete { node, .. }) = &command;
@@ -335,6 +414,9 @@ pub async fn snapshot(connection: &Connection, command: SnapshotCommand, json: b
     let proxy = proxy.build().await?;
     let none = HashMap::new;
     match &command {
+        SnapshotCommand::Overlay { .. } => {
+            overlay(connection, manager, &command, json).await?;
+        }
         SnapshotCommand::Create { name, .. } => {
             proxy.create_snapshot(name, none()).await?;
         }

@@ -176,8 +176,12 @@ pub(super) fn open(
             )));
         }
     }
+    let is_active = matches!(options.backing, BackingRef::Active(_));
     for child in children {
         let is_below = backing.as_ref().is_some_and(|b| Arc::ptr_eq(b, child));
+        if is_active && is_below {
+            continue;
+        }
         if !child.is_read_only() && (read_only || is_below) {
             return Err(Error::invalid(format!(
                 "{what}: its child '{}' can be written, which would change the image under it: add that with read-only=on",
@@ -251,7 +255,7 @@ pub(super) fn open(
                 named.escape_debug()
             )));
         }
-        (None, BackingRef::Node(_)) => {
+        (None, BackingRef::Node(_) | BackingRef::Active(_)) => {
             tracing::info!(
                 node = name,
                 "the image names no backing file, but is given one"

@@ -64,7 +64,7 @@ impl Control {
             serial: kind.serial.clone(),
         };
         let events = self.export_events.clone();
-        let server = match VhostUserBlk::start(device, kind, backend, threads, events) {
+        let server = match VhostUserBlk::start(device, kind, backend.clone(), threads, events) {
             Ok(server) => server,
             Err(e) => {
                 world.graph.detach(&options.node_name, &parent);
@@ -80,7 +80,7 @@ impl Control {
             "export added"
         );
         let export = Export {
-            node: options.node_name.clone(),
+            backend,
             writable: options.writable,
             kind: options.kind.name(),
             queue_size: kind.queue_size,
@@ -102,12 +102,12 @@ impl Control {
             let others = others_below(&world, id);
             world
                 .graph
-                .detach(&export.node, &Parent::Export(id.to_owned()));
+                .detach(&export.node(), &Parent::Export(id.to_owned()));
             world.exports.remove(id);
             others
         };
         tracing::info!(export = id, "export removed");
-        self.export_changed_others(&export.node, others);
+        self.export_changed_others(&export.node(), others);
         self.events.push(Event::ExportRemoved(id.to_owned()));
         Ok(Reply::Done)
     }

@@ -596,7 +596,7 @@ impl Control {
         if node.size() != before {
             self.events.push(Event::NodeChanged(name.to_owned()));
             let world = self.world();
-            for export in world.exports.values().filter(|e| e.node == name) {
+            for export in world.exports.values().filter(|e| e.node() == name) {
                 export.server.config_changed();
             }
         }

@@ -8,6 +8,7 @@ mod exports;
 pub mod images;
 mod iothreads;
 mod nodes;
+mod overlay;
 pub mod secrets;
 mod world;
 
@@ -37,7 +38,7 @@ pub enum Event {
 pub type Observer = mpsc::UnboundedSender<(Vec<Event>, oneshot::Sender<()>)>;
 
 enum Message {
-    Run(Command, oneshot::Sender<Result<Reply>>),
+    Run(Box<Command>, oneshot::Sender<Result<Reply>>),
     Observe(Observer, oneshot::Sender<()>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -55,7 +56,7 @@ impl Handle {
         let (tx, rx) = oneshot::channel();
         let gone = || Error::failed("the daemon is stopping");
         self.tx
-            .send(Message::Run(command, tx))
+            .send(Message::Run(Box::new(command), tx))
             .map_err(|_| gone())?;
         rx.await.map_err(|_| gone())?
     }
@@ -118,7 +119,7 @@ impl Control {
                 message = messages.recv() => match message {
                     None => return,
                     Some(Message::Run(command, reply)) => {
-                        let result = self.run(command).await;
+                        let result = self.run(*command).await;
                         self.publish().await;
                         let _ = reply.send(result);
                     }
@@ -162,6 +163,7 @@ impl Control {
             }
             Command::FlushNode { name } => self.flush_node(&name).await,
             Command::CheckNode { name, repair } => self.check_node(&name, repair).await,
+            Command::AddOverlay { node, overlay } => self.add_overlay(&node, overlay).await,
             Command::Snapshot {
                 node,
                 action,

@@ -3,24 +3,14 @@
 use std::sync::Arc;
 
 use vdisk_api::{Error, NodeOptions, Reply, Result};
-use vdisk_block::{Node, Opened};
+use vdisk_block::{Node, Opened, Plan};
 
 use super::{Control, Event};
 
 impl Control {
     pub(super) async fn add_node(&mut self, options: NodeOptions) -> Result<Reply> {
         let plan = self.world().graph.plan(options)?;
-        // Opening may block for as long as the storage likes.
-        let opened = tokio::task::spawn_blocking(move || plan.open())
-            .await
-            .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))?;
-        let opened = match opened {
-            Ok(opened) => opened,
-            Err((error, half)) => {
-                half.close().await;
-                return Err(error);
-            }
-        };
+        let opened = self.open(plan).await?;
         if let Err(error) = self.activate(&opened).await {
             opened.close().await;
             return Err(error);
@@ -46,8 +36,34 @@ impl Control {
         Ok(Reply::Nodes(names))
     }
 
+    /// Opens what was planned: all of it or nothing.
+    pub(super) async fn open(&self, plan: Plan) -> Result<Opened> {
+        // That may block for as long as the storage likes.
+        let opened = tokio::task::spawn_blocking(move || plan.open())
+            .await
+            .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))?;
+        match opened {
+            Ok(opened) => Ok(opened),
+            Err((error, half)) => {
+                half.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets go of opened nodes that may be ready for requests already.
+    pub(super) async fn give_up(&self, opened: Opened) {
+        let nodes: Vec<Arc<Node>> = opened.nodes().cloned().collect();
+        for node in nodes.iter().rev() {
+            if let Err(error) = self.settle(node).await {
+                tracing::warn!(node = node.name(), %error, "cannot be closed as it should be");
+            }
+        }
+        opened.close().await;
+    }
+
     /// Makes opened nodes ready for requests, from the bottom up.
-    async fn activate(&self, opened: &Opened) -> Result<()> {
+    pub(super) async fn activate(&self, opened: &Opened) -> Result<()> {
         let thread = self.world().any_thread()?;
         for node in opened.nodes() {
             let there = node.clone();
@@ -65,15 +81,20 @@ impl Control {
 
     /// Brings what a node keeps in memory to its storage, and lets go of it.
     pub(super) async fn close(&self, node: &Arc<Node>) -> std::io::Result<()> {
+        let result = self.settle(node).await;
+        node.close().await;
+        result
+    }
+
+    /// Brings what a node keeps in memory to its storage. Nothing is written to it from now on.
+    pub(super) async fn settle(&self, node: &Arc<Node>) -> std::io::Result<()> {
         let thread = self.world().any_thread().map_err(std::io::Error::other)?;
         let there = node.clone();
-        let result = thread
+        thread
             .run_async(move |_| async move { there.deactivate().await })
             .await
             .map_err(std::io::Error::other)
-            .flatten();
-        node.close().await;
-        result
+            .flatten()
     }
 
     pub(super) async fn remove_node(&mut self, name: &str) -> Result<Reply> {
@@ -119,7 +140,7 @@ impl Control {
             let block = world
                 .exports
                 .values()
-                .filter(|e| above.1.iter().any(|n| n.name() == e.node))
+                .filter(|e| above.1.iter().any(|n| n.name() == e.node()))
                 .map(|e| u64::from(e.server.device().options.logical_block_size))
                 .max();
             (node, above, block.unwrap_or(1))
@@ -174,7 +195,7 @@ impl Control {
         }
         let world = self.world();
         for export in world.exports.values() {
-            if above.iter().any(|n| n.name() == export.node) {
+            if above.iter().any(|n| n.name() == export.node()) {
                 export.server.config_changed();
             }
         }

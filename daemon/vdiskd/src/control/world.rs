@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vdisk_api::{Error, Result};
-use vdisk_block::{Graph, Runtime};
+use vdisk_block::{Backend, Graph, Runtime};
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
 
@@ -21,11 +21,18 @@ pub struct Defaults {
 
 /// An export, with what the control plane knows of it.
 pub struct Export {
-    pub node: String,
+    pub backend: Arc<Backend>,
     pub writable: bool,
     pub kind: &'static str,
     pub server: VhostUserBlk,
     pub queue_size: u16,
+}
+
+impl Export {
+    /// The name of the node that is offered at the moment.
+    pub fn node(&self) -> String {
+        self.backend.node().name().to_owned()
+    }
 }
 
 pub struct World {

@@ -50,7 +50,7 @@ impl ExportObject {
 
     #[zbus(property)]
     fn node(&self) -> zbus::fdo::Result<OwnedObjectPath> {
-        Ok(node_path(&find(&self.control, &self.id)?.node))
+        Ok(node_path(&find(&self.control, &self.id)?.node()))
     }
 
     #[zbus(property(emits_changed_signal = "const"))]

@@ -26,7 +26,7 @@ impl ManagerObject {
         let reply = self.0.run(Command::AddNode(options)).await?;
         let name = match reply {
             Reply::Nodes(names) => names.into_iter().next().unwrap_or(name),
-            Reply::Done | Reply::Found(_) => name,
+            Reply::Done | Reply::Found(_) | Reply::Overlay { .. } => name,
         };
         Ok(node_path(&name))
     }

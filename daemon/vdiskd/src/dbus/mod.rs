@@ -123,6 +123,7 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 let (node, emitter) = (object.get().await, object.signal_emitter());
                 node.size_changed(emitter).await?;
                 node.parents_changed(emitter).await?;
+                node.read_only_changed(emitter).await?;
             }
         }
         Event::ExportAdded(id) => {
@@ -143,6 +144,7 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
             if let Ok(object) = server.interface::<_, ExportObject>(export_path(&id)).await {
                 let (export, emitter) = (object.get().await, object.signal_emitter());
                 export.clients_changed(emitter).await?;
+                export.node_changed(emitter).await?;
                 export.path_changed(emitter).await?;
                 export.path_reason_changed(emitter).await?;
             }

@@ -1,6 +1,6 @@
 //! org.vdisk1.Node
 
-use vdisk_api::{Command, Error, RepairWhat, Reply, SnapshotAction};
+use vdisk_api::{Command, Error, NodeOptions, RepairWhat, Reply, SnapshotAction};
 use vdisk_block::{NodeInfo, Parent};
 use vdisk_dbus::{export_path, node_path};
 use zbus::interface;
@@ -8,7 +8,7 @@ use zbus::{OwnedObjectPath, Variant};
 
 use super::Failure;
 use super::convert::{self, Options};
-use super::statistics::Statistics;
+use super::statistics::{self, Statistics};
 use crate::control::{Handle, images};
 
 pub struct NodeObject {
@@ -25,7 +25,7 @@ impl NodeObject {
     async fn found(&self, command: Command) -> Result<Statistics, Failure> {
         match self.control.run(command).await? {
             Reply::Found(map) => Ok(convert::dictionary(&map)),
-            Reply::Done | Reply::Nodes(_) => Ok(Statistics::new()),
+            Reply::Done | Reply::Nodes(_) | Reply::Overlay { .. } => Ok(Statistics::new()),
         }
     }
 
@@ -93,6 +93,26 @@ impl NodeObject {
         Ok(convert::dictionary(&info))
     }
 
+    #[zbus(out_args("overlay", "report"))]
+    async fn add_overlay(
+        &self,
+        options: Options,
+    ) -> Result<(OwnedObjectPath, Statistics), Failure> {
+        let overlay = NodeOptions::from_map(convert::plain_options(options)?)?;
+        let name = overlay.node_name.clone().unwrap_or_default();
+        let node = self.name.clone();
+        let command = Command::AddOverlay { node, overlay };
+        let paused = match self.control.run(command).await? {
+            Reply::Overlay { paused, .. } => paused.as_nanos() as u64,
+            _ => 0,
+        };
+        let report = Statistics::from([(
+            "paused-ns".to_owned(),
+            statistics::owned(Variant::from(paused)),
+        )]);
+        Ok((node_path(&name), report))
+    }
+
     #[zbus(out_args("snapshot"))]
     async fn create_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
         self.snapshot(SnapshotAction::Create, name, options).await
@@ -128,7 +148,7 @@ impl NodeObject {
         Ok(self.info()?.node.size())
     }
 
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property)]
     fn read_only(&self) -> zbus::fdo::Result<bool> {
         Ok(self.info()?.node.is_read_only())
     }
