@@ -20,6 +20,12 @@ pub trait Manager {
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn add_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
     fn remove_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
+    fn set_throttle_group(&self, name: &str, limits: Options<'_>) -> zbus::Result<()>;
+    fn remove_throttle_group(&self, name: &str, options: Options<'_>) -> zbus::Result<()>;
+    fn list_throttle_groups(
+        &self,
+        options: Options<'_>,
+    ) -> zbus::Result<HashMap<String, Statistics>>;
     fn create_image(&self, options: Options<'_>) -> zbus::Result<()>;
     fn measure_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
@@ -46,6 +52,8 @@ pub trait Node {
     fn check(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn add_overlay(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
+    fn insert_filter(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
+    fn take_out(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
@@ -61,7 +69,7 @@ pub trait Node {
     fn read_only(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn implicit(&self) -> zbus::Result<bool>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property)]
     fn children(&self) -> zbus::Result<Vec<(String, OwnedObjectPath)>>;
     #[zbus(property)]
     fn parents(&self) -> zbus::Result<Vec<(String, OwnedObjectPath)>>;

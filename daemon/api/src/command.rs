@@ -33,6 +33,15 @@ pub enum Command {
         node: String,
         overlay: NodeOptions,
     },
+    /// Puts a new filter over a node that may be in use.
+    InsertFilter {
+        node: String,
+        filter: NodeOptions,
+    },
+    /// Takes a filter out from above its child, and closes it.
+    TakeOut {
+        name: String,
+    },
     /// Does something with a snapshot inside the image of a node.
     Snapshot {
         node: String,
@@ -59,8 +68,8 @@ pub enum Reply {
     Done,
     /// A node was added, with the children that were given in place: all their names, itself first.
     Nodes(Vec<String>),
-    /// An overlay took the place of a node: as `Nodes`, and how long guests had to wait.
-    Overlay {
+    /// Nodes changed their places: the names of those that are new, as in `Nodes`, and how long guests had to wait.
+    Moved {
         names: Vec<String>,
         paused: Duration,
     },

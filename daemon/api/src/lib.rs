@@ -13,6 +13,7 @@ mod iothread;
 mod node;
 mod secret;
 mod size;
+mod throttle;
 
 pub use command::{Command, Reply, SnapshotAction};
 pub use error::{Error, ErrorKind, Result};
@@ -28,7 +29,8 @@ pub use image::{
 pub use iothread::{IoThreadOptions, IoThreadUpdate};
 pub use node::{
     BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,
-    LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
+    LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions, ThrottleOptions,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};
+pub use throttle::{Limit, ThrottleLimits};

@@ -4,7 +4,15 @@ use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
 
 /// The drivers, by name.
-pub const DRIVERS: [&str; 6] = ["file", "host_device", "luks", "null-co", "qcow2", "raw"];
+pub const DRIVERS: [&str; 7] = [
+    "file",
+    "host_device",
+    "luks",
+    "null-co",
+    "qcow2",
+    "raw",
+    "throttle",
+];
 
 /// What a discard request does to the storage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,6 +116,13 @@ pub struct LuksOptions {
     pub key_secret: String,
 }
 
+#[derive(Clone, Debug, PartialEq)]
+pub struct ThrottleOptions {
+    pub file: NodeRef,
+    /// The group whose limits it is under, by its name.
+    pub throttle_group: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NullOptions {
     pub size: u64,
@@ -123,6 +138,7 @@ pub enum DriverOptions {
     Raw(RawOptions),
     Qcow2(Qcow2Options),
     Luks(LuksOptions),
+    Throttle(ThrottleOptions),
     NullCo(NullOptions),
 }
 
@@ -134,6 +150,7 @@ impl DriverOptions {
             DriverOptions::Raw(_) => "raw",
             DriverOptions::Qcow2(_) => "qcow2",
             DriverOptions::Luks(_) => "luks",
+            DriverOptions::Throttle(_) => "throttle",
             DriverOptions::NullCo(_) => "null-co",
         }
     }
@@ -290,6 +307,10 @@ impl NodeOptions {
             }),
             "luks" => DriverOptions::Luks(LuksOptions {
                 key_secret: f.required_string("key-secret")?,
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
+            "throttle" => DriverOptions::Throttle(ThrottleOptions {
+                throttle_group: f.required_string("throttle-group")?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
             "null-co" => DriverOptions::NullCo(NullOptions {

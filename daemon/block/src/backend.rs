@@ -95,6 +95,7 @@ impl Backend {
         self.drains.fetch_add(1, Ordering::SeqCst);
         let guard = DrainGuard {
             backend: self.clone(),
+            _let_go: LetGo::new(self.node()),
         };
         // A client that comes from now on sees the flag at once.
         let clients = locked(&self.clients).clone();
@@ -117,12 +118,32 @@ impl Backend {
 /// Keeps a backend drained until dropped.
 pub struct DrainGuard {
     backend: Arc<Backend>,
+    _let_go: LetGo,
+}
+
+/// As long as this lives, a node and those below it hold no request back: somebody waits for all of them.
+pub struct LetGo(Arc<Node>);
+
+impl LetGo {
+    fn new(node: Arc<Node>) -> LetGo {
+        node.drain(true);
+        LetGo(node)
+    }
+}
+
+impl Drop for LetGo {
+    fn drop(&mut self) {
+        self.0.drain(false);
+    }
 }
 
 impl DrainGuard {
-    /// Gives the backend another node.
-    pub fn set_node(&self, node: Arc<Node>) {
-        *locked(&self.backend.node) = node;
+    /// Gives the backend another node, if it has this one; those that stand on it have changed otherwise.
+    pub fn set_node_if(&self, old: &Arc<Node>, new: &Arc<Node>) {
+        let mut node = locked(&self.backend.node);
+        if Arc::ptr_eq(&node, old) {
+            *node = new.clone();
+        }
         self.backend.generation.fetch_add(1, Ordering::Release);
     }
 
@@ -190,6 +211,11 @@ impl Client {
         if n == 0 && self.is_drained() {
             self.shared.idle.notify_waiters();
         }
+    }
+
+    /// Has the nodes let requests go that they hold back (throttling): somebody waits for those of this client.
+    pub fn let_go(&self) -> LetGo {
+        LetGo::new(self.backend.node())
     }
 
     /// Requests counted and not answered.

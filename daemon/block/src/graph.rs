@@ -214,6 +214,9 @@ impl Graph {
         if let DriverOptions::Luks(luks) = &options.driver {
             children.push(("file", self.plan_child(&name, &luks.file, plan)?));
         }
+        if let DriverOptions::Throttle(throttle) = &options.driver {
+            children.push(("file", self.plan_child(&name, &throttle.file, plan)?));
+        }
         if let DriverOptions::Qcow2(qcow2) = &options.driver {
             children.push(("file", self.plan_child(&name, &qcow2.file, plan)?));
             if let Some(data_file) = &qcow2.data_file {
@@ -301,11 +304,11 @@ impl Graph {
             )));
         }
         let mut removed = Vec::new();
-        self.take_out(name, &mut removed);
+        self.remove_entry(name, &mut removed);
         Ok(removed)
     }
 
-    fn take_out(&mut self, name: &str, removed: &mut Vec<Arc<Node>>) {
+    fn remove_entry(&mut self, name: &str, removed: &mut Vec<Arc<Node>>) {
         let Some(entry) = self.nodes.remove(name) else {
             return;
         };
@@ -314,7 +317,7 @@ impl Graph {
             let orphan = self.nodes.get(&child).is_some_and(|e| e.implicit)
                 && self.parents(&child).is_empty();
             if orphan {
-                self.take_out(&child, removed);
+                self.remove_entry(&child, removed);
             }
         }
     }
@@ -436,34 +439,86 @@ impl Graph {
         }
     }
 
-    /// Whether an overlay may take the place of a node: only users that can be moved to it use the node.
-    pub fn check_overlay(&self, name: &str) -> Result<()> {
-        let entry = self.entry(name)?;
-        if entry.node.is_read_only() {
-            return Err(Error::invalid(format!(
-                "node '{name}' is read-only: nothing is written to it that an overlay could take"
-            )));
-        }
-        if let Some(parent) = self.parent_nodes(name).next() {
-            return Err(Error::in_use(format!(
-                "node '{name}' is below node '{parent}': put the overlay over that"
-            )));
+    /// Whether another node may take the place of a node: all its users can be moved.
+    pub fn check_moves(&self, name: &str) -> Result<()> {
+        self.entry(name)?;
+        for parent in self.parent_nodes(name) {
+            let is_filter = self.nodes[parent].node.driver_name() == "throttle";
+            if !is_filter {
+                return Err(Error::in_use(format!(
+                    "node '{name}' is below node '{parent}', which cannot get another child while it is in use"
+                )));
+            }
         }
         Ok(())
     }
 
-    /// Makes an opened overlay part of the graph, and its users those of the node below, which everything above was
-    /// drained for. Returns the names as [`Graph::insert`].
-    pub fn insert_overlay(&mut self, opened: Opened, below: &str) -> Vec<String> {
-        let users = match self.nodes.get_mut(below) {
+    /// Whether an overlay may take the place of a node.
+    pub fn check_overlay(&self, name: &str) -> Result<()> {
+        if self.entry(name)?.node.is_read_only() {
+            return Err(Error::invalid(format!(
+                "node '{name}' is read-only: nothing is written to it that an overlay could take"
+            )));
+        }
+        self.check_moves(name)
+    }
+
+    /// Moves the users of one node to another. Everything above was drained.
+    fn move_users(&mut self, from: &str, to: &str) {
+        let Some(target) = self.nodes.get(to).map(|e| e.node.clone()) else {
+            return;
+        };
+        for (name, entry) in &mut self.nodes {
+            for (_, child) in &mut entry.children {
+                if name != to && child == from && entry.node.set_file(target.clone()) {
+                    child.clear();
+                    child.push_str(to);
+                }
+            }
+        }
+        let users = match self.nodes.get_mut(from) {
             Some(entry) => std::mem::take(&mut entry.users),
             None => Vec::new(),
         };
+        if let Some(entry) = self.nodes.get_mut(to) {
+            entry.users.extend(users);
+        }
+    }
+
+    /// Makes opened nodes part of the graph, the first of which takes the place of the node below, which everything above
+    /// was drained for. Returns the names as [`Graph::insert`].
+    pub fn insert_above(&mut self, opened: Opened, below: &str) -> Vec<String> {
         let names = self.insert(opened);
-        if let Some(entry) = names.first().and_then(|n| self.nodes.get_mut(n)) {
-            entry.users = users;
+        if let Some(name) = names.first() {
+            self.move_users(below, name);
         }
         names
+    }
+
+    /// Takes a filter out, and moves its users to its child, which is returned with the filter. Everything above was
+    /// drained.
+    pub fn take_out(&mut self, name: &str) -> Result<(Arc<Node>, Arc<Node>)> {
+        let entry = self.entry(name)?;
+        let child = match entry.children.first() {
+            Some((_, child)) if entry.node.driver_name() == "throttle" => child.clone(),
+            _ => {
+                return Err(Error::not_supported(format!(
+                    "node '{name}' has driver '{}': only filters (throttle) can be taken out",
+                    entry.node.driver_name()
+                )));
+            }
+        };
+        self.check_moves(name)?;
+        self.move_users(name, &child);
+        let filter = self.entry(name)?.node.clone();
+        self.nodes.remove(name);
+        let below = self.nodes.get_mut(&child).map(|e| {
+            // It was made for the filter, and stays without it.
+            e.implicit = false;
+            e.node.clone()
+        });
+        let below = below.ok_or_else(|| Error::failed(format!("node '{child}' is gone")))?;
+        Ok((filter, below))
     }
 
     /// The backends whose requests can reach a node, and the nodes between, it included.

@@ -21,8 +21,9 @@ mod image;
 mod node;
 mod permission;
 mod runtime;
+mod throttle;
 
-pub use backend::{Backend, Client, ClientId, DrainGuard};
+pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};
 pub use crypt::{Encrypted, luks_failed, read_header};
 pub use drivers::qcow2::NodeStorage;
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
@@ -31,3 +32,4 @@ pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};
 pub use runtime::{Runtime, Secrets};
+pub use throttle::{ThrottleGroup, ThrottleGroups};

@@ -409,6 +409,16 @@ impl Node {
         }
     }
 
+    /// Somebody waits for all requests in flight, or does so no more: nothing is held back meanwhile.
+    pub(crate) fn drain(&self, on: bool) {
+        self.driver.drain(on);
+    }
+
+    /// Gives a filter another child. False if this is none. The caller has drained everything above.
+    pub fn set_file(&self, node: Arc<Node>) -> bool {
+        self.driver.set_file(node)
+    }
+
     /// The qcow2 image that the node serves. What changes its size is followed by [`Node::follow_image`].
     pub fn image(&self) -> Option<Arc<vdisk_qcow2::Image>> {
         self.driver.image()

@@ -6,12 +6,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use vdisk_api::{Error, Result, Secret};
 
+use crate::throttle::ThrottleGroups;
+
 /// See the module.
 #[derive(Clone, Debug, Default)]
 pub struct Runtime {
     /// A folder that outlives the process, and not the machine.
     pub dir: Option<PathBuf>,
     pub secrets: Secrets,
+    pub throttle_groups: ThrottleGroups,
 }
 
 /// The secrets that nodes may name. Clones are the same.

@@ -39,6 +39,9 @@ pub enum Command {
     /// Secrets, which open encrypted images
     #[command(subcommand)]
     Secret(Secret),
+    /// Throttle groups: limits that nodes have together
+    #[command(subcommand)]
+    Throttle(Throttle),
     /// Snapshots: overlays over nodes that are in use, and those inside an image
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
@@ -195,6 +198,41 @@ pub enum Image {
         /// data-file=… (for one that was renamed)
         #[arg(value_name = "KEY=VALUE", required = true)]
         options: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Throttle {
+    /// Make a group, or give it other limits; what is not given is not limited
+    ///
+    /// Limits: bps-total, bps-read, bps-write (bytes per second), iops-total, iops-read, iops-write (requests per second), each
+    /// with -max (the rate of a burst) and -max-length (seconds that one may last), and iops-size.
+    ///
+    /// Example: vdiskctl throttle set gold iops-total=2000 iops-total-max=5000 bps-total=200M
+    Set {
+        /// The group
+        group: String,
+        #[arg(value_name = "KEY=VALUE")]
+        limits: Vec<String>,
+    },
+    /// List the groups with their limits
+    List,
+    /// Remove a group that limits nothing
+    Remove { group: String },
+    /// Put a node under the limits of a group, while guests use it
+    ///
+    /// Example: vdiskctl throttle insert disk0 gold
+    Insert {
+        node: String,
+        group: String,
+        /// The name of the new filter node; the node's with '-throttle' if not given
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Take a filter node out again, while guests use it
+    TakeOut {
+        /// The filter's name
+        filter: String,
     },
 }
 

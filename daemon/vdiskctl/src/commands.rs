@@ -15,7 +15,7 @@ use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, to_json};
 use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
-use crate::{images, secrets, stats, tree};
+use crate::{images, secrets, stats, throttle, tree};
 
 pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
@@ -168,6 +168,9 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Node(command) => node(&connection, &manager, command, json).await,
         Command::Image(command) => images::image(&manager, command, json).await,
         Command::Secret(command) => secrets::secret(&manager, command, json).await,
+        Command::Throttle(command) => {
+            throttle::throttle(&connection, &manager, command, json).await
+        }
         Command::Snapshot(command) => images::snapshot(&connection, &manager, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,
         Command::IoThread(command) => iothread(&connection, &manager, command, json).await,

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, to_json};
 use crate::output::{Rows, flag, number, print_json, text};
 
-fn properties(found: HashMap<String, OwnedVariant>) -> Properties {
+pub fn properties(found: HashMap<String, OwnedVariant>) -> Properties {
     found.iter().map(|(k, v)| (k.clone(), to_json(v))).collect()
 }
 
@@ -345,6 +345,16 @@ async fn make_overlay(manager: &ManagerProxy<'_>, below: &Properties, file: &str
     Ok(manager.create_image(options).await?)
 }
 
+/// Says what was done while guests had to wait, and how long they had to.
+pub fn print_pause(what: &str, report: Properties, json: bool) {
+    if json {
+        print_json(&Json::Object(report));
+    } else {
+        let paused = number(&report, "paused-ns") as f64 / 1e6;
+        anstream::println!("{what}; guests waited for {paused:.1} ms");
+    }
+}
+
 /// Puts an overlay over a node that may be in use.
 async fn overlay(
     connection: &Connection,
@@ -389,12 +399,7 @@ async fn overlay(
             return Err(e.into());
         }
     };
-    if json {
-        print_json(&Json::Object(report));
-    } else {
-        let paused = number(&report, "paused-ns") as f64 / 1e6;
-        anstream::println!("'{name}' is over '{node}' now; guests waited for {paused:.1} ms");
-    }
+    print_pause(&format!("'{name}' is over '{node}' now"), report, json);
     Ok(())
 }
 

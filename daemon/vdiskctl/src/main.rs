@@ -8,6 +8,7 @@ mod objects;
 mod output;
 mod secrets;
 mod stats;
+mod throttle;
 mod tree;
 
 use std::process::ExitCode;

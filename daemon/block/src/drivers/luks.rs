@@ -131,6 +131,10 @@ impl Driver for Luks {
             .announce_block_size(block_size.max(SECTOR as u64));
     }
 
+    fn drain(&self, on: bool) {
+        self.0.below.drain(on);
+    }
+
     fn filename(&self) -> Option<String> {
         self.0.below.filename()
     }

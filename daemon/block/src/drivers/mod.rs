@@ -6,6 +6,7 @@ mod luks;
 mod null;
 pub(crate) mod qcow2;
 mod raw;
+mod throttle;
 
 use std::fmt;
 use std::future::Future;
@@ -64,6 +65,8 @@ pub enum SlowReason {
     Compressed,
     /// It is encrypted.
     Encrypted,
+    /// A group limits how many may go.
+    Throttled,
     /// The table that says where it is must be read first.
     Metadata,
     /// Its parts are in several places.
@@ -82,6 +85,7 @@ impl fmt::Display for SlowReason {
             SlowReason::Allocates => "the write needs new clusters",
             SlowReason::Compressed => "the data is compressed",
             SlowReason::Encrypted => "the data is encrypted",
+            SlowReason::Throttled => "a throttle group limits requests",
             SlowReason::Metadata => "the table of the image must be read first",
             SlowReason::Scattered => "the data is in several places",
             SlowReason::Latency => "latency-ns delays requests",
@@ -175,6 +179,14 @@ pub trait Driver: Send + Sync {
     /// Clients may write blocks of this many bytes from now on.
     fn announce_block_size(&self, _block_size: u64) {}
 
+    /// Somebody waits for all requests in flight, or does so no more: the driver lets go those that it holds back.
+    fn drain(&self, _on: bool) {}
+
+    /// Gives a filter another child. False if the driver cannot have one. No request is in flight.
+    fn set_file(&self, _node: Arc<Node>) -> bool {
+        false
+    }
+
     /// The qcow2 image that the driver serves.
     fn image(&self) -> Option<Arc<vdisk_qcow2::Image>> {
         None
@@ -227,6 +239,7 @@ pub(crate) fn open(
         DriverOptions::Raw(o) => raw::open(name, options, o, children),
         DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children, runtime),
         DriverOptions::Luks(o) => luks::open(name, options, o, children, runtime),
+        DriverOptions::Throttle(o) => throttle::open(name, options, o, children, runtime),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }
 }

@@ -482,6 +482,16 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn drain(&self, on: bool) {
+        self.file.drain(on);
+        if !Arc::ptr_eq(&self.data, &self.file) {
+            self.data.drain(on);
+        }
+        if let Some(backing) = &self.backing {
+            backing.drain(on);
+        }
+    }
+
     fn image(&self) -> Option<Arc<Image>> {
         Some(self.image.clone())
     }

@@ -163,6 +163,10 @@ impl Driver for Raw {
         self.file.announce_block_size(block_size);
     }
 
+    fn drain(&self, on: bool) {
+        self.file.drain(on);
+    }
+
     fn filename(&self) -> Option<String> {
         self.file.filename()
     }

@@ -220,6 +220,7 @@ impl Queue {
             self.reactor.sleep(Duration::from_millis(1)).await;
         }
         self.closed.set(true);
+        let _let_go = self.client.let_go();
         loop {
             let idle = self.idle.notified();
             if self.client.in_flight() == 0 {

@@ -7,9 +7,10 @@
 mod exports;
 pub mod images;
 mod iothreads;
+mod moves;
 mod nodes;
-mod overlay;
 pub mod secrets;
+pub mod throttle;
 mod world;
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -164,6 +165,8 @@ impl Control {
             Command::FlushNode { name } => self.flush_node(&name).await,
             Command::CheckNode { name, repair } => self.check_node(&name, repair).await,
             Command::AddOverlay { node, overlay } => self.add_overlay(&node, overlay).await,
+            Command::InsertFilter { node, filter } => self.insert_filter(&node, filter).await,
+            Command::TakeOut { name } => self.take_out(&name).await,
             Command::Snapshot {
                 node,
                 action,

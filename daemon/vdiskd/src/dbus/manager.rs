@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use vdisk_api::{
     AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
-    IoThreadOptions, NodeOptions, Reply, SecretOptions, check_from_map, measure_from_map,
+    IoThreadOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, check_from_map,
+    measure_from_map,
 };
 use vdisk_dbus::{export_path, iothread_path, node_path};
 use zbus::interface;
@@ -13,7 +14,7 @@ use zbus::{OwnedObjectPath, Variant};
 use super::Failure;
 use super::convert::{self, Options};
 use super::statistics::{self, Statistics};
-use crate::control::{Handle, images, secrets};
+use crate::control::{Handle, images, secrets, throttle};
 
 pub struct ManagerObject(pub Handle);
 
@@ -26,7 +27,7 @@ impl ManagerObject {
         let reply = self.0.run(Command::AddNode(options)).await?;
         let name = match reply {
             Reply::Nodes(names) => names.into_iter().next().unwrap_or(name),
-            Reply::Done | Reply::Found(_) | Reply::Overlay { .. } => name,
+            Reply::Done | Reply::Found(_) | Reply::Moved { .. } => name,
         };
         Ok(node_path(&name))
     }
@@ -92,6 +93,34 @@ impl ManagerObject {
     async fn remove_secret(&self, id: String, options: Options) -> Result<(), Failure> {
         convert::no_options(options)?;
         Ok(secrets::remove(&self.0, &id)?)
+    }
+
+    async fn set_throttle_group(&self, name: String, limits: Options) -> Result<(), Failure> {
+        let limits = ThrottleLimits::from_map(&name, convert::plain_options(limits)?)?;
+        Ok(throttle::set(&self.0, &name, limits)?)
+    }
+
+    async fn remove_throttle_group(&self, name: String, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        Ok(throttle::remove(&self.0, &name)?)
+    }
+
+    #[zbus(out_args("groups"))]
+    async fn list_throttle_groups(
+        &self,
+        options: Options,
+    ) -> Result<HashMap<String, Statistics>, Failure> {
+        convert::no_options(options)?;
+        let all = throttle::all(&self.0).list();
+        let limits = |g: &vdisk_block::ThrottleGroup| {
+            let mut map = g.limits().to_map();
+            map.insert("members".into(), g.members().into());
+            convert::dictionary(&map)
+        };
+        Ok(all
+            .iter()
+            .map(|g| (g.name().to_owned(), limits(g)))
+            .collect())
     }
 
     async fn create_image(&self, options: Options) -> Result<(), Failure> {

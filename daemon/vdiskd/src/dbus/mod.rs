@@ -124,6 +124,7 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 node.size_changed(emitter).await?;
                 node.parents_changed(emitter).await?;
                 node.read_only_changed(emitter).await?;
+                node.children_changed(emitter).await?;
             }
         }
         Event::ExportAdded(id) => {

@@ -25,8 +25,20 @@ impl NodeObject {
     async fn found(&self, command: Command) -> Result<Statistics, Failure> {
         match self.control.run(command).await? {
             Reply::Found(map) => Ok(convert::dictionary(&map)),
-            Reply::Done | Reply::Nodes(_) | Reply::Overlay { .. } => Ok(Statistics::new()),
+            Reply::Done | Reply::Nodes(_) | Reply::Moved { .. } => Ok(Statistics::new()),
         }
+    }
+
+    /// Says how long guests had to wait.
+    async fn move_nodes(&self, command: Command) -> Result<Statistics, Failure> {
+        let paused = match self.control.run(command).await? {
+            Reply::Moved { paused, .. } => paused.as_nanos() as u64,
+            _ => 0,
+        };
+        Ok(Statistics::from([(
+            "paused-ns".to_owned(),
+            statistics::owned(Variant::from(paused)),
+        )]))
     }
 
     async fn snapshot(
@@ -101,16 +113,40 @@ impl NodeObject {
         let overlay = NodeOptions::from_map(convert::plain_options(options)?)?;
         let name = overlay.node_name.clone().unwrap_or_default();
         let node = self.name.clone();
-        let command = Command::AddOverlay { node, overlay };
-        let paused = match self.control.run(command).await? {
-            Reply::Overlay { paused, .. } => paused.as_nanos() as u64,
-            _ => 0,
-        };
-        let report = Statistics::from([(
-            "paused-ns".to_owned(),
-            statistics::owned(Variant::from(paused)),
-        )]);
+        let report = self
+            .move_nodes(Command::AddOverlay { node, overlay })
+            .await?;
         Ok((node_path(&name), report))
+    }
+
+    #[zbus(out_args("filter", "report"))]
+    async fn insert_filter(
+        &self,
+        options: Options,
+    ) -> Result<(OwnedObjectPath, Statistics), Failure> {
+        let mut map = convert::plain_options(options)?;
+        if map.contains_key("file") {
+            let e = Error::invalid(format!(
+                "option 'file' is given, but it is node '{}': leave it out",
+                self.name
+            ));
+            return Err(e.into());
+        }
+        map.insert("file".into(), self.name.clone().into());
+        let filter = NodeOptions::from_map(map)?;
+        let name = filter.node_name.clone().unwrap_or_default();
+        let node = self.name.clone();
+        let report = self
+            .move_nodes(Command::InsertFilter { node, filter })
+            .await?;
+        Ok((node_path(&name), report))
+    }
+
+    #[zbus(out_args("report"))]
+    async fn take_out(&self, options: Options) -> Result<Statistics, Failure> {
+        convert::no_options(options)?;
+        let name = self.name.clone();
+        self.move_nodes(Command::TakeOut { name }).await
     }
 
     #[zbus(out_args("snapshot"))]
@@ -158,7 +194,7 @@ impl NodeObject {
         Ok(self.info()?.implicit)
     }
 
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property)]
     fn children(&self) -> zbus::fdo::Result<Vec<(String, OwnedObjectPath)>> {
         let children = self.info()?.children.into_iter();
         Ok(children

@@ -1,0 +1,507 @@
+//! Throttle groups: limits that several nodes have together.
+//!
+//! Each limit is a leaky bucket: requests fill it with what they cost, and it empties at the rate of the limit. A request may go
+//! when the bucket has room. Without bursts a bucket holds what a tenth of a second leaks; with bursts, what may be used up
+//! in one, and a second bucket holds the rate of the burst itself. Members whose requests wait take turns, one request each.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, oneshot};
+use vdisk_api::{Error, Limit, Result, ThrottleLimits};
+
+use crate::drivers::Direction;
+
+/// Seconds of the average rate that may be used at once where there are no bursts, and of the burst rate within a burst.
+const SLACK: f64 = 0.1;
+
+#[derive(Clone, Copy, Default)]
+struct Bucket {
+    limit: Limit,
+    /// Units.
+    level: f64,
+    burst: f64,
+}
+
+impl Bucket {
+    fn leak(&mut self, seconds: f64) {
+        self.level = (self.level - self.limit.average as f64 * seconds).max(0.0);
+        self.burst = (self.burst - self.limit.max as f64 * seconds).max(0.0);
+    }
+
+    fn fill(&mut self, units: f64) {
+        if self.limit.average > 0 {
+            self.level += units;
+            self.burst += units;
+        }
+    }
+
+    /// Seconds until the next request may go.
+    fn wait(&self) -> f64 {
+        let Limit {
+            average,
+            max,
+            length,
+        } = self.limit;
+        if average == 0 {
+            return 0.0;
+        }
+        let (average, max) = (average as f64, max as f64);
+        let room = if max > 0.0 {
+            max * length as f64
+        } else {
+            average * SLACK
+        };
+        let mut wait = (self.level - room) / average;
+        if max > 0.0 && length > 1 {
+            wait = wait.max((self.burst - max * SLACK) / max);
+        }
+        wait.max(0.0)
+    }
+}
+
+struct Waiter {
+    bytes: u64,
+    go: oneshot::Sender<()>,
+}
+
+#[derive(Default)]
+struct Member {
+    id: u64,
+    /// Reads and writes that wait.
+    waiting: [VecDeque<Waiter>; 2],
+    /// Its requests must not wait: somebody waits for all of them.
+    drains: u32,
+}
+
+struct State {
+    limits: ThrottleLimits,
+    /// Bytes and requests: of reads and writes together, of reads, of writes.
+    buckets: [[Bucket; 3]; 2],
+    leaked: Instant,
+    members: Vec<Member>,
+    next_id: u64,
+    /// Which member is next, for reads and writes.
+    turn: [usize; 2],
+    /// Somebody lets waiting requests go.
+    pumping: bool,
+}
+
+/// See the module.
+pub struct ThrottleGroup {
+    name: String,
+    state: Mutex<State>,
+    /// Something changed that the waiting was computed from.
+    changed: Notify,
+    runtime: Handle,
+}
+
+fn index(direction: Direction) -> usize {
+    match direction {
+        Direction::Read => 0,
+        Direction::Write => 1,
+    }
+}
+
+impl State {
+    fn set(&mut self, limits: ThrottleLimits) {
+        self.limits = limits;
+        for (kind, new) in [limits.bps, limits.iops].iter().enumerate() {
+            for (bucket, limit) in self.buckets[kind].iter_mut().zip(new) {
+                bucket.limit = *limit;
+            }
+        }
+    }
+
+    fn leak(&mut self) {
+        let now = Instant::now();
+        let seconds = now.duration_since(self.leaked).as_secs_f64();
+        self.leaked = now;
+        for bucket in self.buckets.as_flattened_mut() {
+            bucket.leak(seconds);
+        }
+    }
+
+    fn wait(&self, direction: usize) -> f64 {
+        let of = |kind: &[Bucket; 3]| kind[0].wait().max(kind[1 + direction].wait());
+        self.buckets.iter().map(of).fold(0.0, f64::max)
+    }
+
+    fn fill(&mut self, direction: usize, bytes: u64) {
+        let requests = match self.limits.iops_size {
+            0 => 1.0,
+            size => (bytes as f64 / size as f64).max(1.0),
+        };
+        for (kind, units) in self.buckets.iter_mut().zip([bytes as f64, requests]) {
+            kind[0].fill(units);
+            kind[1 + direction].fill(units);
+        }
+    }
+
+    fn any_waits(&self, direction: usize) -> bool {
+        self.members
+            .iter()
+            .any(|m| !m.waiting[direction].is_empty())
+    }
+
+    /// The next request that waits, of the member whose turn it is.
+    fn next(&mut self, direction: usize) -> Option<Waiter> {
+        let n = self.members.len();
+        for i in 0..n {
+            let at = (self.turn[direction] + i) % n;
+            if let Some(waiter) = self.members[at].waiting[direction].pop_front() {
+                self.turn[direction] = (at + 1) % n;
+                return Some(waiter);
+            }
+        }
+        None
+    }
+
+    /// Lets go what may go. Returns how long the next one has to wait; None if there is none.
+    fn grant(&mut self) -> Option<Duration> {
+        self.leak();
+        let mut next: Option<f64> = None;
+        let mut any = true;
+        while any {
+            any = false;
+            next = None;
+            for direction in [0, 1] {
+                if !self.any_waits(direction) {
+                    continue;
+                }
+                let wait = self.wait(direction);
+                if wait > 0.0 {
+                    next = Some(next.map_or(wait, |n| n.min(wait)));
+                    continue;
+                }
+                any = true;
+                if let Some(waiter) = self.next(direction)
+                    && waiter.go.send(()).is_ok()
+                {
+                    self.fill(direction, waiter.bytes);
+                }
+            }
+        }
+        // Whoever changes the limits has this looked at again.
+        next.map(|seconds| Duration::from_secs_f64(seconds.min(3600.0)))
+    }
+
+    fn member(&mut self, id: u64) -> Option<&mut Member> {
+        self.members.iter_mut().find(|m| m.id == id)
+    }
+}
+
+impl ThrottleGroup {
+    /// `runtime` lets waiting requests go.
+    pub fn new(name: &str, limits: ThrottleLimits, runtime: Handle) -> Arc<ThrottleGroup> {
+        let mut state = State {
+            limits,
+            buckets: Default::default(),
+            leaked: Instant::now(),
+            members: Vec::new(),
+            next_id: 0,
+            turn: [0; 2],
+            pumping: false,
+        };
+        state.set(limits);
+        Arc::new(ThrottleGroup {
+            name: name.to_owned(),
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            runtime,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn limits(&self) -> ThrottleLimits {
+        self.state().limits
+    }
+
+    /// Changes the limits; what waits is looked at anew.
+    pub fn set_limits(&self, limits: ThrottleLimits) {
+        let mut state = self.state();
+        state.leak();
+        state.set(limits);
+        self.changed.notify_one();
+    }
+
+    pub fn members(&self) -> usize {
+        self.state().members.len()
+    }
+
+    pub(crate) fn join(self: &Arc<Self>) -> Membership {
+        let mut state = self.state();
+        let id = state.next_id;
+        state.next_id += 1;
+        state.members.push(Member {
+            id,
+            ..Member::default()
+        });
+        Membership {
+            group: self.clone(),
+            id,
+        }
+    }
+
+    async fn pump(self: Arc<Self>) {
+        loop {
+            let changed = self.changed.notified();
+            let wait = {
+                let mut state = self.state();
+                let wait = state.grant();
+                state.pumping = wait.is_some();
+                wait
+            };
+            let Some(wait) = wait else {
+                return;
+            };
+            tokio::select! {
+                _ = tokio::time::sleep(wait) => {}
+                _ = changed => {}
+            }
+        }
+    }
+}
+
+/// A node's place in a group.
+pub(crate) struct Membership {
+    group: Arc<ThrottleGroup>,
+    id: u64,
+}
+
+impl Membership {
+    /// Waits until a request of so many bytes may go.
+    pub async fn enter(&self, direction: Direction, bytes: u64) {
+        let direction = index(direction);
+        let waits = {
+            let mut state = self.group.state();
+            state.leak();
+            let drained = state.member(self.id).is_none_or(|m| m.drains > 0);
+            if drained || !state.any_waits(direction) && state.wait(direction) <= 0.0 {
+                state.fill(direction, bytes);
+                None
+            } else {
+                let (go, waits) = oneshot::channel();
+                if let Some(member) = state.member(self.id) {
+                    member.waiting[direction].push_back(Waiter { bytes, go });
+                }
+                if !state.pumping {
+                    state.pumping = true;
+                    self.group.runtime.spawn(self.group.clone().pump());
+                }
+                Some(waits)
+            }
+        };
+        if let Some(waits) = waits {
+            // A member that goes lets its requests go.
+            let _ = waits.await;
+        }
+    }
+
+    /// Somebody waits for all requests in flight, or does so no more: meanwhile none waits here.
+    pub fn drain(&self, on: bool) {
+        let mut state = self.group.state();
+        let mut gone = Vec::new();
+        if let Some(member) = state.member(self.id) {
+            if !on {
+                member.drains = member.drains.saturating_sub(1);
+                return;
+            }
+            member.drains += 1;
+            for (direction, waiting) in member.waiting.iter_mut().enumerate() {
+                gone.extend(waiting.drain(..).map(|w| (direction, w)));
+            }
+        }
+        for (direction, waiter) in gone {
+            if waiter.go.send(()).is_ok() {
+                state.fill(direction, waiter.bytes);
+            }
+        }
+    }
+}
+
+impl Membership {
+    /// Ends it: what waits goes, and what comes is not held back.
+    pub fn leave(&self) {
+        let mut state = self.group.state();
+        state.members.retain(|m| m.id != self.id);
+        state.turn = [0; 2];
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+/// All groups, by name. Clones are the same.
+#[derive(Clone, Default)]
+pub struct ThrottleGroups(Arc<Mutex<BTreeMap<String, Arc<ThrottleGroup>>>>);
+
+impl std::fmt::Debug for ThrottleGroups {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.all().keys()).finish()
+    }
+}
+
+impl ThrottleGroups {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, Arc<ThrottleGroup>>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn list(&self) -> Vec<Arc<ThrottleGroup>> {
+        self.all().values().cloned().collect()
+    }
+
+    /// Makes a group, or gives it other limits. True if it is new.
+    pub fn set(&self, name: &str, limits: ThrottleLimits, runtime: &Handle) -> bool {
+        let mut all = self.all();
+        match all.get(name) {
+            Some(group) => {
+                group.set_limits(limits);
+                false
+            }
+            None => {
+                let group = ThrottleGroup::new(name, limits, runtime.clone());
+                all.insert(name.to_owned(), group);
+                true
+            }
+        }
+    }
+
+    pub fn get(&self, name: &str) -> Result<Arc<ThrottleGroup>> {
+        self.all().get(name).cloned().ok_or_else(|| {
+            Error::not_found(format!(
+                "there is no throttle group '{name}': make it with 'vdiskctl throttle set', or see the list of groups"
+            ))
+        })
+    }
+
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let members = self.get(name)?.members();
+        if members > 0 {
+            return Err(Error::in_use(format!(
+                "throttle group '{name}' limits {members} nodes: remove those first"
+            )));
+        }
+        self.all().remove(name);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(average: u64, max: u64, length: u64) -> ThrottleLimits {
+        let limit = Limit {
+            average,
+            max,
+            length,
+        };
+        ThrottleLimits {
+            iops: [limit, Limit::default(), Limit::default()],
+            ..ThrottleLimits::default()
+        }
+    }
+
+    /// A group whose time is what the test makes it, and the number of requests that go within so many seconds.
+    fn state(limits: ThrottleLimits) -> State {
+        let mut state = State {
+            limits,
+            buckets: Default::default(),
+            leaked: Instant::now(),
+            members: Vec::new(),
+            next_id: 0,
+            turn: [0; 2],
+            pumping: false,
+        };
+        state.set(limits);
+        state
+    }
+
+    fn passes(state: &mut State, seconds: f64) -> u64 {
+        let (mut t, mut n) = (0.0, 0);
+        while t < seconds {
+            while state.wait(0) <= 0.0 {
+                state.fill(0, 4096);
+                n += 1;
+            }
+            for b in state.buckets.as_flattened_mut() {
+                b.leak(0.001);
+            }
+            t += 0.001;
+        }
+        n
+    }
+
+    #[test]
+    fn the_average_is_kept() {
+        let mut s = state(limits(1000, 0, 1));
+        let n = passes(&mut s, 10.0);
+        assert!((10_000..=10_200).contains(&n), "{n}");
+    }
+
+    #[test]
+    fn bursts_are_as_fast_and_as_long_as_allowed() {
+        let mut s = state(limits(100, 1000, 5));
+        let burst = passes(&mut s, 5.0);
+        assert!((4_900..=5_200).contains(&burst), "{burst}");
+        passes(&mut s, 2.0);
+        let after = passes(&mut s, 10.0);
+        assert!((950..=1_050).contains(&after), "{after}");
+    }
+
+    #[test]
+    fn large_requests_count_by_their_size() {
+        let mut l = limits(1000, 0, 1);
+        l.iops_size = 1024;
+        let n = passes(&mut state(l), 10.0);
+        assert!((2_500..=2_560).contains(&n), "{n}");
+    }
+
+    #[test]
+    fn members_take_turns_however_many_of_their_requests_wait() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let group = ThrottleGroup::new("g", limits(100, 0, 1), runtime.handle().clone());
+        let (many, few) = (group.join(), group.join());
+        let mut state = group.state();
+        let mut queued = Vec::new();
+        for (member, n) in [(&many, 100), (&few, 10)] {
+            for _ in 0..n {
+                let (go, waits) = oneshot::channel();
+                let m = state.member(member.id).unwrap();
+                m.waiting[0].push_back(Waiter { bytes: 512, go });
+                queued.push((member.id, waits));
+            }
+        }
+        // A tenth of a second, and what follows: the next twenty are ten of each.
+        state.grant();
+        let went = |queued: &mut Vec<(u64, oneshot::Receiver<()>)>, id: u64| {
+            let all = queued.iter_mut().filter(|q| q.0 == id);
+            all.filter(|q| q.1.try_recv().is_ok()).count()
+        };
+        let (a, b) = (went(&mut queued, many.id), went(&mut queued, few.id));
+        assert!(a.abs_diff(b) <= 1 && a + b >= 10, "{a} {b}");
+        drop(state);
+        // Somebody waits for the requests of one: they go.
+        few.drain(true);
+        assert_eq!(went(&mut queued, few.id) + b, 10);
+        few.drain(false);
+        drop(many);
+        assert_eq!(group.members(), 1);
+    }
+}

@@ -1,0 +1,213 @@
+//! Changes of the graph under guests: overlays and filters that come, and filters that go.
+//!
+//! Everything that may take long is done while guests go on: what is new is opened and made ready, and what will be read only is flushed.
+//! They wait for what was written meanwhile, and for the change itself. What a node has in memory beyond that is stored
+//! when they go on: it is only read from then on.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vdisk_api::{BackingRef, DriverOptions, Error, NodeOptions, Reply, Result};
+use vdisk_block::{DrainGuard, Node, Opened};
+
+use super::{Control, Event};
+
+impl Control {
+    pub(super) async fn add_overlay(
+        &mut self,
+        name: &str,
+        mut options: NodeOptions,
+    ) -> Result<Reply> {
+        let overlay = options.node_name.clone().unwrap_or_default();
+        let what = format!("overlay '{overlay}' of node '{name}'");
+        match &mut options.driver {
+            DriverOptions::Qcow2(q) if q.backing == BackingRef::Unset => {
+                q.backing = BackingRef::Active(name.to_owned());
+            }
+            DriverOptions::Qcow2(_) => {
+                return Err(Error::invalid(format!(
+                    "{what}: option 'backing' is given, but the node is its backing file: leave it out"
+                )));
+            }
+            other => {
+                return Err(Error::not_supported(format!(
+                    "{what} has driver '{}': only qcow2 images can be overlays",
+                    other.name()
+                )));
+            }
+        }
+        if options.read_only {
+            return Err(Error::invalid(format!(
+                "{what} is read-only, and nobody could write to the disk: leave out the option 'read-only'"
+            )));
+        }
+        let (node, plan) = {
+            let mut world = self.world();
+            world.graph.check_overlay(name)?;
+            let plan = world.graph.plan(options)?;
+            (world.graph.node(name)?, plan)
+        };
+        let opened = self.open(plan).await?;
+        if let Err(error) = self.prepare(&what, &node, &opened).await {
+            self.give_up(opened).await;
+            return Err(error);
+        }
+        if let Err(e) = self.flush(&node).await {
+            self.give_up(opened).await;
+            return Err(Error::io(
+                format_args!("{what}: the node cannot be flushed"),
+                &e,
+            ));
+        }
+        let (start, drained) = self.hold(name).await;
+        if let Err(e) = self.flush(&node).await {
+            drop(drained);
+            self.give_up(opened).await;
+            return Err(Error::io(
+                format_args!("{what}: the node cannot be flushed, and stays as it is"),
+                &e,
+            ));
+        }
+        node.set_read_only();
+        let (names, paused) = self.take_place(name, opened, start, drained);
+        if let Err(error) = self.settle(&node).await {
+            tracing::warn!(node = name, %error, "what it has in memory beyond what was flushed cannot be stored");
+        }
+        let paused_us = paused.as_micros() as u64;
+        tracing::info!(node = name, overlay, paused_us, "overlay added");
+        Ok(self.moved(name, &overlay, names, paused))
+    }
+
+    pub(super) async fn insert_filter(
+        &mut self,
+        name: &str,
+        options: NodeOptions,
+    ) -> Result<Reply> {
+        let filter = options.node_name.clone().unwrap_or_default();
+        let what = format!("filter '{filter}' over node '{name}'");
+        if !matches!(options.driver, DriverOptions::Throttle(_)) {
+            return Err(Error::not_supported(format!(
+                "{what} has driver '{}': only throttle is a filter",
+                options.driver.name()
+            )));
+        }
+        let (node, plan) = {
+            let mut world = self.world();
+            world.graph.check_moves(name)?;
+            let plan = world.graph.plan(options)?;
+            (world.graph.node(name)?, plan)
+        };
+        let opened = self.open(plan).await?;
+        if let Err(error) = self.prepare(&what, &node, &opened).await {
+            self.give_up(opened).await;
+            return Err(error);
+        }
+        let (start, drained) = self.hold(name).await;
+        let (names, paused) = self.take_place(name, opened, start, drained);
+        let paused_us = paused.as_micros() as u64;
+        tracing::info!(node = name, filter, paused_us, "filter inserted");
+        Ok(self.moved(name, &filter, names, paused))
+    }
+
+    pub(super) async fn take_out(&mut self, name: &str) -> Result<Reply> {
+        // Whatever is wrong is to be known before anybody has to wait.
+        self.world().graph.node(name)?;
+        let (start, drained) = self.hold(name).await;
+        let (filter, below) = self.world().graph.take_out(name)?;
+        for guard in &drained {
+            guard.set_node_if(&filter, &below);
+        }
+        drop(drained);
+        let paused = start.elapsed();
+        filter.close().await;
+        let paused_us = paused.as_micros() as u64;
+        tracing::info!(
+            node = below.name(),
+            filter = name,
+            paused_us,
+            "filter taken out"
+        );
+        self.events.push(Event::NodeRemoved(name.to_owned()));
+        let below = below.name().to_owned();
+        Ok(self.moved(&below, &below, Vec::new(), paused))
+    }
+
+    /// Makes opened nodes ready to take the place of a node.
+    async fn prepare(&self, what: &str, node: &Arc<Node>, opened: &Opened) -> Result<()> {
+        self.activate(opened).await?;
+        let Some(new) = opened.nodes().last() else {
+            return Err(Error::failed(format!("{what} was not opened")));
+        };
+        if new.size() != node.size() {
+            return Err(Error::invalid(format!(
+                "{what} has {} bytes, but the node has {}: give them the same size",
+                new.size(),
+                node.size()
+            )));
+        }
+        let world = self.world();
+        let (_, above) = world.graph.above(node.name());
+        let exports = world.exports.values();
+        let exports = exports.filter(|e| above.iter().any(|n| n.name() == e.node()));
+        let blocks = exports.map(|e| e.server.device().options.logical_block_size);
+        if let Some(block) = blocks.min() {
+            new.announce_block_size(block.into());
+        }
+        Ok(())
+    }
+
+    /// Has everybody wait whose requests reach a node.
+    async fn hold(&self, name: &str) -> (Instant, Vec<DrainGuard>) {
+        let (backends, _) = self.world().graph.above(name);
+        let start = Instant::now();
+        let mut drained = Vec::new();
+        for backend in &backends {
+            drained.push(backend.drain().await);
+        }
+        (start, drained)
+    }
+
+    /// Puts what was opened in the place of a node, and lets everybody go on.
+    fn take_place(
+        &self,
+        name: &str,
+        opened: Opened,
+        start: Instant,
+        drained: Vec<DrainGuard>,
+    ) -> (Vec<String>, Duration) {
+        let new = opened.nodes().last().cloned();
+        let mut world = self.world();
+        let old = world.graph.node(name);
+        let names = world.graph.insert_above(opened, name);
+        if let (Ok(old), Some(new)) = (old, new) {
+            for guard in &drained {
+                guard.set_node_if(&old, &new);
+            }
+        }
+        drop(world);
+        drop(drained);
+        (names, start.elapsed())
+    }
+
+    /// Tells of the change.
+    fn moved(&mut self, name: &str, top: &str, names: Vec<String>, paused: Duration) -> Reply {
+        let added = names.iter().rev().cloned().map(Event::NodeAdded);
+        self.events.extend(added);
+        let (nodes, exports): (Vec<String>, Vec<String>) = {
+            let world = self.world();
+            let (_, above) = world.graph.above(name);
+            let has = |node: &str| above.iter().any(|n| n.name() == node);
+            let exports = world.exports.iter().filter(|(_, e)| has(&e.node()));
+            (
+                above.iter().map(|n| n.name().to_owned()).collect(),
+                exports.map(|(id, _)| id.clone()).collect(),
+            )
+        };
+        debug_assert!(nodes.iter().any(|n| n == top));
+        self.events
+            .extend(nodes.into_iter().map(Event::NodeChanged));
+        let exports = exports.into_iter().map(Event::ExportChanged);
+        self.events.extend(exports);
+        Reply::Moved { names, paused }
+    }
+}
