@@ -88,7 +88,7 @@ impl ThrottleLimits {
             iops_size: f.size("iops-size")?.unwrap_or(0),
         };
         f.finish()?;
-        if limits.iops_size > 0 && limits.iops == <[Limit; 3]>::default() {
+        if limits.iops_size > 0 && limits.iops.iter().all(|l| l.average == 0) {
             return Err(Error::invalid(format!(
                 "throttle group '{name}': option 'iops-size' has no meaning without a limit of iops"
             )));
