@@ -106,6 +106,20 @@ fn index(direction: Direction) -> usize {
 }
 
 impl State {
+    fn new(limits: ThrottleLimits) -> State {
+        let mut state = State {
+            limits,
+            buckets: Default::default(),
+            leaked: Instant::now(),
+            members: Vec::new(),
+            next_id: 0,
+            turn: [0; 2],
+            pumping: false,
+        };
+        state.set(limits);
+        state
+    }
+
     fn set(&mut self, limits: ThrottleLimits) {
         self.limits = limits;
         for (kind, new) in [limits.bps, limits.iops].iter().enumerate() {
@@ -196,19 +210,9 @@ impl State {
 impl ThrottleGroup {
     /// `runtime` lets waiting requests go.
     pub fn new(name: &str, limits: ThrottleLimits, runtime: Handle) -> Arc<ThrottleGroup> {
-        let mut state = State {
-            limits,
-            buckets: Default::default(),
-            leaked: Instant::now(),
-            members: Vec::new(),
-            next_id: 0,
-            turn: [0; 2],
-            pumping: false,
-        };
-        state.set(limits);
         Arc::new(ThrottleGroup {
             name: name.to_owned(),
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(limits)),
             changed: Notify::new(),
             runtime,
         })
@@ -415,21 +419,7 @@ mod tests {
         }
     }
 
-    /// A group whose time is what the test makes it, and the number of requests that go within so many seconds.
-    fn state(limits: ThrottleLimits) -> State {
-        let mut state = State {
-            limits,
-            buckets: Default::default(),
-            leaked: Instant::now(),
-            members: Vec::new(),
-            next_id: 0,
-            turn: [0; 2],
-            pumping: false,
-        };
-        state.set(limits);
-        state
-    }
-
+    /// The requests that go within so many seconds, of a time that the test makes.
     fn passes(state: &mut State, seconds: f64) -> u64 {
         let (mut t, mut n) = (0.0, 0);
         while t < seconds {
@@ -447,14 +437,14 @@ mod tests {
 
     #[test]
     fn the_average_is_kept() {
-        let mut s = state(limits(1000, 0, 1));
+        let mut s = State::new(limits(1000, 0, 1));
         let n = passes(&mut s, 10.0);
         assert!((10_000..=10_200).contains(&n), "{n}");
     }
 
     #[test]
     fn bursts_are_as_fast_and_as_long_as_allowed() {
-        let mut s = state(limits(100, 1000, 5));
+        let mut s = State::new(limits(100, 1000, 5));
         let burst = passes(&mut s, 5.0);
         assert!((4_900..=5_200).contains(&burst), "{burst}");
         passes(&mut s, 2.0);
@@ -466,7 +456,7 @@ mod tests {
     fn large_requests_count_by_their_size() {
         let mut l = limits(1000, 0, 1);
         l.iops_size = 1024;
-        let n = passes(&mut state(l), 10.0);
+        let n = passes(&mut State::new(l), 10.0);
         assert!((2_500..=2_560).contains(&n), "{n}");
     }
 

@@ -14,10 +14,9 @@ use zbus::{Connection, Variant};
 use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, to_json};
+use crate::options::{Options, options};
 use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
 use crate::{images, secrets, stats, throttle, tree};
-
-pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
 
 async fn connect(args: &Args) -> Result<Connection> {
     let builder = match &args.bus_address {
@@ -31,20 +30,6 @@ async fn connect(args: &Args) -> Result<Connection> {
         None => Builder::system(),
     };
     Ok(builder.build().await?)
-}
-
-/// Splits KEY=VALUE words.
-pub fn options(words: &[String]) -> Result<Options<'_>> {
-    let mut out = Options::new();
-    for word in words {
-        let (key, value) = word
-            .split_once('=')
-            .ok_or_else(|| Error::invalid(format!("'{word}' is not an option: write KEY=VALUE")))?;
-        if out.insert(key, Variant::from(value)).is_some() {
-            return Err(Error::invalid(format!("option '{key}' is given twice")));
-        }
-    }
-    Ok(out)
 }
 
 fn print_object(p: &Properties, json: bool) {

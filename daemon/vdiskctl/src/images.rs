@@ -5,17 +5,13 @@ use std::collections::HashMap;
 use serde_json::{Map, Value as Json};
 use vdisk_api::{format_size, parse_size};
 use vdisk_dbus::{ManagerProxy, NodeProxy, node_path};
-use zbus::{Connection, OwnedVariant, Variant};
+use zbus::{Connection, Variant};
 
 use crate::args::{Image, ImageFile, SnapshotCommand};
-use crate::commands::{Options, options};
 use crate::error::{Error, Result};
-use crate::objects::{Objects, Properties, to_json};
-use crate::output::{Rows, flag, number, print_json, text};
-
-pub fn properties(found: HashMap<String, OwnedVariant>) -> Properties {
-    found.iter().map(|(k, v)| (k.clone(), to_json(v))).collect()
-}
+use crate::objects::{Objects, Properties, properties};
+use crate::options::{Options, options};
+use crate::output::{Rows, flag, number, print_json, print_pause, text};
 
 fn size(word: &str) -> Result<u64> {
     parse_size(word).ok_or_else(|| {
@@ -343,16 +339,6 @@ async fn make_overlay(manager: &ManagerProxy<'_>, below: &Properties, file: &str
         options.insert("backing-fmt", Variant::from(format));
     }
     Ok(manager.create_image(options).await?)
-}
-
-/// Says what was done while guests had to wait, and how long they had to.
-pub fn print_pause(what: &str, report: Properties, json: bool) {
-    if json {
-        print_json(&Json::Object(report));
-    } else {
-        let paused = number(&report, "paused-ns") as f64 / 1e6;
-        anstream::println!("{what}; guests waited for {paused:.1} ms");
-    }
 }
 
 /// Puts an overlay over a node that may be in use.

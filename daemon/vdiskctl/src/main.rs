@@ -5,6 +5,7 @@ mod commands;
 mod error;
 mod images;
 mod objects;
+mod options;
 mod output;
 mod secrets;
 mod stats;

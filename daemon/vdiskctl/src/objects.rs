@@ -1,10 +1,10 @@
 //! Everything there is, as the ObjectManager tells it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Map, Value as Json};
 use vdisk_dbus::{BUS_NAME, ROOT_PATH};
-use zbus::{Connection, Variant};
+use zbus::{Connection, OwnedVariant, Variant};
 
 use crate::error::{Error, Result};
 
@@ -100,4 +100,9 @@ impl Objects {
             ))
         })
     }
+}
+
+/// What a method has found.
+pub fn properties(found: HashMap<String, OwnedVariant>) -> Properties {
+    found.iter().map(|(k, v)| (k.clone(), to_json(v))).collect()
 }

@@ -138,6 +138,16 @@ pub fn format_count(n: u64) -> String {
     out
 }
 
+/// Says what was done while guests had to wait, and how long they had to.
+pub fn print_pause(what: &str, report: Properties, json: bool) {
+    if json {
+        print_json(&Json::Object(report));
+    } else {
+        let paused = number(&report, "paused-ns") as f64 / 1e6;
+        anstream::println!("{what}; guests waited for {paused:.1} ms");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

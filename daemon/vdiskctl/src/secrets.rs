@@ -9,8 +9,8 @@ use vdisk_dbus::ManagerProxy;
 use zbus::Variant;
 
 use crate::args::Secret;
-use crate::commands::Options;
 use crate::error::{Error, Result};
+use crate::options::Options;
 use crate::output::print_json;
 
 /// What was read, in memory that only this process and the daemon have.

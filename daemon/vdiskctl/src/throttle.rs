@@ -8,11 +8,10 @@ use vdisk_dbus::{ManagerProxy, NodeProxy, node_path};
 use zbus::{Connection, Variant};
 
 use crate::args::Throttle;
-use crate::commands::{Options, options};
 use crate::error::Result;
-use crate::images::{print_pause, properties};
-use crate::objects::{Objects, Properties};
-use crate::output::{Rows, number, print_json};
+use crate::objects::{Objects, Properties, properties};
+use crate::options::{Options, options};
+use crate::output::{Rows, number, print_json, print_pause};
 
 /// One limit in words: 100 (burst of 200 for 5 s).
 fn limit(group: &Properties, name: &str) -> Option<String> {

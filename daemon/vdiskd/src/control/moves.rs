@@ -1,14 +1,14 @@
 //! Changes of the graph under guests: overlays and filters that come, and filters that go.
 //!
-//! Everything that may take long is done while guests go on: what is new is opened and made ready, and what will be read only is flushed.
-//! They wait for what was written meanwhile, and for the change itself. What a node has in memory beyond that is stored
-//! when they go on: it is only read from then on.
+//! Everything that may take long is done while guests go on: what is new is opened and made ready, and what will only be
+//! read is flushed. They wait for what was written meanwhile, and for the change itself. What a node has in memory
+//! beyond that is stored when they go on again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vdisk_api::{BackingRef, DriverOptions, Error, NodeOptions, Reply, Result};
-use vdisk_block::{DrainGuard, Node, Opened};
+use vdisk_block::{DrainGuard, Node, Opened, Plan};
 
 use super::{Control, Event};
 
@@ -47,11 +47,7 @@ impl Control {
             let plan = world.graph.plan(options)?;
             (world.graph.node(name)?, plan)
         };
-        let opened = self.open(plan).await?;
-        if let Err(error) = self.prepare(&what, &node, &opened).await {
-            self.give_up(opened).await;
-            return Err(error);
-        }
+        let opened = self.open_above(&what, &node, plan).await?;
         if let Err(e) = self.flush(&node).await {
             self.give_up(opened).await;
             return Err(Error::io(
@@ -97,11 +93,7 @@ impl Control {
             let plan = world.graph.plan(options)?;
             (world.graph.node(name)?, plan)
         };
-        let opened = self.open(plan).await?;
-        if let Err(error) = self.prepare(&what, &node, &opened).await {
-            self.give_up(opened).await;
-            return Err(error);
-        }
+        let opened = self.open_above(&what, &node, plan).await?;
         let (start, drained) = self.hold(name).await;
         let (names, paused) = self.take_place(name, opened, start, drained);
         let paused_us = paused.as_micros() as u64;
@@ -130,6 +122,18 @@ impl Control {
         self.events.push(Event::NodeRemoved(name.to_owned()));
         let below = below.name().to_owned();
         Ok(self.moved(&below, &below, Vec::new(), paused))
+    }
+
+    /// Opens what is to take the place of a node, and makes it ready.
+    async fn open_above(&self, what: &str, node: &Arc<Node>, plan: Plan) -> Result<Opened> {
+        let opened = self.open(plan).await?;
+        match self.prepare(what, node, &opened).await {
+            Ok(()) => Ok(opened),
+            Err(error) => {
+                self.give_up(opened).await;
+                Err(error)
+            }
+        }
     }
 
     /// Makes opened nodes ready to take the place of a node.

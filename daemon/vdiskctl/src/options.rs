@@ -1,0 +1,23 @@
+//! Options as they are written on the command line, and as D-Bus has them.
+
+use std::collections::HashMap;
+
+use zbus::Variant;
+
+use crate::error::{Error, Result};
+
+pub type Options<'a> = HashMap<&'a str, Variant<'a>>;
+
+/// Splits KEY=VALUE words.
+pub fn options(words: &[String]) -> Result<Options<'_>> {
+    let mut out = Options::new();
+    for word in words {
+        let (key, value) = word
+            .split_once('=')
+            .ok_or_else(|| Error::invalid(format!("'{word}' is not an option: write KEY=VALUE")))?;
+        if out.insert(key, Variant::from(value)).is_some() {
+            return Err(Error::invalid(format!("option '{key}' is given twice")));
+        }
+    }
+    Ok(out)
+}
