@@ -1,6 +1,7 @@
 # make demo     set up, build, boot a guest on a disk that vdiskd serves, show the graph
 # make test     set up, build, check style and licences, run all tests (guests included)
 # make bench    set up, build for speed, compare with the newest qemu-storage-daemon
+# make bench-live   the same for what guests notice of changes under them
 # make install  install what 'make release' built (DESTDIR, PREFIX, …)
 #
 # All of them can be run again; what is there already is left alone. Downloads go to $VDISK_LAB, or to
@@ -21,7 +22,7 @@ export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 GUEST = target/guest/$(HOST)/release/init
 
-.PHONY: setup packages rust tools guest lab demo build release test lint unit bench install clean
+.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live install clean
 
 setup: packages rust guest
 
@@ -70,6 +71,9 @@ test: setup tools build
 
 bench: setup lab release
 	@target/release/vdisk-bench $(BENCH)
+
+bench-live: setup lab release
+	@target/release/vdisk-bench-live
 
 install:
 	install -D -m 755 target/release/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd

@@ -12,6 +12,10 @@ use vdisk_block::{DrainGuard, Node, Opened, Plan};
 
 use super::{Control, Event};
 
+/// A flush that takes less is not worth another before it.
+const SHORT_FLUSH: Duration = Duration::from_millis(2);
+const MAX_FLUSHES: usize = 6;
+
 impl Control {
     pub(super) async fn add_overlay(
         &mut self,
@@ -48,7 +52,7 @@ impl Control {
             (world.graph.node(name)?, plan)
         };
         let opened = self.open_above(&what, &node, plan).await?;
-        if let Err(e) = self.flush(&node).await {
+        if let Err(e) = self.flush_mostly(&node).await {
             self.give_up(opened).await;
             return Err(Error::io(
                 format_args!("{what}: the node cannot be flushed"),
@@ -122,6 +126,18 @@ impl Control {
         self.events.push(Event::NodeRemoved(name.to_owned()));
         let below = below.name().to_owned();
         Ok(self.moved(&below, &below, Vec::new(), paused))
+    }
+
+    /// Flushes a node that is written to until a flush has little to do: the last one, for which guests wait, has even less.
+    async fn flush_mostly(&self, node: &Arc<Node>) -> std::io::Result<()> {
+        for _ in 0..MAX_FLUSHES {
+            let start = Instant::now();
+            self.flush(node).await?;
+            if start.elapsed() < SHORT_FLUSH {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Opens what is to take the place of a node, and makes it ready.

@@ -1,0 +1,273 @@
+//! `make bench-live`: what guests notice of changes under them, beside the newest qemu-storage-daemon where that can do the same.
+//!
+//! One core for the client, one for the server. A client reads or writes 4 KiB at depth 32 while the graph below it changes; the
+//! figure is the longest time that a request took, beside that of an equal run without changes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+use vdisk_qemu_tests::blk_client::{Client, Load, Measured, Op};
+use vdisk_qemu_tests::qemu_tools::{text, tool};
+use vdisk_qemu_tests::{Daemon, Qmp, lab, wait_for};
+
+const SIZE: u64 = 512 << 20;
+const ROUNDS: usize = 5;
+
+fn pin(pid: u32, cpu: &str) {
+    let args = ["-a", "-c", "-p", cpu, &pid.to_string()].map(str::to_owned);
+    let _ = Command::new("taskset")
+        .args(args)
+        .stdout(Stdio::null())
+        .status();
+}
+
+fn load(op: Op, seconds: f64) -> Load {
+    Load {
+        op,
+        block: 4096,
+        depth: 32,
+        sequential: false,
+        span: SIZE,
+        duration: Duration::from_secs_f64(seconds),
+    }
+}
+
+/// An image, all of it allocated and in the page cache.
+fn image(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    tool(
+        "qemu-img",
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            text(&path),
+            &SIZE.to_string(),
+        ],
+    );
+    let write = format!("write -q -P 1 0 {SIZE}");
+    tool(
+        "qemu-io",
+        &["-f", "qcow2", "-c", &write, "-c", "flush", text(&path)],
+    );
+    path
+}
+
+/// Runs a load while `change` runs beside it after a moment.
+fn under_load(socket: &Path, load: &Load, change: impl FnOnce() + Send) -> Measured {
+    let mut client = Client::connect(socket, 1, load.depth, load.block);
+    let warm = Load {
+        duration: Duration::from_millis(100),
+        ..load.clone()
+    };
+    client.run(&warm);
+    std::thread::scope(|s| {
+        let quarter = load.duration / 4;
+        s.spawn(move || {
+            // In the middle of the run, whenever exactly.
+            std::thread::sleep(quarter);
+            change();
+        });
+        client.run(load)
+    })
+}
+
+fn longest_ms(m: &Measured) -> f64 {
+    f64::from(m.latency(1.0)) / 1e6
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Starts the newest qemu-storage-daemon with one image and a monitor.
+fn start_qsd(dir: &Path) -> Option<(Child, PathBuf, Qmp)> {
+    lab().join("sid/.done").exists().then_some(())?;
+    let file = image(dir, "qsd.qcow2");
+    let (socket, monitor) = (dir.join("qsd.sock"), dir.join("qsd.qmp"));
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/in-root.sh");
+    let child = Command::new(script)
+        .args(["sid", "qemu-storage-daemon", "--object", "iothread,id=io0"])
+        .args(["--chardev", &format!("socket,id=m,path={},server=on,wait=off", monitor.display())])
+        .args(["--monitor", "chardev=m"])
+        .args(["--blockdev", &format!("qcow2,node-name=disk0,file.driver=file,file.filename={},file.aio=io_uring", file.display())])
+        .args(["--export", &format!("vhost-user-blk,id=e,node-name=disk0,addr.type=unix,addr.path={},iothread=io0,writable=on", socket.display())])
+        .stdin(Stdio::null())
+        .spawn()
+        .ok()?;
+    wait_for("qemu-storage-daemon's socket", || {
+        socket.exists().then_some(())
+    });
+    pin(child.id(), "1");
+    let qmp = Qmp::connect(&monitor);
+    Some((child, socket, qmp))
+}
+
+/// The longest request during a snapshot, and in an equal run without one.
+fn snapshots(name: &str, socket: &Path, op: Op, mut snapshot: impl FnMut() + Send) {
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let load = load(op, 1.0);
+        without.push(longest_ms(&under_load(socket, &load, || {})));
+        with.push(longest_ms(&under_load(socket, &load, &mut snapshot)));
+    }
+    println!(
+        "{name:<34} longest request {:>7.2} ms, {:>7.2} ms in runs without",
+        median(with),
+        median(without)
+    );
+}
+
+fn main() {
+    pin(std::process::id(), "0");
+    let daemon = Daemon::start(&["--io-threads", "1"]);
+    pin(daemon.pid(), "1");
+    let dir = daemon.path("");
+    let disk = image(&dir, "disk0.qcow2");
+    let filename = format!("file.filename={}", disk.display());
+    daemon.ctl(&[
+        "node",
+        "add",
+        "disk0",
+        "driver=qcow2",
+        "file.driver=file",
+        &filename,
+    ]);
+    daemon.export_node("d", "disk0", &[]);
+    let socket = daemon.socket("d");
+
+    // The fast path before and after.
+    let rate = || under_load(&socket, &load(Op::Read, 1.0), || {}).iops();
+    let before: Vec<f64> = (0..ROUNDS).map(|_| rate()).collect();
+    daemon.ctl(&["throttle", "set", "g", "iops-total=1000000000"]);
+    for op in [Op::Read, Op::Write] {
+        let (mut insert, mut out, mut without) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let load = load(op, 1.0);
+            without.push(longest_ms(&under_load(&socket, &load, || {})));
+            let m = under_load(&socket, &load, || {
+                daemon.ctl(&["throttle", "insert", "disk0", "g", "--name", "t"]);
+            });
+            insert.push(longest_ms(&m));
+            let m = under_load(&socket, &load, || {
+                daemon.ctl(&["throttle", "take-out", "t"]);
+            });
+            out.push(longest_ms(&m));
+        }
+        println!(
+            "throttle insert, take out ({op:?})     longest request {:>7.2} ms, {:>7.2} ms; {:>7.2} ms in runs without",
+            median(insert),
+            median(out),
+            median(without)
+        );
+    }
+    let after: Vec<f64> = (0..ROUNDS).map(|_| rate()).collect();
+    println!(
+        "fast path after the last filter    {:.3} of the IOPS before",
+        median(after) / median(before)
+    );
+
+    // Rates.
+    for limit in [500.0, 5000.0, 50_000.0] {
+        daemon.ctl(&["throttle", "set", "g", &format!("iops-total={limit}")]);
+        daemon.ctl(&["throttle", "insert", "disk0", "g", "--name", "t"]);
+        let m = under_load(&socket, &load(Op::Read, 10.0), || {});
+        println!(
+            "throttled to {limit:>6} IOPS           {:>8.1} over 10 s ({:+.2} %)",
+            m.iops(),
+            100.0 * (m.iops() / limit - 1.0)
+        );
+        daemon.ctl(&["throttle", "take-out", "t"]);
+    }
+    for name in ["m0", "m1"] {
+        let file = image(&dir, name);
+        let filename = format!("file.file.filename={}", file.display());
+        let options = [
+            "driver=throttle",
+            "throttle-group=g",
+            "file.driver=qcow2",
+            "file.file.driver=file",
+            &filename,
+        ];
+        daemon.ctl(&[&["node", "add", name][..], &options].concat());
+        daemon.export_node(name, name, &[]);
+    }
+    daemon.ctl(&["throttle", "set", "g", "iops-total=5000"]);
+    let member = |name: &str, depth| {
+        let load = Load {
+            depth,
+            ..load(Op::Read, 10.0)
+        };
+        under_load(&daemon.socket(name), &load, || {}).iops()
+    };
+    for other in [32, 4] {
+        let (a, b) = std::thread::scope(|s| {
+            let other = s.spawn(|| member("m1", other));
+            (member("m0", 32), other.join().expect("the client works"))
+        });
+        println!(
+            "two members, depth 32 and {other:<2}       {a:>8.1} and {b:.1} IOPS of 5000: {:.2} % apart",
+            100.0 * (a - b).abs() / a.max(b)
+        );
+    }
+
+    // Snapshots.
+    let mut n = 0;
+    let mut overlay = || {
+        let below = format!("disk{n}");
+        n += 1;
+        let (name, file) = (format!("disk{n}"), dir.join(format!("over{n}.qcow2")));
+        daemon.ctl(&["snapshot", "overlay", &below, &name, text(&file)]);
+    };
+    for op in [Op::Read, Op::Write] {
+        snapshots(
+            &format!("live snapshot, vdiskd ({op:?})"),
+            &socket,
+            op,
+            &mut overlay,
+        );
+    }
+    let Some((mut child, socket, mut qmp)) = start_qsd(&dir) else {
+        println!("qemu-storage-daemon is not here: run 'make lab'");
+        return;
+    };
+    let mut n = 0;
+    let mut overlay = || {
+        let below = format!("disk{n}");
+        n += 1;
+        let (name, file) = (format!("disk{n}"), dir.join(format!("qsd-over{n}.qcow2")));
+        tool(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                text(&file),
+                &SIZE.to_string(),
+            ],
+        );
+        qmp.run(
+            "blockdev-add",
+            json!({
+                "driver": "qcow2", "node-name": name, "backing": null,
+                "file": {"driver": "file", "filename": text(&file), "aio": "io_uring"},
+            }),
+        );
+        qmp.run("blockdev-snapshot", json!({"node": below, "overlay": name}));
+    };
+    for op in [Op::Read, Op::Write] {
+        snapshots(
+            &format!("live snapshot, qsd ({op:?})"),
+            &socket,
+            op,
+            &mut overlay,
+        );
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
