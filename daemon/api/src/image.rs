@@ -183,6 +183,13 @@ impl Qcow2Create {
                 ));
             }
         };
+        let (data_file, encrypt) = (f.string("data-file")?, Encryption::within(f)?);
+        if data_file.is_some() && encrypt.is_some() {
+            return Err(f.error(
+                "data-file",
+                "is given together with 'encrypt': new images can have one of them",
+            ));
+        }
         Ok(Qcow2Create {
             version: f.choice("version", &VERSIONS)?.unwrap_or(3),
             cluster_size: f.size("cluster-size")?.unwrap_or(65536),
@@ -193,9 +200,9 @@ impl Qcow2Create {
                 .unwrap_or(false),
             lazy_refcounts: f.boolean("lazy-refcounts")?.unwrap_or(false),
             backing,
-            data_file: f.string("data-file")?,
+            data_file,
             data_file_raw: f.boolean("data-file-raw")?.unwrap_or(false),
-            encrypt: Encryption::within(f)?,
+            encrypt,
         })
     }
 }
@@ -389,6 +396,10 @@ mod tests {
             (
                 json!({"filename": "/x", "size": 1, "driver": "luks"}),
                 vec!["key-secret"],
+            ),
+            (
+                json!({"filename": "/x", "size": 1, "data-file": "d", "encrypt.format": "luks", "encrypt.key-secret": "s"}),
+                vec!["data-file", "encrypt"],
             ),
             (
                 json!({"filename": "/x", "size": 1, "encrypt.format": "aes"}),
