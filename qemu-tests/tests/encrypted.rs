@@ -326,12 +326,13 @@ fn what_cannot_be_opened_is_refused_by_name() {
         ("iterations", 164, &[0xff; 4], "iterations"),
         ("material", 208 + 40, &[0xff; 4], "ends within"),
         ("payload", 104, &[0, 0x1f, 0, 0], "begins at"),
+        ("overlap", 104, &[0, 0, 0, 0], "within the header"),
     ] {
         let mut file = std::fs::read(&luks).unwrap();
         file[at..at + bytes.len()].copy_from_slice(bytes);
         let image = daemon.path(name);
         std::fs::write(&image, file).unwrap();
-        let code = if matches!(name, "material" | "payload") {
+        let code = if matches!(name, "material" | "payload" | "overlap") {
             1
         } else {
             2

@@ -463,14 +463,14 @@ impl Graph {
         self.check_moves(name)
     }
 
-    /// Moves the users of one node to another. Everything above was drained.
-    fn move_users(&mut self, from: &str, to: &str) {
+    /// Moves the users of one node to another; `new` nodes keep what they stand on. Everything above was drained.
+    fn move_users(&mut self, from: &str, to: &str, new: &[String]) {
         let Some(target) = self.nodes.get(to).map(|e| e.node.clone()) else {
             return;
         };
         for (name, entry) in &mut self.nodes {
             for (_, child) in &mut entry.children {
-                if name != to && child == from && entry.node.set_file(target.clone()) {
+                if !new.contains(name) && child == from && entry.node.set_file(target.clone()) {
                     child.clear();
                     child.push_str(to);
                 }
@@ -490,7 +490,7 @@ impl Graph {
     pub fn insert_above(&mut self, opened: Opened, below: &str) -> Vec<String> {
         let names = self.insert(opened);
         if let Some(name) = names.first() {
-            self.move_users(below, name);
+            self.move_users(below, name, &names);
         }
         names
     }
@@ -509,7 +509,7 @@ impl Graph {
             }
         };
         self.check_moves(name)?;
-        self.move_users(name, &child);
+        self.move_users(name, &child, &[]);
         let filter = self.entry(name)?.node.clone();
         self.nodes.remove(name);
         let below = self.nodes.get_mut(&child).map(|e| {

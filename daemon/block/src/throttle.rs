@@ -124,7 +124,13 @@ impl State {
         self.limits = limits;
         for (kind, new) in [limits.bps, limits.iops].iter().enumerate() {
             for (bucket, limit) in self.buckets[kind].iter_mut().zip(new) {
-                bucket.limit = *limit;
+                // What a bucket held under another limit says nothing about this one.
+                if bucket.limit != *limit {
+                    *bucket = Bucket {
+                        limit: *limit,
+                        ..Bucket::default()
+                    };
+                }
             }
         }
     }
@@ -295,12 +301,16 @@ impl Membership {
                 None
             } else {
                 let (go, waits) = oneshot::channel();
+                let is_first = !state.any_waits(direction);
                 if let Some(member) = state.member(self.id) {
                     member.waiting[direction].push_back(Waiter { bytes, go });
                 }
                 if !state.pumping {
                     state.pumping = true;
                     self.group.runtime.spawn(self.group.clone().pump());
+                } else if is_first {
+                    // It may sleep until a request of the other direction may go.
+                    self.group.changed.notify_one();
                 }
                 Some(waits)
             }
@@ -458,6 +468,52 @@ mod tests {
         l.iops_size = 1024;
         let n = passes(&mut State::new(l), 10.0);
         assert!((2_500..=2_560).contains(&n), "{n}");
+    }
+
+    #[test]
+    fn what_was_used_under_another_limit_does_not_count() {
+        let mut s = State::new(limits(1000, 0, 1));
+        passes(&mut s, 100.0);
+        s.set(limits(1000, 2000, 5));
+        assert!(s.wait(0) <= 0.0);
+        passes(&mut s, 100.0);
+        s.set(limits(1, 0, 1));
+        assert!(s.wait(0) <= 0.0);
+    }
+
+    /// A read is not held up by a write that has to wait for long.
+    #[test]
+    fn directions_do_not_wait_for_each_other() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let second = |average| Limit {
+            average,
+            max: 0,
+            length: 1,
+        };
+        let l = ThrottleLimits {
+            bps: [Limit::default(), Limit::default(), second(1)],
+            iops: [Limit::default(), second(100), Limit::default()],
+            iops_size: 0,
+        };
+        let group = ThrottleGroup::new("g", l, runtime.handle().clone());
+        let member = Arc::new(group.join());
+        runtime.block_on(async {
+            member.enter(Direction::Write, 1 << 20).await;
+            let other = member.clone();
+            let write = tokio::spawn(async move { other.enter(Direction::Write, 1).await });
+            while !group.state().pumping {
+                tokio::task::yield_now().await;
+            }
+            for _ in 0..30 {
+                member.enter(Direction::Read, 512).await;
+            }
+            assert!(!write.is_finished());
+            member.leave();
+            write.await.unwrap();
+        });
     }
 
     #[test]

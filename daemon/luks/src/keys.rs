@@ -96,6 +96,13 @@ fn iterations(hash: Hash, key_bytes: usize, time: Duration) -> u32 {
 }
 
 impl Header {
+    /// One after the last byte of the header and of the key material that is in use: data may begin there.
+    pub fn end_of_keys(&self) -> u64 {
+        let active = self.slots.iter().filter(|s| s.active);
+        let ends = active.map(|s| s.material + self.material_len() as u64);
+        ends.max().unwrap_or(0).max(HEADER as u64)
+    }
+
     fn material_len(&self) -> usize {
         self.key_bytes * STRIPES as usize
     }
@@ -110,16 +117,25 @@ impl Header {
         if secret.len() > MAX_SECRET {
             return Err(Error::WrongKey);
         }
+        let mut failed = None;
         for slot in self.slots.iter().filter(|s| s.active) {
-            let material = Zeroizing::new(read(slot.material, self.material_len())?);
-            if material.len() != self.material_len() {
-                return Err(Error::Short);
-            }
+            // One that is damaged does not stand in the way of the others.
+            let material = match read(slot.material, self.material_len()) {
+                Ok(bytes) if bytes.len() == self.material_len() => Zeroizing::new(bytes),
+                Ok(_) => {
+                    failed = Some(Error::Short);
+                    continue;
+                }
+                Err(e) => {
+                    failed = Some(Error::Read(e));
+                    continue;
+                }
+            };
             if let Some(cipher) = self.open_slot(slot, secret, material)? {
                 return Ok(cipher);
             }
         }
-        Err(Error::WrongKey)
+        Err(failed.unwrap_or(Error::WrongKey))
     }
 
     fn slot_cipher(&self, slot: &Slot, secret: &[u8]) -> Result<Cipher> {

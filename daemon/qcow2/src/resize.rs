@@ -85,7 +85,10 @@ impl Image {
         self.set_size(size);
         self.fit_bitmaps(size);
         if self.layout.external && size < before && self.data.grows() {
-            self.data.set_size(size).await?;
+            // The disk has its new size already; what the data file has beyond it does no harm.
+            if let Err(error) = self.data.set_size(size).await {
+                tracing::warn!(%error, size, "the external data file cannot be made smaller");
+            }
         }
         Ok(())
     }

@@ -555,7 +555,11 @@ impl Image {
             true => self.layout.zero(0),
             false => Entry::default(),
         };
-        self.change_clusters(range, false, |_| none).await
+        let new = |old| match old == Entry::default() {
+            true => old,
+            false => none,
+        };
+        self.change_clusters(range, false, new).await
     }
 
     async fn zero_clusters(&self, range: Range<u64>, place: Place) -> io::Result<()> {

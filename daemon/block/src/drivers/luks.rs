@@ -29,6 +29,15 @@ pub(super) fn open(
         .ok_or_else(|| Error::failed(format!("{what}: driver luks has no child")))?;
     let place = (0, file.size());
     let (header, cipher) = unlock(&what, &file, place, &runtime.secrets, &options.key_secret)?;
+    if header.payload < header.end_of_keys() {
+        return Err(Error::new(
+            vdisk_api::ErrorKind::Corrupt,
+            format!(
+                "{what}: its LUKS header says that the data begins at {}, within the header or its keys, which the first write would destroy (detached headers are not supported)",
+                header.payload
+            ),
+        ));
+    }
     let size = file.size().checked_sub(header.payload).ok_or_else(|| {
         Error::new(
             vdisk_api::ErrorKind::Corrupt,

@@ -57,7 +57,7 @@ impl Storage for NodeStorage {
 
     fn set_size(&self, size: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
-            let size = size.next_multiple_of(self.0.limits().request_alignment);
+            let size = size.next_multiple_of(self.0.storage_block_size().max(1));
             self.0.resize(size).await?;
             Ok(())
         })
@@ -128,7 +128,7 @@ pub fn open_image(
     let l1 = file
         .read_blocking(header.l1_offset, header.l1_entries as usize * 8)
         .map_err(cannot)?;
-    options.block_size = file.limits().request_alignment.max(512) as usize;
+    options.block_size = file.storage_block_size().max(512) as usize;
     // Clusters may be smaller than blocks.
     file.announce_block_size(1 << header.cluster_bits);
     let storage = |n: &Arc<Node>| Arc::new(NodeStorage(n.clone())) as Arc<dyn Storage>;
