@@ -33,6 +33,8 @@ rust:
 	@command -v cargo >/dev/null || { \
 	    echo "== Rust toolchain (rustup)"; \
 	    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal -c clippy -c rustfmt; }
+	@command -v cargo >/dev/null || { \
+	    echo "Rust is not here, and rustup could not install it: install Rust $(RUST_MIN) or newer, and run this again"; exit 1; }
 	@cargo --version | awk '{split($$2,v,"."); split("$(RUST_MIN)",w,"."); exit !(v[1]>w[1] || (v[1]==w[1] && v[2]>=w[2]))}' \
 	    || { echo "Rust $(RUST_MIN) or newer is needed, here is $$(cargo --version): run 'rustup update'"; exit 1; }
 
