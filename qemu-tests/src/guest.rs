@@ -149,7 +149,8 @@ impl Guest {
         let qmp = Qmp::connect(&dir.path().join("qmp"));
         let path = dir.path().join("port");
         let out = wait_for("the guest's port", || UnixStream::connect(&path).ok());
-        out.set_read_timeout(Some(Duration::from_secs(120)))
+        // Twice this is less than what a test may take: its end is to show the console.
+        out.set_read_timeout(Some(Duration::from_secs(80)))
             .expect("a timeout is not zero");
         let lines = BufReader::new(out.try_clone().expect("descriptors are left"));
         Guest {
