@@ -5,8 +5,10 @@
 mod path;
 mod proxies;
 
-pub use path::{escape, export_path, iothread_path, node_path, unescape};
-pub use proxies::{ExportProxy, IoThreadProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy};
+pub use path::{escape, export_path, iothread_path, job_path, node_path, unescape};
+pub use proxies::{
+    ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy,
+};
 
 /// The bus name.
 pub const BUS_NAME: &str = "org.vdisk1";
@@ -18,7 +20,7 @@ pub const ROOT_PATH: &str = "/org/vdisk1";
 pub const ERROR_PREFIX: &str = "org.vdisk1.Error.";
 
 /// The XML of each interface.
-pub const INTERFACES: [(&str, &str); 5] = [
+pub const INTERFACES: [(&str, &str); 6] = [
     (
         "org.vdisk1.Manager",
         include_str!("../org.vdisk1.Manager.xml"),
@@ -36,4 +38,5 @@ pub const INTERFACES: [(&str, &str); 5] = [
         "org.vdisk1.IoThread",
         include_str!("../org.vdisk1.IoThread.xml"),
     ),
+    ("org.vdisk1.Job", include_str!("../org.vdisk1.Job.xml")),
 ];

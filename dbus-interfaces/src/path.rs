@@ -58,6 +58,10 @@ pub fn iothread_path(name: &str) -> OwnedObjectPath {
     object("iothread", name)
 }
 
+pub fn job_path(id: &str) -> OwnedObjectPath {
+    object("job", id)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -54,6 +54,9 @@ pub trait Node {
     fn add_overlay(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
     fn insert_filter(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
     fn take_out(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn mirror(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn backup(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn convert(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
@@ -131,4 +134,46 @@ pub trait IoThread {
     fn poll_max(&self) -> zbus::Result<u64>;
     #[zbus(property)]
     fn queues(&self) -> zbus::Result<Vec<(OwnedObjectPath, u16)>>;
+}
+
+#[proxy(interface = "org.vdisk1.Job", default_service = "org.vdisk1")]
+pub trait Job {
+    fn pause(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn resume(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn cancel(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn complete(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn finalize(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn dismiss(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn set_speed(&self, speed: u64, options: Options<'_>) -> zbus::Result<()>;
+    fn change(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn completed(&self, success: bool, message: String) -> zbus::Result<()>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn id(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn operation(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn state(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn progress(&self) -> zbus::Result<f64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn progress_total(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn progress_done(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn rate(&self) -> zbus::Result<u64>;
+    #[zbus(property)]
+    fn speed(&self) -> zbus::Result<u64>;
+    #[zbus(property)]
+    fn copy_mode(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn start_time(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn expected_end_time(&self) -> zbus::Result<u64>;
+    #[zbus(property)]
+    fn cancelable(&self) -> zbus::Result<bool>;
+    #[zbus(property)]
+    fn error(&self) -> zbus::Result<(String, String)>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn objects(&self) -> zbus::Result<Vec<OwnedObjectPath>>;
 }

@@ -71,9 +71,13 @@ fn members(xml: &str, interface: &str) -> BTreeSet<String> {
 fn the_daemon_introspects_to_the_documented_xml() {
     let daemon = Daemon::start(&[]);
     daemon.export("d0", MIB, &[], &[]);
+    let copy = daemon.path("copy.qcow2");
+    let slow = ["--speed", "1", "--detach", "job-id=j0"];
+    daemon.ctl(&[&["backup", "d0", copy.to_str().unwrap()][..], &slow].concat());
     for (interface, xml) in vdisk_dbus::INTERFACES {
         let path = match interface {
             "org.vdisk1.Manager" => "/org/vdisk1",
+            "org.vdisk1.Job" => "/org/vdisk1/job/j0",
             "org.vdisk1.Node" => "/org/vdisk1/node/d0",
             "org.vdisk1.IoThread" => "/org/vdisk1/iothread/io0",
             _ => "/org/vdisk1/export/d0",

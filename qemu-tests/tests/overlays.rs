@@ -1,58 +1,20 @@
 //! Live snapshots: overlays that take the place of nodes while clients write.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use vdisk_qemu_tests::Daemon;
 use vdisk_qemu_tests::blk_client::Client;
 use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
-use vdisk_qemu_tests::workload::{assert_same, change, compare};
+use vdisk_qemu_tests::workload::{Sequence, Writer, assert_same, change, compare};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
-const BLOCK: u64 = 4096;
-const BLOCKS: u64 = SIZE / BLOCK;
 
 fn add(daemon: &Daemon, id: &str, driver: &str, image: &Path) {
     let driver = format!("driver={driver}");
     let filename = format!("file.filename={}", image.display());
     daemon.ctl(&["node", "add", id, &driver, "file.driver=file", &filename]);
     daemon.export_node(id, id, &[]);
-}
-
-/// Where write number `n` (from 1 on) goes.
-fn place(n: u64) -> u64 {
-    (n * 2_654_435_761) % BLOCKS
-}
-
-/// The number of the last write that an image has; it has all of those before and none after.
-fn last_write(disk: &[u8], what: &str) -> u64 {
-    let number = |b: u64| {
-        let at = (b * BLOCK) as usize;
-        u64::from_le_bytes(disk[at..at + 8].try_into().unwrap())
-    };
-    let last = (0..BLOCKS).map(number).max().unwrap();
-    let mut want = vec![0; BLOCKS as usize];
-    for n in 1..=last {
-        want[place(n) as usize] = n;
-    }
-    for b in 0..BLOCKS {
-        assert_eq!(
-            number(b),
-            want[b as usize],
-            "{what}: block {b} of the first {last} writes"
-        );
-    }
-    last
-}
-
-/// Ends the writer, whatever happens.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, SeqCst);
-    }
 }
 
 /// Every overlay is a cut through time: what was answered before is below, and nothing that came after.
@@ -62,34 +24,18 @@ fn each_snapshot_is_one_moment() {
     let base = daemon.path("base.qcow2");
     daemon.ctl(&["image", "create", text(&base), "16M"]);
     add(&daemon, "disk", "qcow2", &base);
-    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut images: Vec<PathBuf> = vec![base];
     let mut moments = Vec::new();
+    let sequence = Sequence::new(SIZE);
     std::thread::scope(|s| {
-        let writer = s.spawn(|| {
-            let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
-            let mut data = vec![0; BLOCK as usize];
-            while !stop.load(SeqCst) {
-                let n = written.load(SeqCst) + 1;
-                data[..8].copy_from_slice(&n.to_le_bytes());
-                assert_eq!(client.write(place(n) * BLOCK, &data), 0);
-                written.store(n, SeqCst);
-                if n.is_multiple_of(64) {
-                    assert_eq!(client.flush(), 0);
-                }
-            }
-        });
-        let ends = Stop(&stop);
+        let writer = Writer::start(s, &sequence, &daemon.socket("disk"));
         let mut top = "disk".to_owned();
         for i in 1..=5 {
-            let before = written.load(SeqCst);
-            vdisk_qemu_tests::wait_for("writes", || {
-                (written.load(SeqCst) > before + 200).then_some(())
-            });
+            sequence.wait_for_more(200);
             let (name, image) = (format!("over{i}"), daemon.path(&format!("over{i}.qcow2")));
-            let before = written.load(SeqCst);
+            let before = sequence.written();
             let report = daemon.ctl_json(&["snapshot", "overlay", &top, &name, text(&image)]);
-            moments.push((before, written.load(SeqCst)));
+            moments.push((before, sequence.written()));
             assert!(report["paused-ns"].as_u64() > Some(0), "{report}");
             let export = daemon.ctl_json(&["export", "show", "disk"]);
             assert!(export["Node"].to_string().contains(&name), "{export}");
@@ -99,22 +45,18 @@ fn each_snapshot_is_one_moment() {
             images.push(image);
             top = name;
         }
-        let before = written.load(SeqCst);
-        vdisk_qemu_tests::wait_for("writes", || {
-            (written.load(SeqCst) > before + 200).then_some(())
-        });
-        drop(ends);
-        writer.join().unwrap();
+        sequence.wait_for_more(200);
+        writer.end();
     });
     daemon.ctl(&["export", "remove", "disk"]);
     for i in (1..=5).rev() {
         daemon.ctl(&["node", "remove", &format!("over{i}")]);
     }
     daemon.ctl(&["node", "remove", "disk"]);
-    let written = written.load(SeqCst);
+    let written = sequence.written();
     for (i, image) in images.iter().enumerate() {
         assert_sound(image);
-        let last = last_write(&read_with_qemu(image), text(image));
+        let last = sequence.last_write(&read_with_qemu(image), text(image));
         match moments.get(i) {
             // One more may have been written than was counted.
             Some((before, after)) => {

@@ -6,6 +6,7 @@ use crate::export::ExportOptions;
 use crate::fields::Map;
 use crate::image::RepairWhat;
 use crate::iothread::{IoThreadOptions, IoThreadUpdate};
+use crate::job::{JobAction, JobOptions};
 use crate::node::NodeOptions;
 
 #[derive(Debug)]
@@ -47,6 +48,11 @@ pub enum Command {
         node: String,
         action: SnapshotAction,
         snapshot: String,
+    },
+    StartJob(JobOptions),
+    Job {
+        id: String,
+        action: JobAction,
     },
     AddExport(ExportOptions),
     RemoveExport {

@@ -10,6 +10,7 @@ mod export;
 mod fields;
 mod image;
 mod iothread;
+mod job;
 mod node;
 mod secret;
 mod size;
@@ -27,6 +28,10 @@ pub use image::{
     NewFormat, Qcow2Create, RepairWhat, check_from_map, measure_from_map,
 };
 pub use iothread::{IoThreadOptions, IoThreadUpdate};
+pub use job::{
+    CopyErrorPolicy, CopyMode, ErrorPolicy, JobAction, JobKind, JobOptions, JobSync,
+    cancel_from_map, change_from_map,
+};
 pub use node::{
     BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,
     LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions, ThrottleOptions,

@@ -14,6 +14,8 @@ use crate::node::Node;
 pub struct Backend {
     name: String,
     node: Mutex<Arc<Node>>,
+    /// It goes where its node's users go.
+    moves: bool,
     /// Changes with the graph below; what a client remembered under another value is stale.
     generation: AtomicU64,
     /// How many drains hold all clients back.
@@ -45,9 +47,19 @@ fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Backend {
     pub fn new(name: impl Into<String>, node: Arc<Node>) -> Arc<Backend> {
+        Backend::make(name.into(), node, true)
+    }
+
+    /// One that stays at its node when another takes the node's place.
+    pub fn new_fixed(name: impl Into<String>, node: Arc<Node>) -> Arc<Backend> {
+        Backend::make(name.into(), node, false)
+    }
+
+    fn make(name: String, node: Arc<Node>, moves: bool) -> Arc<Backend> {
         Arc::new(Backend {
-            name: name.into(),
+            name,
             node: Mutex::new(node),
+            moves,
             generation: AtomicU64::new(0),
             drains: AtomicU32::new(0),
             clients: Mutex::default(),
@@ -141,7 +153,7 @@ impl DrainGuard {
     /// Gives the backend another node, if it has this one; those that stand on it have changed otherwise.
     pub fn set_node_if(&self, old: &Arc<Node>, new: &Arc<Node>) {
         let mut node = locked(&self.backend.node);
-        if Arc::ptr_eq(&node, old) {
+        if self.backend.moves && Arc::ptr_eq(&node, old) {
             *node = new.clone();
         }
         self.backend.generation.fetch_add(1, Ordering::Release);

@@ -15,6 +15,7 @@ use crate::runtime::Runtime;
 pub enum Parent {
     Node(String),
     Export(String),
+    Job(String),
 }
 
 impl std::fmt::Display for Parent {
@@ -22,6 +23,7 @@ impl std::fmt::Display for Parent {
         match self {
             Parent::Node(name) => write!(f, "node '{name}'"),
             Parent::Export(id) => write!(f, "export '{id}'"),
+            Parent::Job(id) => write!(f, "job '{id}'"),
         }
     }
 }
@@ -455,6 +457,7 @@ impl Graph {
 
     /// Whether an overlay may take the place of a node.
     pub fn check_overlay(&self, name: &str) -> Result<()> {
+        self.check_no_job(name)?;
         if self.entry(name)?.node.is_read_only() {
             return Err(Error::invalid(format!(
                 "node '{name}' is read-only: nothing is written to it that an overlay could take"
@@ -476,12 +479,43 @@ impl Graph {
                 }
             }
         }
-        let users = match self.nodes.get_mut(from) {
-            Some(entry) => std::mem::take(&mut entry.users),
+        let users: Vec<User> = match self.nodes.get_mut(from) {
+            // Jobs stay.
+            Some(entry) => entry
+                .users
+                .extract_if(.., |u| !matches!(u.parent, Parent::Job(_)))
+                .collect(),
             None => Vec::new(),
         };
         if let Some(entry) = self.nodes.get_mut(to) {
             entry.users.extend(users);
+        }
+    }
+
+    /// Whether a node with as many bytes may take the place of another that it is a copy of, for all users but `job`.
+    pub fn check_replace(&self, name: &str, with: &str, job: &Parent) -> Result<()> {
+        self.check_moves(name)?;
+        if let Some(other) = self.parents(with).iter().find(|p| *p != job) {
+            return Err(Error::in_use(format!(
+                "node '{with}' cannot take the place of node '{name}' while it is used by {other}: remove that first"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Gives all users of a node, jobs excepted, to another. Everything above was drained.
+    pub fn replace(&mut self, name: &str, with: &str) {
+        self.move_users(name, with, &[]);
+    }
+
+    /// Refuses what jobs on a node could not follow.
+    pub fn check_no_job(&self, name: &str) -> Result<()> {
+        let is_job = |p: &&Parent| matches!(p, Parent::Job(_));
+        match self.parents(name).iter().find(is_job) {
+            None => Ok(()),
+            Some(job) => Err(Error::in_use(format!(
+                "node '{name}' is used by {job}: wait for its end, or cancel it"
+            ))),
         }
     }
 

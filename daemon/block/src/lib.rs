@@ -14,13 +14,17 @@
 //!   block (see [`vdisk_io::RangeLock`]).
 
 mod backend;
+mod bits;
 mod crypt;
 mod drivers;
 mod graph;
 mod image;
+pub mod jobs;
 mod node;
 mod permission;
 mod runtime;
+mod status;
+mod tap;
 mod throttle;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};

@@ -3,14 +3,17 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
 
+use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
 use vdisk_io::{IoVecs, RangeLock, segments_aligned};
 
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
 use crate::runtime::Runtime;
+use crate::status::BlockStatus;
+use crate::tap::{Held, Tap, Written};
 
 /// Bounce buffers have at most about this many bytes, whatever a guest asks for.
 const CHUNK: u64 = 1 << 20;
@@ -48,7 +51,12 @@ pub struct Node {
     writes: RangeLock,
     /// Permits to have a bounce buffer, so that guests cannot make us take any amount of memory.
     bounces: Semaphore,
+    /// There are taps.
+    tapped: AtomicBool,
+    taps: ArcSwapOption<Taps>,
 }
+
+type Taps = Vec<Arc<dyn Tap>>;
 
 /// Cuts a range at multiples of [`CHUNK`]: (offset, length) of each piece.
 fn chunks(mut offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
@@ -86,6 +94,8 @@ impl Node {
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
             bounces: Semaphore::new(MAX_BOUNCES),
+            tapped: AtomicBool::new(false),
+            taps: ArcSwapOption::empty(),
         }))
     }
 
@@ -145,8 +155,73 @@ impl Node {
             if self.small_writes.load(Relaxed) {
                 return Some(SlowReason::SmallBlocks);
             }
+            if let Some(taps) = self.taps()
+                && let Some(reason) = taps.iter().find_map(|t| t.slow_reason())
+            {
+                return Some(reason);
+            }
         }
         self.driver.slow_reason(direction)
+    }
+
+    // Taps.
+
+    fn taps(&self) -> Option<Arc<Taps>> {
+        match self.tapped.load(Ordering::Acquire) {
+            true => self.taps.load_full(),
+            false => None,
+        }
+    }
+
+    /// Has `tap` see writes. Those under way may not be seen.
+    pub(crate) fn add_tap(&self, tap: Arc<dyn Tap>) {
+        let mut taps = self
+            .taps
+            .load_full()
+            .as_deref()
+            .cloned()
+            .unwrap_or_default();
+        taps.push(tap);
+        self.taps.store(Some(Arc::new(taps)));
+        self.tapped.store(true, Ordering::Release);
+    }
+
+    /// Ends that. Writes under way may still be seen.
+    pub(crate) fn remove_tap(&self, tap: &Arc<dyn Tap>) {
+        let mut taps = self
+            .taps
+            .load_full()
+            .as_deref()
+            .cloned()
+            .unwrap_or_default();
+        taps.retain(|t| !Arc::ptr_eq(t, tap));
+        self.tapped.store(!taps.is_empty(), Ordering::Release);
+        self.taps.store((!taps.is_empty()).then(|| Arc::new(taps)));
+    }
+
+    async fn before<'a>(
+        taps: &'a Option<Arc<Taps>>,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<Vec<Held<'a>>> {
+        let mut held = Vec::new();
+        for tap in taps.iter().flat_map(|t| t.iter()) {
+            held.push(tap.before(offset, len).await?);
+        }
+        Ok(held)
+    }
+
+    async fn after<'a>(
+        taps: &'a Option<Arc<Taps>>,
+        offset: u64,
+        len: u64,
+        written: Written,
+        held: Vec<Held<'a>>,
+    ) {
+        let taps = taps.iter().flat_map(|t| t.iter());
+        for (tap, held) in taps.zip(held) {
+            tap.after(offset, len, written.clone(), held).await;
+        }
     }
 
     // The fast path.
@@ -187,6 +262,15 @@ impl Node {
             }
             if self.small_writes.load(Relaxed) {
                 return Resolved::Slow(SlowReason::SmallBlocks);
+            }
+            if self.tapped.load(Relaxed) {
+                let taps = self.taps.load();
+                let taps = taps.iter().flat_map(|t| t.iter());
+                for tap in taps {
+                    if let Some(reason) = tap.fast_write(offset, len) {
+                        return Resolved::Slow(reason);
+                    }
+                }
             }
         }
         self.driver.resolve(direction, offset, len)
@@ -261,6 +345,18 @@ impl Node {
             };
             return self.write_zeroes(offset, len, zero).await;
         }
+        let taps = self.taps();
+        if taps.is_none() {
+            return self.write_data(offset, iov, flags).await;
+        }
+        let held = Node::before(&taps, offset, len).await?;
+        self.write_data(offset, iov.clone(), flags).await?;
+        Node::after(&taps, offset, len, Written::Data(iov), held).await;
+        Ok(())
+    }
+
+    async fn write_data(&self, offset: u64, iov: IoVecs, flags: WriteFlags) -> io::Result<()> {
+        let len = iov.len() as u64;
         let blocks = self.blocks_around(offset, len);
         let _serial = self.serialise(&blocks).await;
         if blocks == (offset..offset + len) && iov.is_aligned(self.limits.memory_alignment) {
@@ -321,11 +417,16 @@ impl Node {
         if start >= end {
             return Ok(());
         }
-        let _serial = self.serialise(&(start..end)).await;
+        let taps = self.taps();
+        let held = Node::before(&taps, start, end - start).await?;
+        let serial = self.serialise(&(start..end)).await;
         match self.driver.discard(start, end - start).await {
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
-            other => other,
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => return Ok(()),
+            other => other?,
         }
+        drop(serial);
+        Node::after(&taps, start, end - start, Written::Discarded, held).await;
+        Ok(())
     }
 
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
@@ -337,6 +438,15 @@ impl Node {
             may_unmap: flags.may_unmap && self.discard == Discard::Unmap,
             ..flags
         };
+        let taps = self.taps();
+        let held = Node::before(&taps, offset, len).await?;
+        self.write_zero_range(offset, len, flags).await?;
+        let may_unmap = flags.may_unmap;
+        Node::after(&taps, offset, len, Written::Zeroes { may_unmap }, held).await;
+        Ok(())
+    }
+
+    async fn write_zero_range(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
         let blocks = self.blocks_around(offset, len);
         let _serial = self.serialise(&blocks).await;
         let align = self.limits.request_alignment;
@@ -375,6 +485,41 @@ impl Node {
             offset += n;
         }
         Ok(())
+    }
+
+    /// Writes whole clusters of an image (the last as far as the disk reaches) compressed.
+    pub(crate) async fn write_compressed(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        self.check(Direction::Write, offset, iov.len() as u64)?;
+        self.driver.write_compressed(offset, iov).await
+    }
+
+    /// What is known of the bytes at `offset`, of `len` (at least one) at most. What comes from `base` or from below it is
+    /// not the node's own; without a base, what comes from a backing file is not.
+    pub(crate) async fn status(
+        &self,
+        offset: u64,
+        len: u64,
+        base: Option<&Arc<Node>>,
+    ) -> io::Result<BlockStatus> {
+        self.check(Direction::Read, offset, len)?;
+        let status = self.driver.status(offset, len, base).await?;
+        Ok(BlockStatus {
+            len: status.len.clamp(1, len),
+            ..status
+        })
+    }
+
+    /// Whether a range is known to read as zeroes.
+    pub(crate) async fn is_zero(&self, offset: u64, len: u64) -> io::Result<bool> {
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let status = self.status(at, end - at, None).await?;
+            if !status.zero {
+                return Ok(false);
+            }
+            at += status.len;
+        }
+        Ok(true)
     }
 
     /// Takes space for the range, so that writes to it cannot fail for want of it.
@@ -588,6 +733,8 @@ mod tests {
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
             bounces: Semaphore::new(2),
+            tapped: AtomicBool::new(false),
+            taps: ArcSwapOption::empty(),
         };
         node.announce_block_size(512);
         (Arc::new(node), blocks)

@@ -229,6 +229,11 @@ impl Image {
         &self.tables
     }
 
+    /// What is unallocated may read as something else than zeroes, now or when the image is opened another time.
+    pub fn has_backing(&self) -> bool {
+        self.has_backing
+    }
+
     /// Bytes of the guest's disk.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)

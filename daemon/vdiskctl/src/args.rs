@@ -45,6 +45,25 @@ pub enum Command {
     /// Snapshots: overlays over nodes that are in use, and those inside an image
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Copy a node as it is at this moment, while guests write
+    ///
+    /// Example: vdiskctl backup disk0 /srv/backup/disk0.qcow2 --compress
+    Backup {
+        node: String,
+        #[command(flatten)]
+        copy: Copy,
+    },
+    /// Copy a node while guests write, until the copy has everything; it may take the node's place
+    ///
+    /// Example: vdiskctl mirror disk0 /fast/disk0.qcow2 --name disk0-fast --pivot
+    Mirror(Mirror),
+    /// Copy an image that nobody writes to, in another format or without what it does not need
+    ///
+    /// Example: vdiskctl convert /srv/vm1.qcow2 /srv/vm1.raw --format raw
+    Convert(Convert),
+    /// Jobs: long work on nodes
+    #[command(subcommand)]
+    Job(JobCommand),
     /// Exports: nodes offered to guests
     #[command(subcommand)]
     Export(Export),
@@ -271,6 +290,116 @@ pub enum SnapshotCommand {
         node: String,
         /// Name or id
         snapshot: String,
+    },
+}
+
+/// Where something is copied to, and how.
+#[derive(Debug, ClapArgs)]
+pub struct Copy {
+    /// The image of the copy, which is made
+    pub filename: String,
+    /// Format of the copy
+    #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    pub format: String,
+    /// The image is there already, with the same size
+    #[arg(long)]
+    pub existing: bool,
+    /// The name of the copy's node
+    #[arg(long)]
+    pub name: Option<String>,
+    /// What is copied: everything, what the node has without its backing file, or what is written from now on
+    #[arg(long, value_parser = ["full", "top", "none"])]
+    pub sync: Option<String>,
+    /// Write compressed clusters
+    #[arg(long)]
+    pub compress: bool,
+    /// Bytes per second at most (50M)
+    #[arg(long)]
+    pub speed: Option<String>,
+    /// Start it and come back at once
+    #[arg(long)]
+    pub detach: bool,
+    /// An option of the copy's node, such as file.cache.direct=on
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub target: Vec<String>,
+    /// Options of the job: job-id=…, on-target-error=stop, iothread=…
+    #[arg(value_name = "KEY=VALUE")]
+    pub options: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Mirror {
+    pub node: String,
+    #[command(flatten)]
+    pub copy: Copy,
+    /// Have the copy take the node's place as soon as it has everything
+    #[arg(long, conflicts_with = "detach")]
+    pub pivot: bool,
+    /// Have writes of guests go to both before they are answered
+    #[arg(long)]
+    pub write_blocking: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Convert {
+    /// A file (a path with a slash in it), or a node
+    pub source: String,
+    /// Format of the source, if it is a file
+    #[arg(short = 'F', long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2", "raw", "luks"])]
+    pub from: String,
+    /// An option of the source's node, such as backing.driver=… or key-secret=…
+    #[arg(long = "source", value_name = "KEY=VALUE")]
+    pub source_options: Vec<String>,
+    #[command(flatten)]
+    pub copy: Copy,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Job {
+    /// The job's id
+    pub id: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum JobCommand {
+    /// List all jobs
+    List,
+    /// Show one job
+    Show(Job),
+    /// Show the progress of a job until it has ended, is ready, or has paused
+    Watch(Job),
+    /// Have a job begin nothing more
+    Pause(Job),
+    /// Let a job go on that has paused
+    Resume(Job),
+    /// End a job without effect; a mirror that is ready ends with a complete copy
+    Cancel {
+        #[command(flatten)]
+        job: Job,
+        /// Do not complete the copy of a mirror that is ready
+        #[arg(long)]
+        force: bool,
+    },
+    /// Have a mirror's copy take the node's place
+    Complete(Job),
+    /// Have a job take effect that waits for this (auto-finalize=false)
+    Finalize(Job),
+    /// Forget a job that has ended (auto-dismiss=false)
+    Dismiss(Job),
+    /// Limit a job's speed
+    Speed {
+        #[command(flatten)]
+        job: Job,
+        /// Bytes per second (50M); 0 for no limit
+        speed: String,
+    },
+    /// Change a job while it runs
+    Set {
+        #[command(flatten)]
+        job: Job,
+        /// Options: copy-mode=write-blocking
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        options: Vec<String>,
     },
 }
 

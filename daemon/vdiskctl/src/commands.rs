@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, to_json};
 use crate::options::{Options, options};
 use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
-use crate::{images, secrets, stats, throttle, tree};
+use crate::{images, jobs, secrets, stats, throttle, tree};
 
 async fn connect(args: &Args) -> Result<Connection> {
     let builder = match &args.bus_address {
@@ -157,6 +157,12 @@ pub async fn run(args: Args) -> Result<()> {
             throttle::throttle(&connection, &manager, command, json).await
         }
         Command::Snapshot(command) => images::snapshot(&connection, &manager, command, json).await,
+        Command::Backup { node, copy } => {
+            jobs::backup(&connection, &manager, &node, &copy, json).await
+        }
+        Command::Mirror(mirror) => jobs::mirror(&connection, &manager, &mirror, json).await,
+        Command::Convert(convert) => jobs::convert(&connection, &manager, &convert, json).await,
+        Command::Job(command) => jobs::job(&connection, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,
         Command::IoThread(command) => iothread(&connection, &manager, command, json).await,
         Command::Tree => {

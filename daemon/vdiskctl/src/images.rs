@@ -33,7 +33,7 @@ fn image_options(words: &[String]) -> Result<Options<'_>> {
 }
 
 /// A path as the daemon, which has another working directory, understands it.
-fn absolute(path: &str) -> Variant<'static> {
+pub fn absolute(path: &str) -> Variant<'static> {
     let path = std::path::absolute(path).ok();
     let path = path.and_then(|p| p.to_str().map(str::to_owned));
     Variant::from(path.unwrap_or_default())

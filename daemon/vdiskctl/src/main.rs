@@ -4,6 +4,7 @@ mod args;
 mod commands;
 mod error;
 mod images;
+mod jobs;
 mod objects;
 mod options;
 mod output;

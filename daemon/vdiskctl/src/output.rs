@@ -88,8 +88,21 @@ pub fn print_properties(p: &Properties) {
                 let n = n.as_u64().unwrap_or(0);
                 format!("{} ({n} bytes)", format_size(n))
             }
+            ("ProgressDone" | "ProgressTotal", Json::Number(n)) => {
+                format_size(n.as_u64().unwrap_or(0))
+            }
+            ("Rate" | "Speed", Json::Number(n)) => match n.as_u64().unwrap_or(0) {
+                0 => "-".to_owned(),
+                n => format!("{}/s", format_size(n)),
+            },
+            ("StartTime" | "ExpectedEndTime", Json::Number(n)) => time(n.as_u64().unwrap_or(0)),
+            ("Progress", _) => format!("{:.1} %", p[key].as_f64().unwrap_or(0.0) * 100.0),
+            ("Error", Json::Array(error)) => error
+                .last()
+                .map_or("", |e| e.as_str().unwrap_or(""))
+                .to_owned(),
             ("PollMax", Json::Number(n)) => format_ns(n.as_u64().unwrap_or(0)),
-            ("Children" | "Parents" | "IoThreads" | "Node" | "Queues", _) => {
+            ("Children" | "Parents" | "Objects" | "IoThreads" | "Node" | "Queues", _) => {
                 let mut list = names(p, key);
                 if key == "IoThreads" {
                     list.sort();
@@ -111,6 +124,18 @@ pub fn print_properties(p: &Properties) {
 
 pub fn print_json(value: &impl std::fmt::Display) {
     anstream::println!("{value:#}");
+}
+
+/// Microseconds since the epoch as local time.
+fn time(micros: u64) -> String {
+    let at = jiff::Timestamp::from_microsecond(micros as i64);
+    match (micros, at) {
+        (1.., Ok(at)) => {
+            let local = at.to_zoned(jiff::tz::TimeZone::system());
+            local.strftime("%Y-%m-%d %H:%M:%S").to_string()
+        }
+        _ => "-".to_owned(),
+    }
 }
 
 /// `850 ns`, `12.5 µs`, `3.1 ms`, `2 s`.

@@ -97,6 +97,19 @@ pub fn print(objects: &Objects) {
             print_node(objects, path, "", "", i + 1 == idle.len());
         }
     }
+    for (path, job) in objects.of("job") {
+        any = true;
+        anstream::println!("{}", crate::jobs::line(job));
+        // The source is above, most of the time.
+        if let Some(target) = job.get("Objects").and_then(|o| o[1].as_str())
+            && objects.get(target).is_some_and(|p| {
+                let parents = p.get("Parents").and_then(Json::as_array);
+                parents.is_some_and(|all| all.iter().all(|p| p[1].as_str() == Some(path)))
+            })
+        {
+            print_node(objects, target, "target: ", "", true);
+        }
+    }
     if !any {
         anstream::println!(
             "nothing is open; start with: vdiskctl node add NAME driver=file filename=PATH"
@@ -128,5 +141,6 @@ pub fn json(objects: &Objects) -> Json {
         .of("node")
         .filter(|(_, p)| names(p, "Parents").is_empty())
         .map(|(path, _)| node_json(objects, path));
-    json!({"exports": exports.collect::<Vec<_>>(), "unused": idle.collect::<Vec<_>>()})
+    let jobs = objects.of("job").map(|(_, p)| Json::Object(p.clone()));
+    json!({"jobs": jobs.collect::<Vec<_>>(), "exports": exports.collect::<Vec<_>>(), "unused": idle.collect::<Vec<_>>()})
 }

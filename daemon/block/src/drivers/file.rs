@@ -2,20 +2,22 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use rustix::fs::SeekFrom;
 use vdisk_api::{Error, FileOptions, NodeOptions, Result};
 use vdisk_io::{Fallocate, IoFile, IoVecs, OpKind, block_device_size};
 
 use super::{
     Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, locks, reactor,
 };
-use crate::node::{WriteFlags, ZeroFlags};
+use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::permission::{Permissions, Use};
+use crate::status::BlockStatus;
 
 struct File {
     file: Arc<IoFile>,
@@ -206,6 +208,24 @@ fn direct_alignment(fd: &OwnedFd, is_device: bool) -> io::Result<(u64, usize)> {
     Ok((4096, 4096))
 }
 
+/// Data or a hole, by what the file system says; data if it does not say.
+fn extent(fd: BorrowedFd<'_>, offset: u64, len: u64) -> BlockStatus {
+    let hole = |len| BlockStatus {
+        zero: true,
+        ..BlockStatus::data(len)
+    };
+    match rustix::fs::seek(fd, SeekFrom::Data(offset)) {
+        Ok(at) if at > offset => hole(len.min(at - offset)),
+        Ok(_) => match rustix::fs::seek(fd, SeekFrom::Hole(offset)) {
+            Ok(end) if end > offset => BlockStatus::data(len.min(end - offset)),
+            _ => BlockStatus::data(len),
+        },
+        // Nothing but a hole up to the end of the file.
+        Err(rustix::io::Errno::NXIO) => hole(len),
+        Err(_) => BlockStatus::data(len),
+    }
+}
+
 fn is_unsupported(e: &io::Error) -> bool {
     matches!(
         e.raw_os_error(),
@@ -371,6 +391,20 @@ impl Driver for File {
             } else {
                 Ok(())
             }
+        })
+    }
+
+    fn status<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        _: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, io::Result<BlockStatus>> {
+        Box::pin(async move {
+            if self.is_device {
+                return Ok(BlockStatus::data(len));
+            }
+            Ok(extent(self.file.as_fd(), offset, len))
         })
     }
 

@@ -20,6 +20,7 @@ use vdisk_io::{IoFile, IoVecs, Reactor};
 
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
+use crate::status::BlockStatus;
 
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
@@ -71,6 +72,10 @@ pub enum SlowReason {
     Metadata,
     /// Its parts are in several places.
     Scattered,
+    /// A backup must copy what is there first.
+    BackedUp,
+    /// A mirror writes it to its target, too.
+    Mirrored,
 }
 
 impl fmt::Display for SlowReason {
@@ -88,6 +93,8 @@ impl fmt::Display for SlowReason {
             SlowReason::Throttled => "a throttle group limits requests",
             SlowReason::Metadata => "the table of the image must be read first",
             SlowReason::Scattered => "the data is in several places",
+            SlowReason::BackedUp => "a backup copies what is there before it is overwritten",
+            SlowReason::Mirrored => "a mirror writes to its target, too",
             SlowReason::Latency => "latency-ns delays requests",
         })
     }
@@ -151,6 +158,22 @@ pub trait Driver: Send + Sync {
         len: u64,
         flags: ZeroFlags,
     ) -> LocalFuture<'_, io::Result<()>>;
+
+    /// Writes whole clusters compressed; `Unsupported` if that cannot be done.
+    fn write_compressed(&self, _offset: u64, _iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    }
+
+    /// What is known of the bytes at `offset`, of `len` (at least one) at most. See
+    /// [`Node::status`].
+    fn status<'a>(
+        &'a self,
+        _offset: u64,
+        len: u64,
+        _base: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, io::Result<BlockStatus>> {
+        Box::pin(async move { Ok(BlockStatus::data(len)) })
+    }
 
     /// Takes space for the range.
     fn reserve(&self, _offset: u64, _len: u64) -> LocalFuture<'_, io::Result<()>> {

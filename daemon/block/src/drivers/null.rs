@@ -1,13 +1,15 @@
 //! Driver `null-co`: stores nothing, for measurements and tests.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vdisk_api::{NodeOptions, NullOptions};
 use vdisk_io::IoVecs;
 
 use super::{Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
-use crate::node::{WriteFlags, ZeroFlags};
+use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::status::BlockStatus;
 
 struct Null {
     read_zeroes: bool,
@@ -37,6 +39,21 @@ impl Null {
 }
 
 impl Driver for Null {
+    fn status<'a>(
+        &'a self,
+        _: u64,
+        len: u64,
+        _: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, io::Result<BlockStatus>> {
+        let zero = self.read_zeroes;
+        Box::pin(async move {
+            Ok(BlockStatus {
+                zero,
+                ..BlockStatus::data(len)
+            })
+        })
+    }
+
     fn name(&self) -> &'static str {
         "null-co"
     }

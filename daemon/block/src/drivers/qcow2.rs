@@ -19,6 +19,7 @@ use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, Slow
 use crate::crypt::{Encrypted, unlock};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::runtime::{Runtime, Secrets};
+use crate::status::BlockStatus;
 
 /// Clusters that were given up are free for something else after this time.
 const TIDY_DELAY: Duration = Duration::from_secs(1);
@@ -340,15 +341,29 @@ impl Qcow2 {
         let Ok(reactor) = reactor() else {
             return;
         };
-        let (image, file) = (self.image.clone(), self.file.filename());
+        // A node that is removed meanwhile closes its file.
+        let (image, file) = (Arc::downgrade(&self.image), self.file.filename());
         let sleep = reactor.sleep(TIDY_DELAY);
         reactor.spawn(async move {
             let _guard = guard;
             sleep.await;
-            if let Err(error) = image.tidy().await {
+            if let Some(image) = image.upgrade()
+                && let Err(error) = image.tidy().await
+            {
                 tracing::warn!(image = file, %error, "clusters cannot be given back");
             }
         });
+    }
+
+    async fn write_clusters(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        let cluster = self.image.cluster() as usize;
+        for at in (0..iov.len()).step_by(cluster) {
+            let part = iov.slice(at, cluster.min(iov.len() - at));
+            self.image
+                .write_compressed(offset + at as u64, part)
+                .await?;
+        }
+        Ok(())
     }
 
     async fn changed(&self, result: io::Result<()>, durable: bool) -> io::Result<()> {
@@ -471,6 +486,47 @@ impl Driver for Qcow2 {
         Box::pin(async move {
             let result = self.image.write_zeroes(offset, len, flags.may_unmap).await;
             self.changed(result, flags.durable).await
+        })
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let result = self.write_clusters(offset, iov).await;
+            self.changed(result, false).await
+        })
+    }
+
+    fn status<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        base: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, io::Result<BlockStatus>> {
+        Box::pin(async move {
+            let found = self.image.map(offset..offset + len, 1).await?;
+            let Some((_, m)) = found.first() else {
+                return Ok(BlockStatus::data(1));
+            };
+            let own = BlockStatus::data(m.len);
+            Ok(match (m.kind, &self.backing) {
+                (Kind::Data(_) | Kind::Compressed { .. }, _) => own,
+                (Kind::Zero, _) => BlockStatus { zero: true, ..own },
+                (Kind::Unallocated, Some(b)) if offset < b.size() => {
+                    let len = m.len.min(b.size() - offset);
+                    let below = b.status(offset, len, base).await?;
+                    let is_base = base.is_some_and(|base| Arc::ptr_eq(base, b));
+                    BlockStatus {
+                        own: below.own && base.is_some() && !is_base,
+                        ..below
+                    }
+                }
+                (Kind::Unallocated, below) => BlockStatus {
+                    // If it is opened another time with the backing file that it names, it has other data.
+                    zero: below.is_some() || !self.image.has_backing(),
+                    own: false,
+                    ..own
+                },
+            })
         })
     }
 

@@ -9,6 +9,7 @@ use vdisk_io::IoVecs;
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason};
 use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::status::BlockStatus;
 
 struct Raw {
     file: Arc<Node>,
@@ -122,6 +123,15 @@ impl Driver for Raw {
         flags: ZeroFlags,
     ) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(self.file.write_zeroes(self.offset + offset, len, flags))
+    }
+
+    fn status<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        base: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, io::Result<BlockStatus>> {
+        Box::pin(self.file.status(self.offset + offset, len, base))
     }
 
     fn reserve(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {

@@ -10,6 +10,7 @@ use vdisk_io::IoVecs;
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
+use crate::status::BlockStatus;
 use crate::throttle::Membership;
 
 struct Throttle {
@@ -116,6 +117,22 @@ impl Driver for Throttle {
         Box::pin(async move {
             self.group.enter(Direction::Write, len).await;
             self.file().write_zeroes(offset, len, flags).await
+        })
+    }
+
+    fn status<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        base: Option<&'a Arc<Node>>,
+    ) -> LocalFuture<'a, io::Result<BlockStatus>> {
+        Box::pin(async move { self.file().status(offset, len, base).await })
+    }
+
+    fn write_compressed(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            self.group.enter(Direction::Write, iov.len() as u64).await;
+            self.file().write_compressed(offset, iov).await
         })
     }
 

@@ -540,6 +540,9 @@ impl Control {
                 "node '{name}' is read-only and cannot be repaired: add it without read-only"
             )));
         }
+        if repair != RepairWhat::Nothing {
+            self.world().graph.check_no_job(name)?;
+        }
         let thread = self.world().any_thread()?;
         let still = self.still(name).await?;
         let image = still.image.clone();
@@ -564,6 +567,7 @@ impl Control {
             )));
         }
         if action == SnapshotAction::Apply {
+            self.world().graph.check_no_job(name)?;
             let (_, above) = self.world().graph.above(name);
             if above.len() > 1 {
                 return Err(Error::in_use(format!(

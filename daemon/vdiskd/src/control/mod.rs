@@ -7,6 +7,7 @@
 mod exports;
 pub mod images;
 mod iothreads;
+pub mod jobs;
 mod moves;
 mod nodes;
 pub mod secrets;
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use vdisk_api::{Command, Error, Reply, Result};
 use vdisk_exports::vhost_user::ExportEvent;
 
+use jobs::JobEvent;
 pub use world::{Defaults, Export, World};
 
 /// An object came, went, or has changed properties.
@@ -33,6 +35,11 @@ pub enum Event {
     IoThreadAdded(String),
     IoThreadRemoved(String),
     IoThreadChanged(String),
+    JobAdded(String),
+    JobChanged(String),
+    /// It has ended, one way or the other.
+    JobCompleted(String),
+    JobRemoved(String),
 }
 
 /// Told about events; answers when it has acted on them.
@@ -86,6 +93,7 @@ struct Control {
     world: Arc<Mutex<World>>,
     observer: Option<Observer>,
     export_events: mpsc::UnboundedSender<ExportEvent>,
+    job_events: mpsc::UnboundedSender<JobEvent>,
     /// What the command at hand has changed.
     events: Vec<Event>,
 }
@@ -95,13 +103,15 @@ pub fn start(defaults: Defaults) -> Result<Handle> {
     let world = Arc::new(Mutex::new(World::new(defaults)?));
     let (tx, rx) = mpsc::unbounded_channel();
     let (export_events, from_exports) = mpsc::unbounded_channel();
+    let (job_events, from_jobs) = mpsc::unbounded_channel();
     let control = Control {
         world: world.clone(),
         observer: None,
         export_events,
+        job_events,
         events: Vec::new(),
     };
-    tokio::spawn(control.serve(rx, from_exports));
+    tokio::spawn(control.serve(rx, from_exports, from_jobs));
     Ok(Handle { tx, world })
 }
 
@@ -114,6 +124,7 @@ impl Control {
         mut self,
         mut messages: mpsc::UnboundedReceiver<Message>,
         mut exports: mpsc::UnboundedReceiver<ExportEvent>,
+        mut jobs: mpsc::UnboundedReceiver<JobEvent>,
     ) {
         loop {
             tokio::select! {
@@ -129,13 +140,17 @@ impl Control {
                         let _ = done.send(());
                     }
                     Some(Message::Shutdown(done)) => {
-                        self.shutdown().await;
+                        self.shutdown(&mut jobs).await;
                         let _ = done.send(());
                         return;
                     }
                 },
                 Some(ExportEvent::ClientsChanged { id }) = exports.recv() => {
                     self.events.push(Event::ExportChanged(id));
+                    self.publish().await;
+                }
+                Some(event) = jobs.recv() => {
+                    self.job_event(event).await;
                     self.publish().await;
                 }
             }
@@ -172,6 +187,8 @@ impl Control {
                 action,
                 snapshot,
             } => self.snapshot(&node, action, snapshot).await,
+            Command::StartJob(options) => self.start_job(options).await,
+            Command::Job { id, action } => self.job_action(&id, action).await,
             Command::AddExport(options) => self.add_export(options),
             Command::RemoveExport { id } => self.remove_export(&id).await,
             Command::AddIoThread(options) => self.add_iothread(options),
@@ -180,9 +197,15 @@ impl Control {
         }
     }
 
-    /// Ends exports (their requests are answered first), makes everything durable, closes the images
+    /// Cancels jobs, ends exports (their requests are answered first), makes everything durable, closes the images
     /// and stops the I/O threads. Errors are logged; nothing stops the rest.
-    async fn shutdown(&mut self) {
+    async fn shutdown(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
+        self.cancel_jobs();
+        while self.has_jobs()
+            && let Some(event) = jobs.recv().await
+        {
+            self.job_event(event).await;
+        }
         let ids: Vec<String> = self.world().exports.keys().cloned().collect();
         for id in ids {
             let _ = self.remove_export(&id).await;
@@ -199,7 +222,8 @@ impl Control {
             }
         }
         let threads = std::mem::take(&mut self.world().threads);
-        for thread in threads.values() {
+        let jobs_thread = self.world().jobs_thread.take();
+        for thread in threads.into_values().chain(jobs_thread) {
             thread.stop();
         }
         self.events.clear();

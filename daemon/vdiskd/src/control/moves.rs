@@ -177,7 +177,7 @@ impl Control {
     }
 
     /// Has everybody wait whose requests reach a node.
-    async fn hold(&self, name: &str) -> (Instant, Vec<DrainGuard>) {
+    pub(super) async fn hold(&self, name: &str) -> (Instant, Vec<DrainGuard>) {
         let (backends, _) = self.world().graph.above(name);
         let start = Instant::now();
         let mut drained = Vec::new();

@@ -152,7 +152,13 @@ impl Control {
                 "node '{name}' is read-only and cannot be resized: add it without read-only"
             )));
         }
-        self.world().graph.check_resize(name)?;
+        {
+            let world = self.world();
+            for node in &above {
+                world.graph.check_no_job(node.name())?;
+            }
+            world.graph.check_resize(name)?;
+        }
         if size < before && !shrink {
             return Err(Error::invalid(format!(
                 "node '{name}' has {before} bytes; resizing it to {size} would cut off data: set 'shrink' if that is meant"

@@ -5,9 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vdisk_api::{Error, Result};
+
 use vdisk_block::{Backend, Graph, Runtime};
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
+
+use super::jobs::Job;
 
 /// What new objects get if their options do not say.
 #[derive(Clone, Debug)]
@@ -39,6 +42,9 @@ pub struct World {
     pub graph: Graph,
     pub exports: BTreeMap<String, Arc<Export>>,
     pub threads: BTreeMap<String, IoThread>,
+    pub jobs: BTreeMap<String, Arc<Job>>,
+    /// Where jobs run if they name no thread; there is none before the first job.
+    pub jobs_thread: Option<IoThread>,
     pub defaults: Defaults,
     /// What the first I/O thread came up on.
     pub engine: EngineKind,
@@ -69,6 +75,8 @@ impl World {
             graph: Graph::new(defaults.runtime.clone()),
             exports: BTreeMap::new(),
             threads,
+            jobs: BTreeMap::new(),
+            jobs_thread: None,
             defaults,
             engine,
         })

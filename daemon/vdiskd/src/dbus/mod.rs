@@ -5,6 +5,7 @@ mod convert;
 mod error;
 mod export;
 mod iothread;
+mod job;
 mod manager;
 mod node;
 mod statistics;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use vdisk_dbus::{BUS_NAME, ROOT_PATH, export_path, iothread_path, node_path};
+use vdisk_dbus::{BUS_NAME, ROOT_PATH, export_path, iothread_path, job_path, node_path};
 use zbus::connection::Builder;
 use zbus::{Connection, MessageStream};
 
@@ -21,6 +22,7 @@ use crate::control::{Event, Handle};
 use error::Failure;
 use export::{ExportObject, VhostUserBlkObject};
 use iothread::IoThreadObject;
+use job::JobObject;
 use manager::ManagerObject;
 use node::NodeObject;
 
@@ -60,7 +62,8 @@ async fn connect(bus: &Bus, control: &Handle) -> zbus::Result<Connection> {
         let nodes = world.graph.names().map(str::to_owned).map(Event::NodeAdded);
         let exports = world.exports.keys().cloned().map(Event::ExportAdded);
         let threads = world.threads.keys().cloned().map(Event::IoThreadAdded);
-        let all: Vec<Event> = nodes.chain(exports).chain(threads).collect();
+        let jobs = world.jobs.keys().cloned().map(Event::JobAdded);
+        let all: Vec<Event> = nodes.chain(exports).chain(threads).chain(jobs).collect();
         all
     };
     for event in everything {
@@ -148,6 +151,32 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 export.node_changed(emitter).await?;
                 export.path_changed(emitter).await?;
                 export.path_reason_changed(emitter).await?;
+            }
+        }
+        Event::JobAdded(id) => {
+            // It may be gone again.
+            let job = control.world().job(&id);
+            if let Ok(job) = job {
+                server.at(job_path(&id), JobObject { control, job }).await?;
+            }
+        }
+        Event::JobRemoved(id) => {
+            server.remove::<JobObject, _>(job_path(&id)).await?;
+        }
+        Event::JobChanged(id) => {
+            if let Ok(object) = server.interface::<_, JobObject>(job_path(&id)).await {
+                let (job, emitter) = (object.get().await, object.signal_emitter());
+                job.state_changed(emitter).await?;
+                job.speed_changed(emitter).await?;
+                job.copy_mode_changed(emitter).await?;
+                job.cancelable_changed(emitter).await?;
+                job.error_changed(emitter).await?;
+            }
+        }
+        Event::JobCompleted(id) => {
+            if let Ok(object) = server.interface::<_, JobObject>(job_path(&id)).await {
+                let (success, message) = object.get().await.outcome();
+                JobObject::completed(object.signal_emitter(), success, message).await?;
             }
         }
         Event::IoThreadAdded(name) => {

@@ -1,8 +1,8 @@
 //! org.vdisk1.Node
 
-use vdisk_api::{Command, Error, NodeOptions, RepairWhat, Reply, SnapshotAction};
+use vdisk_api::{Command, Error, JobOptions, NodeOptions, RepairWhat, Reply, SnapshotAction};
 use vdisk_block::{NodeInfo, Parent};
-use vdisk_dbus::{export_path, node_path};
+use vdisk_dbus::{export_path, job_path, node_path};
 use zbus::interface;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -39,6 +39,13 @@ impl NodeObject {
             "paused-ns".to_owned(),
             statistics::owned(Variant::from(paused)),
         )]))
+    }
+
+    async fn start(&self, kind: &str, options: Options) -> Result<OwnedObjectPath, Failure> {
+        let options = JobOptions::from_map(kind, &self.name, convert::plain_options(options)?)?;
+        let path = job_path(&options.id);
+        self.control.run(Command::StartJob(options)).await?;
+        Ok(path)
     }
 
     async fn snapshot(
@@ -149,6 +156,21 @@ impl NodeObject {
         self.move_nodes(Command::TakeOut { name }).await
     }
 
+    #[zbus(out_args("job"))]
+    async fn mirror(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("mirror", options).await
+    }
+
+    #[zbus(out_args("job"))]
+    async fn backup(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("backup", options).await
+    }
+
+    #[zbus(out_args("job"))]
+    async fn convert(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("convert", options).await
+    }
+
     #[zbus(out_args("snapshot"))]
     async fn create_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
         self.snapshot(SnapshotAction::Create, name, options).await
@@ -209,6 +231,7 @@ impl NodeObject {
             .map(|p| match p {
                 Parent::Node(name) => ("node".to_owned(), node_path(&name)),
                 Parent::Export(id) => ("export".to_owned(), export_path(&id)),
+                Parent::Job(id) => ("job".to_owned(), job_path(&id)),
             })
             .collect())
     }

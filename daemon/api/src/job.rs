@@ -1,0 +1,272 @@
+//! Block jobs (QAPI `DriveMirror`, `BlockdevBackup` and their like).
+
+use crate::error::{Error, Result};
+use crate::fields::{Fields, Map, expand_dotted};
+use crate::node::check_name;
+
+/// What is copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum JobSync {
+    #[default]
+    Full,
+    /// What the node has itself, without its backing file.
+    Top,
+    /// What is written while the job runs (mirror), or overwritten (backup).
+    None,
+}
+
+/// When a mirror's target gets what guests write (QAPI `MirrorCopyMode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyMode {
+    /// Later.
+    #[default]
+    Background,
+    /// Before the write is answered.
+    WriteBlocking,
+}
+
+/// What is done about an error (QAPI `BlockdevOnError`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ErrorPolicy {
+    #[default]
+    Report,
+    Ignore,
+    Enospc,
+    Stop,
+}
+
+/// What happens when a guest overwrites what a backup cannot copy (QAPI `OnCbwError`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopyErrorPolicy {
+    #[default]
+    BreakSnapshot,
+    BreakGuestWrite,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    Mirror {
+        sync: JobSync,
+        copy_mode: CopyMode,
+        /// Bytes of a piece that is copied whole.
+        granularity: Option<u64>,
+    },
+    Backup {
+        sync: JobSync,
+        compress: bool,
+        on_copy_error: CopyErrorPolicy,
+    },
+    /// A copy of a node that nobody writes to.
+    Convert { compress: bool },
+}
+
+impl JobKind {
+    pub fn name(&self) -> &'static str {
+        match self {
+            JobKind::Mirror { .. } => "mirror",
+            JobKind::Backup { .. } => "backup",
+            JobKind::Convert { .. } => "convert",
+        }
+    }
+}
+
+/// A job to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobOptions {
+    pub id: String,
+    pub kind: JobKind,
+    /// The node that it is about.
+    pub node: String,
+    /// The node that is written.
+    pub target: String,
+    /// Bytes per second; 0 for no limit.
+    pub speed: u64,
+    pub on_source_error: ErrorPolicy,
+    pub on_target_error: ErrorPolicy,
+    /// Whether it takes effect as soon as it can.
+    pub auto_finalize: bool,
+    /// Whether it goes away as soon as it has ended.
+    pub auto_dismiss: bool,
+    /// The I/O thread that it runs on.
+    pub iothread: Option<String>,
+}
+
+const SYNCS: [(&str, JobSync); 3] = [
+    ("full", JobSync::Full),
+    ("top", JobSync::Top),
+    ("none", JobSync::None),
+];
+
+const POLICIES: [(&str, ErrorPolicy); 4] = [
+    ("report", ErrorPolicy::Report),
+    ("ignore", ErrorPolicy::Ignore),
+    ("enospc", ErrorPolicy::Enospc),
+    ("stop", ErrorPolicy::Stop),
+];
+
+const COPY_MODES: [(&str, CopyMode); 2] = [
+    ("background", CopyMode::Background),
+    ("write-blocking", CopyMode::WriteBlocking),
+];
+
+const COPY_ERRORS: [(&str, CopyErrorPolicy); 2] = [
+    ("break-snapshot", CopyErrorPolicy::BreakSnapshot),
+    ("break-guest-write", CopyErrorPolicy::BreakGuestWrite),
+];
+
+/// Granularities of mirrors, as QEMU has them.
+const MIN_GRANULARITY: u64 = 512;
+const MAX_GRANULARITY: u64 = 64 << 20;
+
+fn granularity(f: &mut Fields) -> Result<Option<u64>> {
+    let given = f.size("granularity")?;
+    match given {
+        Some(n) if !n.is_power_of_two() || !(MIN_GRANULARITY..=MAX_GRANULARITY).contains(&n) => {
+            Err(f.error(
+                "granularity",
+                format_args!("is {n}: give a power of two from 512 to 64M"),
+            ))
+        }
+        given => Ok(given),
+    }
+}
+
+impl JobOptions {
+    /// Options of a job of kind `kind` ("mirror", "backup" or "convert") on a node.
+    pub fn from_map(kind: &str, node: &str, map: Map) -> Result<JobOptions> {
+        let mut f = Fields::new(format!("{kind} of node '{node}'"), expand_dotted(map)?);
+        let id = match f.string("job-id")? {
+            Some(id) => id,
+            None => format!("{kind}-{}", node.trim_start_matches('#')),
+        };
+        check_name(&format!("{}: job-id", f.what()), &id)?;
+        f.set_what(format!("job '{id}'"));
+        let target = f.required_string("target")?;
+        if target == node {
+            return Err(f.error("target", "is the node itself: give another"));
+        }
+        let kind = match kind {
+            "mirror" => JobKind::Mirror {
+                sync: f.choice("sync", &SYNCS)?.unwrap_or_default(),
+                copy_mode: f.choice("copy-mode", &COPY_MODES)?.unwrap_or_default(),
+                granularity: granularity(&mut f)?,
+            },
+            "backup" => JobKind::Backup {
+                sync: f.choice("sync", &SYNCS)?.unwrap_or_default(),
+                compress: f.boolean("compress")?.unwrap_or(false),
+                on_copy_error: f.choice("on-cbw-error", &COPY_ERRORS)?.unwrap_or_default(),
+            },
+            "convert" => JobKind::Convert {
+                compress: f.boolean("compress")?.unwrap_or(false),
+            },
+            other => {
+                return Err(Error::not_supported(format!("there is no job '{other}'")));
+            }
+        };
+        let options = JobOptions {
+            id,
+            kind,
+            node: node.to_owned(),
+            target,
+            speed: f.size("speed")?.unwrap_or(0),
+            on_source_error: f.choice("on-source-error", &POLICIES)?.unwrap_or_default(),
+            on_target_error: f.choice("on-target-error", &POLICIES)?.unwrap_or_default(),
+            auto_finalize: f.boolean("auto-finalize")?.unwrap_or(true),
+            auto_dismiss: f.boolean("auto-dismiss")?.unwrap_or(true),
+            iothread: f.string("iothread")?,
+        };
+        f.finish()?;
+        Ok(options)
+    }
+}
+
+/// What a job is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobAction {
+    Pause,
+    Resume,
+    /// To end without effect. A mirror that is ready ends with a complete target, unless it is forced.
+    Cancel {
+        force: bool,
+    },
+    /// A mirror that is ready lets its target take the place of the source.
+    Complete,
+    /// To take effect.
+    Finalize,
+    /// To go away after it has ended.
+    Dismiss,
+    /// Bytes per second; 0 for no limit.
+    SetSpeed(u64),
+    SetCopyMode(CopyMode),
+}
+
+/// Options of `Cancel`: whether it is forced.
+pub fn cancel_from_map(id: &str, map: Map) -> Result<JobAction> {
+    let mut f = Fields::new(format!("job '{id}': cancel"), map);
+    let force = f.boolean("force")?.unwrap_or(false);
+    f.finish()?;
+    Ok(JobAction::Cancel { force })
+}
+
+/// What can be changed while a job runs.
+pub fn change_from_map(id: &str, map: Map) -> Result<JobAction> {
+    let mut f = Fields::new(format!("job '{id}': change"), map);
+    let mode = f.choice("copy-mode", &COPY_MODES)?;
+    let mode = mode.ok_or_else(|| f.error("copy-mode", "is missing: give it"))?;
+    f.finish()?;
+    Ok(JobAction::SetCopyMode(mode))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(kind: &str, v: serde_json::Value) -> Result<JobOptions> {
+        match v {
+            serde_json::Value::Object(m) => JobOptions::from_map(kind, "disk", m),
+            _ => panic!("not a map"),
+        }
+    }
+
+    #[test]
+    fn options_have_qapi_names_and_mistakes_are_named() {
+        let o = read(
+            "mirror",
+            json!({"target": "t", "copy-mode": "write-blocking", "speed": "10M"}),
+        );
+        let o = o.unwrap();
+        assert_eq!((o.id.as_str(), o.speed), ("mirror-disk", 10 << 20));
+        assert!(matches!(
+            o.kind,
+            JobKind::Mirror {
+                copy_mode: CopyMode::WriteBlocking,
+                ..
+            }
+        ));
+        for (kind, options, want) in [
+            ("mirror", json!({}), "'target'"),
+            ("mirror", json!({"target": "disk"}), "itself"),
+            (
+                "mirror",
+                json!({"target": "t", "granularity": 1000}),
+                "1000",
+            ),
+            (
+                "mirror",
+                json!({"target": "t", "compress": true}),
+                "'compress'",
+            ),
+            ("backup", json!({"target": "t", "sync": "all"}), "'all'"),
+            (
+                "backup",
+                json!({"target": "t", "on-target-error": "x"}),
+                "enospc",
+            ),
+            ("backup", json!({"target": "t", "job-id": "a/b"}), "a/b"),
+        ] {
+            let e = read(kind, options).unwrap_err();
+            assert!(e.message.contains(want), "{e}");
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Backups: the target gets what the source had when the backup began, while guests write.
+//!
+//! `todo` has the pieces that are not copied yet. A guest's write to such a piece copies it first. Whoever copies a piece holds
+//! it until its bit is cleared; a write that finds it cleared overwrites what nobody needs any more.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::{Mutex, MutexGuard};
+
+use vdisk_io::{IoVecs, RangeLock};
+
+use super::Work;
+use super::copy::{CHUNK, CopyError, How, copy, each_piece, scratch};
+use super::roots::Roots;
+use super::state::{JobState, Side, Stop};
+use crate::bits::Bits;
+use crate::drivers::{LocalFuture, SlowReason};
+use crate::node::Node;
+use crate::tap::{Held, Tap, Written};
+
+/// What is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackupSync {
+    /// Everything.
+    Full,
+    /// What the source has itself; its backing file has the rest.
+    Top,
+    /// What is overwritten while the job runs.
+    None,
+}
+
+/// What happens when a guest overwrites a piece that cannot be copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnCopyError {
+    /// The write goes on, and the backup fails.
+    #[default]
+    BreakSnapshot,
+    /// The write fails.
+    BreakGuestWrite,
+}
+
+pub struct Backup {
+    source: Arc<Node>,
+    target: Arc<Node>,
+    sync: BackupSync,
+    how: How,
+    on_copy_error: OnCopyError,
+    todo: Bits,
+    pieces: RangeLock,
+    /// Why the target is not what the source was.
+    broken: Mutex<Option<CopyError>>,
+}
+
+fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Backup {
+    pub fn new(
+        source: Arc<Node>,
+        target: Arc<Node>,
+        sync: BackupSync,
+        compress: bool,
+        on_copy_error: OnCopyError,
+    ) -> Arc<Backup> {
+        let granularity = target.limits().zero_alignment.max(65536);
+        Arc::new(Backup {
+            todo: Bits::new(source.size(), granularity),
+            source,
+            target,
+            sync,
+            how: How {
+                compress,
+                ..How::default()
+            },
+            on_copy_error,
+            pieces: RangeLock::default(),
+            broken: Mutex::default(),
+        })
+    }
+
+    /// From now on the target gets what the source has at this moment. The source is drained.
+    pub fn start(self: &Arc<Self>) {
+        self.todo.set(&(0..self.source.size()));
+        self.source.add_tap(self.clone());
+    }
+
+    /// Guests' writes copy nothing any more.
+    pub fn stop(self: &Arc<Self>) {
+        self.todo.clear(&(0..self.source.size()));
+        let tap: Arc<dyn Tap> = self.clone();
+        self.source.remove_tap(&tap);
+    }
+
+    /// Copies what is left of a range of whole pieces, which the caller holds.
+    async fn copy_held(&self, range: Range<u64>, scratch: &IoVecs) -> Result<(), CopyError> {
+        let mut at = range.start;
+        while let Some(run) = self.todo.next_run(at, scratch.len() as u64) {
+            let run = run.start..run.end.min(range.end);
+            if run.is_empty() {
+                break;
+            }
+            match self.how.compress {
+                false => {
+                    copy(&self.source, &self.target, run.clone(), scratch, self.how).await?;
+                }
+                true => {
+                    // Each cluster by itself: it is data, or zeroes.
+                    let step = self.todo.granularity();
+                    for start in run.clone().step_by(step as usize) {
+                        let one = start..(start + step).min(run.end);
+                        copy(&self.source, &self.target, one, scratch, self.how).await?;
+                    }
+                }
+            }
+            self.todo.clear(&run);
+            at = run.end;
+        }
+        Ok(())
+    }
+
+    /// Leaves out what is not to be copied.
+    async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+        let size = self.source.size();
+        let mut at = 0;
+        while self.sync == BackupSync::Top && at < size {
+            let busy = state.checkpoint().await?;
+            let counted = roots.enter().await;
+            // A piece of which any part is the source's own is copied.
+            let piece = self.todo.pieces_around(&(at..at + 1));
+            let held = self.pieces.lock(piece.clone()).await;
+            let status = self.source.status(at, size - at, None).await;
+            match status {
+                Ok(s) if s.own => at = piece.end.max(at + s.len).min(size),
+                Ok(s) => {
+                    let whole = self.todo.granularity();
+                    let end = at + s.len;
+                    let end = if end == size {
+                        end
+                    } else {
+                        end / whole * whole
+                    };
+                    if at.is_multiple_of(whole) && end > at {
+                        drop(held);
+                        let _all = self.pieces.lock(at..end).await;
+                        self.todo.clear(&(at..end));
+                        at = end;
+                    } else {
+                        // Its piece has a part of its own further on.
+                        at = piece.end;
+                    }
+                }
+                Err(e) => {
+                    drop((held, counted, busy));
+                    state.failed(Side::Source, e).await?;
+                }
+            }
+        }
+        state.add_total(self.todo.count());
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), Stop> {
+        match locked(&self.broken).take() {
+            None => Ok(()),
+            Some(e) => Err(Stop::Failed {
+                side: e.side,
+                error: e.error,
+            }),
+        }
+    }
+}
+
+impl Work for Backup {
+    fn run<'a>(
+        &'a self,
+        state: &'a JobState,
+        roots: &'a Roots,
+    ) -> LocalFuture<'a, Result<(), Stop>> {
+        Box::pin(async move {
+            if self.sync == BackupSync::None {
+                while state.ending().is_none() {
+                    drop(state.checkpoint().await?);
+                    self.check()?;
+                    state.set_ready();
+                    state.idle(std::time::Duration::from_millis(200)).await;
+                }
+            } else {
+                self.find(state, roots).await?;
+                let chunk = CHUNK.max(self.todo.granularity());
+                let mut from = 0;
+                each_piece(
+                    state,
+                    chunk,
+                    || {
+                        if locked(&self.broken).is_some() {
+                            return None;
+                        }
+                        let run = self.todo.next_run(from, chunk)?;
+                        let end = run.end.min((run.start / chunk + 1) * chunk);
+                        from = end;
+                        Some(run.start..end)
+                    },
+                    async |piece, scratch| {
+                        let _counted = roots.enter().await;
+                        let _held = self.pieces.lock(piece.clone()).await;
+                        self.copy_held(piece, scratch).await
+                    },
+                )
+                .await?;
+            }
+            self.check()?;
+            loop {
+                let busy = state.checkpoint().await?;
+                let counted = roots.enter().await;
+                let result = self.target.flush().await;
+                drop((counted, busy));
+                match result {
+                    Ok(()) => {
+                        state.all_done();
+                        return self.check();
+                    }
+                    Err(e) => state.failed(Side::Target, e).await?,
+                }
+            }
+        })
+    }
+
+    fn finish(&self) -> LocalFuture<'_, Result<(), Stop>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+impl Tap for Backup {
+    #[inline]
+    fn fast_write(&self, offset: u64, len: u64) -> Option<SlowReason> {
+        self.todo
+            .any(&(offset..offset + len))
+            .then_some(SlowReason::BackedUp)
+    }
+
+    fn slow_reason(&self) -> Option<SlowReason> {
+        Some(SlowReason::BackedUp)
+    }
+
+    fn before(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<Held<'_>>> {
+        Box::pin(async move {
+            let range = offset..offset + len;
+            if !self.todo.any(&range) || locked(&self.broken).is_some() {
+                return Ok(None);
+            }
+            let buffer = scratch(CHUNK.max(self.todo.granularity()));
+            // Piece by piece: a guest may zero terabytes with one request.
+            let mut at = range.start;
+            while let Some(run) = self.todo.next_run(
+                self.todo.pieces_around(&(at..at + 1)).start,
+                buffer.len() as u64,
+            ) {
+                if run.start >= range.end {
+                    break;
+                }
+                let run = self
+                    .todo
+                    .pieces_around(&(run.start.max(at)..run.end.min(range.end)));
+                let _held = self.pieces.lock(run.clone()).await;
+                if let Err(e) = self.copy_held(run.clone(), &buffer).await {
+                    match self.on_copy_error {
+                        OnCopyError::BreakGuestWrite => return Err(e.error),
+                        OnCopyError::BreakSnapshot => {
+                            locked(&self.broken).get_or_insert(e);
+                            return Ok(None);
+                        }
+                    }
+                }
+                at = run.end;
+                if at >= range.end {
+                    break;
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    fn after<'a>(&'a self, _: u64, _: u64, _: Written, _: Held<'a>) -> LocalFuture<'a, ()> {
+        Box::pin(async {})
+    }
+}

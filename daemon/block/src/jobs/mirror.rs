@@ -1,0 +1,378 @@
+//! Mirrors: the target is brought to what the source is, while guests write, and may take its place.
+//!
+//! `dirty` has the pieces in which the target may differ. A guest's write sets its bits before it is done. To copy a piece,
+//! the job clears its bits, waits until every write has ended that may have set them earlier, and reads the source after
+//! that: whoever writes from then on sets the bit again.
+//!
+//! While writes are blocking, a write holds the pieces that it touches from before it begins until the target has it, too, as
+//! a copy does. Pieces that were clean before are clean again then. Nothing is cleared by writes before all those have ended
+//! that took the fast path.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::Duration;
+
+use vdisk_io::{IoVecs, RangeLock, quiesce};
+
+use super::Work;
+use super::copy::{CHUNK, CopyError, How, copy, each_piece, scratch};
+use super::roots::Roots;
+use super::state::{JobState, Side, Stop};
+use crate::bits::Bits;
+use crate::drivers::{LocalFuture, SlowReason};
+use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::tap::{Held, Hold, Tap, Written};
+
+/// Bytes whose bits are cleared at a time: the wait for writes is once for all of them.
+const BATCH: u64 = 64 << 20;
+
+/// How long a mirror with nothing to do waits before it looks again.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Less than this is copied while guests wait.
+const LAST: u64 = 4 << 20;
+
+/// Rounds that are tried to get below that.
+const MAX_ROUNDS: u32 = 20;
+
+/// What is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MirrorSync {
+    /// Everything.
+    Full,
+    /// What the source has itself; its backing file has the rest.
+    Top,
+    /// What is written from now on.
+    None,
+}
+
+pub struct Mirror {
+    source: Arc<Node>,
+    target: Arc<Node>,
+    sync: MirrorSync,
+    dirty: Bits,
+    pieces: RangeLock,
+    /// Writes go to the target, too.
+    blocking: AtomicBool,
+    /// No write is under way that began on the fast path.
+    all_slow: AtomicBool,
+    /// It serves guests and may become the source: ends when it is told to. A copy ends when all is copied.
+    stays: bool,
+    how: How,
+}
+
+impl Mirror {
+    /// `granularity` is in bytes, a power of two.
+    pub fn new(
+        source: Arc<Node>,
+        target: Arc<Node>,
+        sync: MirrorSync,
+        granularity: u64,
+        blocking: bool,
+    ) -> Arc<Mirror> {
+        Arc::new(Mirror {
+            dirty: Bits::new(source.size(), granularity),
+            source,
+            target,
+            sync,
+            pieces: RangeLock::default(),
+            blocking: AtomicBool::new(blocking),
+            all_slow: AtomicBool::new(false),
+            stays: true,
+            how: How::default(),
+        })
+    }
+
+    /// A copy of a node that nobody writes to.
+    pub fn once(source: Arc<Node>, target: Arc<Node>, compress: bool) -> Arc<Mirror> {
+        let granularity = target.limits().zero_alignment.max(65536);
+        Arc::new(Mirror {
+            dirty: Bits::new(source.size(), granularity),
+            source,
+            target,
+            sync: MirrorSync::Full,
+            pieces: RangeLock::default(),
+            blocking: AtomicBool::new(false),
+            all_slow: AtomicBool::new(false),
+            stays: false,
+            how: How {
+                compress,
+                detect_zeroes: true,
+            },
+        })
+    }
+
+    /// Sees all writes from when this returns, or (if the node was drained) from now on.
+    pub fn start(self: &Arc<Self>) {
+        if self.stays {
+            self.source.add_tap(self.clone());
+        }
+    }
+
+    /// Sees none any more.
+    pub fn stop(self: &Arc<Self>) {
+        let tap: Arc<dyn Tap> = self.clone();
+        self.source.remove_tap(&tap);
+    }
+
+    /// Has writes go to the target, too, from now on.
+    pub fn set_blocking(&self) {
+        self.blocking.store(true, SeqCst);
+    }
+
+    pub fn is_blocking(&self) -> bool {
+        self.blocking.load(SeqCst)
+    }
+
+    /// Bytes in which the target may differ.
+    pub fn left(&self) -> u64 {
+        self.dirty.count()
+    }
+
+    /// Sets the bits of what is to be copied.
+    async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+        let size = self.source.size();
+        match self.sync {
+            MirrorSync::Full => {
+                self.dirty.set(&(0..size));
+                state.add_total(size);
+            }
+            MirrorSync::None => {}
+            MirrorSync::Top => {
+                let mut at = 0;
+                while at < size {
+                    let busy = state.checkpoint().await?;
+                    let counted = roots.enter().await;
+                    let status = self.source.status(at, size - at, None).await;
+                    drop((counted, busy));
+                    match status {
+                        Ok(s) => {
+                            if s.own {
+                                self.dirty.set(&(at..at + s.len));
+                            }
+                            at += s.len;
+                        }
+                        Err(e) => state.failed(Side::Source, e).await?,
+                    }
+                }
+                state.add_total(self.dirty.count());
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies a piece, or says again that it is dirty.
+    async fn copy_piece(&self, piece: Range<u64>, scratch: &IoVecs) -> Result<(), CopyError> {
+        let _held = self.pieces.lock(piece.clone()).await;
+        let result = copy(&self.source, &self.target, piece.clone(), scratch, self.how).await;
+        if result.is_err() {
+            self.dirty.set(&piece);
+        }
+        result
+    }
+
+    fn chunk(&self) -> u64 {
+        CHUNK.max(self.dirty.granularity())
+    }
+
+    /// Takes dirty pieces, of [`BATCH`] bytes at most, and clears their bits.
+    fn take(&self, from: &mut u64) -> Vec<Range<u64>> {
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while bytes < BATCH {
+            let Some(run) = self.dirty.next_run(*from, self.chunk()) else {
+                *from = 0;
+                break;
+            };
+            // Pieces end where chunks do: large requests stay aligned.
+            let end = run.end.min((run.start / self.chunk() + 1) * self.chunk());
+            let run = run.start..end;
+            self.dirty.clear(&run);
+            *from = run.end;
+            bytes += run.end - run.start;
+            taken.push(run);
+        }
+        taken
+    }
+
+    /// Copies what is dirty, once.
+    async fn pass(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+        let mut from = 0;
+        loop {
+            let pieces = self.take(&mut from);
+            if pieces.is_empty() {
+                return Ok(());
+            }
+            if self.stays {
+                quiesce().await;
+            }
+            let mut all = pieces.iter().cloned();
+            let result = each_piece(
+                state,
+                self.chunk(),
+                || all.next(),
+                async |piece, scratch| {
+                    let _counted = roots.enter().await;
+                    self.copy_piece(piece, scratch).await
+                },
+            )
+            .await;
+            if result.is_err() {
+                // Whatever was not copied is as dirty as before.
+                pieces.iter().for_each(|p| self.dirty.set(p));
+                return result;
+            }
+            if from == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn flush(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+        loop {
+            let busy = state.checkpoint().await?;
+            let counted = roots.enter().await;
+            let result = self.target.flush().await;
+            drop((counted, busy));
+            match result {
+                Ok(()) => return Ok(()),
+                Err(e) => state.failed(Side::Target, e).await?,
+            }
+        }
+    }
+
+    /// As long as writes go on, what the target lacks is copied; ends when it is asked for, with little left.
+    async fn follow(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+        let mut rounds = 0;
+        let mut counted = self.dirty.count();
+        loop {
+            drop(state.checkpoint().await?);
+            if self.is_blocking() && !self.all_slow.load(SeqCst) {
+                quiesce().await;
+                self.all_slow.store(true, SeqCst);
+            }
+            let left = self.dirty.count();
+            state.add_total(left.saturating_sub(counted));
+            if left > 0 {
+                self.pass(state, roots).await?;
+            }
+            counted = self.dirty.count();
+            let ending = state.ending().is_some();
+            if counted > LAST && !state.is_ready() {
+                continue;
+            }
+            state.set_ready();
+            if ending {
+                rounds += 1;
+                if counted <= LAST || rounds >= MAX_ROUNDS {
+                    // What is in the target's memory is not to be stored while guests wait.
+                    return self.flush(state, roots).await;
+                }
+            } else if left < LAST {
+                state.idle(LOOK).await;
+            }
+        }
+    }
+}
+
+impl Work for Mirror {
+    fn run<'a>(
+        &'a self,
+        state: &'a JobState,
+        roots: &'a Roots,
+    ) -> LocalFuture<'a, Result<(), Stop>> {
+        Box::pin(async move {
+            self.find(state, roots).await?;
+            if self.stays {
+                // Those that the tap did not see have ended after this.
+                quiesce().await;
+                return self.follow(state, roots).await;
+            }
+            self.pass(state, roots).await?;
+            self.flush(state, roots).await
+        })
+    }
+
+    /// Copies the rest. Nobody writes to the source meanwhile.
+    fn finish(&self) -> LocalFuture<'_, Result<(), Stop>> {
+        Box::pin(async move {
+            let failed = |side, error| Stop::Failed { side, error };
+            let buffer = scratch(self.chunk());
+            while let Some(run) = self.dirty.next_run(0, self.chunk()) {
+                self.dirty.clear(&run);
+                self.copy_piece(run, &buffer)
+                    .await
+                    .map_err(|e| failed(e.side, e.error))?;
+            }
+            let flushed = self.target.flush().await;
+            flushed.map_err(|e| failed(Side::Target, e))
+        })
+    }
+}
+
+impl Tap for Mirror {
+    #[inline]
+    fn fast_write(&self, offset: u64, len: u64) -> Option<SlowReason> {
+        if self.is_blocking() {
+            return Some(SlowReason::Mirrored);
+        }
+        self.dirty.set(&(offset..offset + len));
+        None
+    }
+
+    fn slow_reason(&self) -> Option<SlowReason> {
+        self.is_blocking().then_some(SlowReason::Mirrored)
+    }
+
+    fn before(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<Held<'_>>> {
+        Box::pin(async move {
+            let range = offset..offset + len;
+            if !self.is_blocking() {
+                self.dirty.set(&range);
+                return Ok(None);
+            }
+            let guard = self.pieces.lock(self.dirty.pieces_around(&range)).await;
+            let marked = match self.all_slow.load(SeqCst) {
+                true => self.dirty.clear_runs(&range),
+                false => Vec::new(),
+            };
+            self.dirty.set(&range);
+            Ok(Some(Hold {
+                _guard: guard,
+                marked,
+            }))
+        })
+    }
+
+    fn after<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        written: Written,
+        held: Held<'a>,
+    ) -> LocalFuture<'a, ()> {
+        Box::pin(async move {
+            // It began before writes were blocking.
+            let Some(held) = held else {
+                return;
+            };
+            let result = match written {
+                Written::Data(iov) => self.target.write(offset, iov, WriteFlags::default()).await,
+                Written::Zeroes { may_unmap } => {
+                    let flags = ZeroFlags {
+                        may_unmap,
+                        ..ZeroFlags::default()
+                    };
+                    self.target.write_zeroes(offset, len, flags).await
+                }
+                // What a discarded range reads as is for the source to say.
+                Written::Discarded => Err(io::ErrorKind::Unsupported.into()),
+            };
+            // Otherwise the job will copy it, and meet the error again if it stays.
+            if result.is_ok() {
+                held.marked.iter().for_each(|piece| self.dirty.clear(piece));
+            }
+        })
+    }
+}

@@ -1,0 +1,491 @@
+//! `vdiskctl mirror`, `backup`, `convert` and `job …`.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value as Json, json};
+use vdisk_api::{format_size, parse_size};
+use vdisk_dbus::{JobProxy, ManagerProxy, NodeProxy, job_path, node_path};
+use zbus::{Connection, Variant};
+
+use crate::args::{Convert, Copy, Job, JobCommand, Mirror};
+use crate::error::{Error, Result};
+use crate::images::absolute;
+use crate::objects::{Objects, Properties, name_of};
+use crate::options::{Options, options};
+use crate::output::{Rows, names, number, print_json, print_properties, text};
+
+/// How often a bar moves.
+const LOOK: Duration = Duration::from_millis(100);
+
+fn percent(p: &Properties) -> String {
+    let progress = p.get("Progress").and_then(Json::as_f64).unwrap_or(0.0);
+    format!("{:.0} %", (progress * 100.0).floor())
+}
+
+/// The error of a job in words; empty if there is none.
+fn trouble(p: &Properties) -> String {
+    let error = p.get("Error").and_then(|e| e[1].as_str());
+    error.unwrap_or_default().to_owned()
+}
+
+fn nodes(p: &Properties) -> String {
+    names(p, "Objects").join(" → ")
+}
+
+/// One line for `vdiskctl tree`.
+pub fn line(p: &Properties) -> String {
+    let name = anstyle::AnsiColor::Magenta.on_default().bold();
+    let mut line = format!(
+        "{name}{}{name:#}  {} {}, {}, {}",
+        text(p, "Id"),
+        text(p, "Operation"),
+        nodes(p),
+        text(p, "State"),
+        percent(p),
+    );
+    let trouble = trouble(p);
+    if !trouble.is_empty() {
+        line += &format!(" ({trouble})");
+    }
+    line
+}
+
+fn rows(objects: &Objects) -> Rows {
+    let mut rows = Rows::new(&[
+        "id", "job", "nodes", "state", ">done", ">of", ">rate", "error",
+    ]);
+    for (_, p) in objects.of("job") {
+        rows.add(vec![
+            text(p, "Id"),
+            text(p, "Operation"),
+            nodes(p),
+            text(p, "State"),
+            percent(p),
+            format_size(number(p, "ProgressTotal")),
+            format!("{}/s", format_size(number(p, "Rate"))),
+            trouble(p),
+        ]);
+    }
+    rows
+}
+
+fn bar() -> ProgressBar {
+    // Nothing is drawn if this is no terminal.
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template(
+        "{prefix:.bold} {bar:30.cyan/dim} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {msg}",
+    );
+    if let Ok(style) = style {
+        bar.set_style(style.progress_chars("━━─"));
+    }
+    bar
+}
+
+/// What a job that is watched has come to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Concluded,
+    Ready,
+    /// It has paused for an error, or by somebody's wish.
+    Resting,
+}
+
+/// Shows a job's progress until it has come to an end of `ends`. Ctrl-C cancels it if `owner` says so.
+async fn watch(connection: &Connection, id: &str, ends: &[End], owner: bool) -> Result<Properties> {
+    let proxy = JobProxy::builder(connection)
+        .path(job_path(id))
+        .build()
+        .await?;
+    let bar = bar();
+    bar.set_prefix(id.to_owned());
+    let mut interrupted = false;
+    loop {
+        let objects = Objects::load(connection).await?;
+        let Ok(p) = objects.find("job", id) else {
+            bar.finish_and_clear();
+            return Err(Error::not_found(format!(
+                "job '{id}' has ended and is gone; the daemon's log says how"
+            )));
+        };
+        bar.set_length(number(p, "ProgressTotal"));
+        bar.set_position(number(p, "ProgressDone"));
+        let state = text(p, "State");
+        bar.set_message(match state.as_str() {
+            "running" => String::new(),
+            other => format!("{other} {}", trouble(p)),
+        });
+        let end = match state.as_str() {
+            "concluded" => Some(End::Concluded),
+            "ready" => Some(End::Ready),
+            "paused" | "standby" => Some(End::Resting),
+            _ => None,
+        };
+        if end.is_some_and(|e| ends.contains(&e)) {
+            bar.finish_and_clear();
+            return Ok(p.clone());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            _ = tokio::signal::ctrl_c(), if owner && !interrupted => {
+                interrupted = true;
+                let force = Options::from([("force", Variant::from(true))]);
+                proxy.cancel(force).await?;
+            }
+        }
+    }
+}
+
+/// Says what became of a job that was watched to its end, and forgets it.
+async fn conclude(connection: &Connection, p: &Properties, done: &str, json: bool) -> Result<()> {
+    let id = text(p, "Id");
+    let proxy = JobProxy::builder(connection)
+        .path(job_path(&id))
+        .build()
+        .await?;
+    proxy.dismiss(Options::new()).await?;
+    let error = trouble(p);
+    if !error.is_empty() {
+        return Err(Error::failed(error));
+    }
+    if json {
+        print_json(&Json::Object(p.clone()));
+    } else {
+        let start = number(p, "StartTime");
+        let time = number(p, "ExpectedEndTime").saturating_sub(start) as f64 / 1e6;
+        anstream::println!(
+            "{done}: {} in {time:.1} s ({}/s)",
+            format_size(number(p, "ProgressDone")),
+            format_size(number(p, "Rate")),
+        );
+    }
+    Ok(())
+}
+
+/// A node for the image that a job writes.
+struct Target {
+    node: String,
+    /// The image was made for the job.
+    made: Option<String>,
+}
+
+impl Target {
+    /// Makes the image, if it is not there, and adds a node for it.
+    async fn add(
+        connection: &Connection,
+        manager: &ManagerProxy<'_>,
+        copy: &Copy,
+        size: u64,
+        node: String,
+    ) -> Result<Target> {
+        let mut made = None;
+        if !copy.existing {
+            let options = Options::from([
+                ("filename", absolute(&copy.filename)),
+                ("size", Variant::from(size)),
+                ("driver", Variant::from(copy.format.as_str())),
+            ]);
+            manager.create_image(options).await?;
+            made = Some(copy.filename.clone());
+        }
+        let mut options = options(&copy.target)?;
+        for (key, value) in [
+            ("driver", copy.format.as_str()),
+            ("file.driver", "file"),
+            ("discard", "unmap"),
+        ] {
+            options.entry(key).or_insert_with(|| Variant::from(value));
+        }
+        options.insert("node-name", Variant::from(node.clone()));
+        options.insert("file.filename", absolute(&copy.filename));
+        let target = Target { node, made };
+        match manager.add_node(options).await {
+            Ok(_) => Ok(target),
+            Err(e) => {
+                target.remove(connection, false).await;
+                Err(e.into())
+            }
+        }
+    }
+
+    /// Closes the node, and deletes an image that was made for nothing.
+    async fn remove(self, connection: &Connection, keep: bool) {
+        let proxy = NodeProxy::builder(connection).path(node_path(&self.node));
+        if let Ok(node) = proxy.build().await {
+            let _ = node.remove(Options::new()).await;
+        }
+        if let (Some(file), false) = (self.made, keep) {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}
+
+/// Options of the job itself.
+fn job_options<'a>(copy: &'a Copy, target: &'a str) -> Result<Options<'a>> {
+    let mut all = options(&copy.options)?;
+    all.insert("target", Variant::from(target));
+    all.entry("auto-dismiss")
+        .or_insert_with(|| Variant::from(copy.detach));
+    if let Some(speed) = &copy.speed {
+        let bytes = parse_size(speed);
+        let bytes =
+            bytes.ok_or_else(|| Error::invalid(format!("--speed '{speed}' is not a size")))?;
+        all.insert("speed", Variant::from(bytes));
+    }
+    if let Some(sync) = &copy.sync {
+        all.insert("sync", Variant::from(sync.as_str()));
+    }
+    if copy.compress {
+        all.insert("compress", Variant::from(true));
+    }
+    Ok(all)
+}
+
+pub async fn backup(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    node: &str,
+    copy: &Copy,
+    json: bool,
+) -> Result<()> {
+    let objects = Objects::load(connection).await?;
+    let size = number(objects.find("node", node)?, "Size");
+    let name = copy.name.clone();
+    let name = name.unwrap_or_else(|| format!("{}-backup", node.trim_start_matches('#')));
+    let target = Target::add(connection, manager, copy, size, name).await?;
+    let name = target.node.clone();
+    let proxy = NodeProxy::builder(connection).path(node_path(node));
+    let started = match job_options(copy, &name) {
+        Ok(options) => proxy
+            .build()
+            .await?
+            .backup(options)
+            .await
+            .map_err(Error::from),
+        Err(e) => Err(e),
+    };
+    let id = match started {
+        Ok(path) => name_of(path.as_str()),
+        Err(e) => {
+            target.remove(connection, false).await;
+            return Err(e);
+        }
+    };
+    if copy.detach {
+        return started_in_background(&id, &name, json);
+    }
+    let p = watch(connection, &id, &[End::Concluded], true).await?;
+    let failed = !trouble(&p).is_empty();
+    let result = conclude(connection, &p, "backed up", json).await;
+    target.remove(connection, !failed).await;
+    result
+}
+
+fn started_in_background(id: &str, target: &str, json: bool) -> Result<()> {
+    match json {
+        true => print_json(&json!({"job": id, "target": target})),
+        false => anstream::println!(
+            "job '{id}' goes on: vdiskctl job watch {id}; remove node '{target}' when it has ended"
+        ),
+    }
+    Ok(())
+}
+
+pub async fn mirror(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    mirror: &Mirror,
+    json: bool,
+) -> Result<()> {
+    let (node, copy) = (&mirror.node, &mirror.copy);
+    let objects = Objects::load(connection).await?;
+    let size = number(objects.find("node", node)?, "Size");
+    let name = copy.name.clone();
+    let name = name.unwrap_or_else(|| format!("{}-mirror", node.trim_start_matches('#')));
+    let target = Target::add(connection, manager, copy, size, name).await?;
+    let name = target.node.clone();
+    let proxy = NodeProxy::builder(connection).path(node_path(node));
+    let started = match job_options(copy, &name) {
+        Ok(mut options) => {
+            if mirror.write_blocking {
+                options.insert("copy-mode", Variant::from("write-blocking"));
+            }
+            proxy
+                .build()
+                .await?
+                .mirror(options)
+                .await
+                .map_err(Error::from)
+        }
+        Err(e) => Err(e),
+    };
+    let id = match started {
+        Ok(path) => name_of(path.as_str()),
+        Err(e) => {
+            target.remove(connection, false).await;
+            return Err(e);
+        }
+    };
+    if copy.detach {
+        return started_in_background(&id, &name, json);
+    }
+    let mut p = watch(connection, &id, &[End::Concluded, End::Ready], true).await?;
+    let job = JobProxy::builder(connection)
+        .path(job_path(&id))
+        .build()
+        .await?;
+    if text(&p, "State") == "ready" {
+        match mirror.pivot {
+            true => job.complete(Options::new()).await?,
+            false => job.cancel(Options::new()).await?,
+        }
+        p = watch(connection, &id, &[End::Concluded], true).await?;
+    }
+    let failed = !trouble(&p).is_empty();
+    let done = match mirror.pivot {
+        true => format!("'{name}' has the place of '{node}' now"),
+        false => "mirrored".to_owned(),
+    };
+    let result = conclude(connection, &p, &done, json).await;
+    if failed || !mirror.pivot {
+        target.remove(connection, !failed).await;
+    }
+    result
+}
+
+/// Copies an image file, or a node that nobody writes to.
+pub async fn convert(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    convert: &Convert,
+    json: bool,
+) -> Result<()> {
+    let copy = &convert.copy;
+    let is_file = convert.source.contains('/');
+    let source = match is_file {
+        false => convert.source.clone(),
+        true => {
+            let name = format!("convert-source-{}", std::process::id());
+            let mut options = options(&convert.source_options)?;
+            for (key, value) in [("driver", convert.from.as_str()), ("file.driver", "file")] {
+                options.entry(key).or_insert_with(|| Variant::from(value));
+            }
+            options.insert("node-name", Variant::from(name.as_str()));
+            options.insert("read-only", Variant::from(true));
+            options.insert("file.filename", absolute(&convert.source));
+            manager.add_node(options).await?;
+            name
+        }
+    };
+    let result = convert_node(connection, manager, &source, copy, json).await;
+    if is_file {
+        let opened = Target {
+            node: source,
+            made: None,
+        };
+        opened.remove(connection, true).await;
+    }
+    result
+}
+
+async fn convert_node(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    source: &str,
+    copy: &Copy,
+    json: bool,
+) -> Result<()> {
+    let objects = Objects::load(connection).await?;
+    let size = number(objects.find("node", source)?, "Size");
+    let name = copy.name.clone();
+    let name = name.unwrap_or_else(|| format!("convert-target-{}", std::process::id()));
+    let target = Target::add(connection, manager, copy, size, name).await?;
+    let proxy = NodeProxy::builder(connection).path(node_path(source));
+    let node = target.node.clone();
+    let started = match job_options(copy, &node) {
+        Ok(mut options) => {
+            let id = format!("convert-{}", std::process::id());
+            options.entry("job-id").or_insert_with(|| Variant::from(id));
+            proxy
+                .build()
+                .await?
+                .convert(options)
+                .await
+                .map_err(Error::from)
+        }
+        Err(e) => Err(e),
+    };
+    let result = match started {
+        Err(e) => Err(e),
+        Ok(path) => {
+            let id = name_of(path.as_str());
+            let p = watch(connection, &id, &[End::Concluded], true).await?;
+            conclude(connection, &p, "converted", json).await
+        }
+    };
+    target.remove(connection, result.is_ok()).await;
+    result
+}
+
+pub async fn job(connection: &Connection, command: JobCommand, json: bool) -> Result<()> {
+    let objects = Objects::load(connection).await?;
+    let id = match &command {
+        JobCommand::List => {
+            match json {
+                true => {
+                    let all = objects.of("job").map(|(_, p)| Json::Object(p.clone()));
+                    print_json(&all.collect::<Json>());
+                }
+                false => rows(&objects).print(),
+            }
+            return Ok(());
+        }
+        JobCommand::Show(job)
+        | JobCommand::Watch(job)
+        | JobCommand::Pause(job)
+        | JobCommand::Resume(job)
+        | JobCommand::Complete(job)
+        | JobCommand::Finalize(job)
+        | JobCommand::Dismiss(job) => job,
+        JobCommand::Cancel { job, .. } | JobCommand::Speed { job, .. } => job,
+        JobCommand::Set { job, .. } => job,
+    };
+    let Job { id } = id;
+    let found = objects.find("job", id)?;
+    let proxy = JobProxy::builder(connection)
+        .path(job_path(id))
+        .build()
+        .await?;
+    match &command {
+        JobCommand::List => {}
+        JobCommand::Show(_) if json => print_json(&Json::Object(found.clone())),
+        JobCommand::Show(_) => print_properties(found),
+        JobCommand::Watch(_) => {
+            let ends = [End::Concluded, End::Ready, End::Resting];
+            let p = watch(connection, id, &ends, false).await?;
+            match json {
+                true => print_json(&Json::Object(p)),
+                false => anstream::println!("{}", line(&p)),
+            }
+        }
+        JobCommand::Pause(_) => proxy.pause(Options::new()).await?,
+        JobCommand::Resume(_) => proxy.resume(Options::new()).await?,
+        JobCommand::Complete(_) => proxy.complete(Options::new()).await?,
+        JobCommand::Finalize(_) => proxy.finalize(Options::new()).await?,
+        JobCommand::Dismiss(_) => proxy.dismiss(Options::new()).await?,
+        JobCommand::Cancel { force, .. } => {
+            let options = Options::from([("force", Variant::from(*force))]);
+            proxy.cancel(options).await?;
+        }
+        JobCommand::Speed { speed, .. } => {
+            let bytes = parse_size(speed).ok_or_else(|| {
+                Error::invalid(format!(
+                    "'{speed}' is not a speed: give bytes per second, or a number with k, M or G; 0 for no limit"
+                ))
+            })?;
+            proxy.set_speed(bytes, Options::new()).await?;
+        }
+        JobCommand::Set { options: words, .. } => proxy.change(options(words)?).await?,
+    }
+    Ok(())
+}
