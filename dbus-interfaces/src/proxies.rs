@@ -57,6 +57,8 @@ pub trait Node {
     fn mirror(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn backup(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn convert(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn commit(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn stream(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;

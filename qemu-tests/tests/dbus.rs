@@ -70,7 +70,7 @@ fn members(xml: &str, interface: &str) -> BTreeSet<String> {
 #[test]
 fn the_daemon_introspects_to_the_documented_xml() {
     let daemon = Daemon::start(&[]);
-    daemon.export("d0", MIB, &[], &[]);
+    daemon.export("d0", 4 * MIB, &[], &[]);
     let copy = daemon.path("copy.qcow2");
     let slow = ["--speed", "1", "--detach", "job-id=j0"];
     daemon.ctl(&[&["backup", "d0", copy.to_str().unwrap()][..], &slow].concat());

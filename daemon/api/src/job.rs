@@ -58,6 +58,20 @@ pub enum JobKind {
     },
     /// A copy of a node that nobody writes to.
     Convert { compress: bool },
+    /// What images have goes into one that they stand on.
+    Commit {
+        /// The node below; the node's backing file if not given.
+        base: Option<String>,
+        /// What overlays of the node are to call the base.
+        backing_file: Option<String>,
+    },
+    /// What an image reads from its backing file goes into the image.
+    Stream {
+        /// The node below that stays its backing file.
+        base: Option<String>,
+        /// What the image is to call the base.
+        backing_file: Option<String>,
+    },
 }
 
 impl JobKind {
@@ -66,6 +80,8 @@ impl JobKind {
             JobKind::Mirror { .. } => "mirror",
             JobKind::Backup { .. } => "backup",
             JobKind::Convert { .. } => "convert",
+            JobKind::Commit { .. } => "commit",
+            JobKind::Stream { .. } => "stream",
         }
     }
 }
@@ -77,8 +93,8 @@ pub struct JobOptions {
     pub kind: JobKind,
     /// The node that it is about.
     pub node: String,
-    /// The node that is written.
-    pub target: String,
+    /// The node that is written, where that is not said otherwise.
+    pub target: Option<String>,
     /// Bytes per second; 0 for no limit.
     pub speed: u64,
     pub on_source_error: ErrorPolicy,
@@ -132,7 +148,7 @@ fn granularity(f: &mut Fields) -> Result<Option<u64>> {
 }
 
 impl JobOptions {
-    /// Options of a job of kind `kind` ("mirror", "backup" or "convert") on a node.
+    /// Options of a job of kind `kind` (see [`JobKind::name`]) on a node.
     pub fn from_map(kind: &str, node: &str, map: Map) -> Result<JobOptions> {
         let mut f = Fields::new(format!("{kind} of node '{node}'"), expand_dotted(map)?);
         let id = match f.string("job-id")? {
@@ -141,8 +157,11 @@ impl JobOptions {
         };
         check_name(&format!("{}: job-id", f.what()), &id)?;
         f.set_what(format!("job '{id}'"));
-        let target = f.required_string("target")?;
-        if target == node {
+        let target = match kind {
+            "commit" | "stream" => None,
+            _ => Some(f.required_string("target")?),
+        };
+        if target.as_deref() == Some(node) {
             return Err(f.error("target", "is the node itself: give another"));
         }
         let kind = match kind {
@@ -158,6 +177,14 @@ impl JobOptions {
             },
             "convert" => JobKind::Convert {
                 compress: f.boolean("compress")?.unwrap_or(false),
+            },
+            "commit" => JobKind::Commit {
+                base: f.string("base-node")?,
+                backing_file: f.string("backing-file")?,
+            },
+            "stream" => JobKind::Stream {
+                base: f.string("base-node")?,
+                backing_file: f.string("backing-file")?,
             },
             other => {
                 return Err(Error::not_supported(format!("there is no job '{other}'")));

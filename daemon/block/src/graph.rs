@@ -503,6 +503,86 @@ impl Graph {
         Ok(())
     }
 
+    /// From a node down its backing files to `base`, both included. None of them but the first may be used by anybody
+    /// else.
+    pub fn chain(&self, top: &str, base: &str) -> Result<Vec<String>> {
+        let mut chain = vec![top.to_owned()];
+        let mut at = self.entry(top)?;
+        while chain.last().is_some_and(|last| last != base) {
+            let below = at.children.iter().find(|(role, _)| *role == "backing");
+            let Some((_, below)) = below else {
+                return Err(Error::invalid(format!(
+                    "node '{base}' is not below node '{top}': give one of its backing files"
+                )));
+            };
+            let above = Parent::Node(at.node.name().to_owned());
+            if let Some(other) = self.parents(below).iter().find(|p| **p != above) {
+                return Err(Error::in_use(format!(
+                    "node '{below}' is used by {other}, too, for which it would change: remove that first"
+                )));
+            }
+            chain.push(below.clone());
+            at = self.entry(below)?;
+        }
+        Ok(chain)
+    }
+
+    /// What is behind an image.
+    pub fn backing(&self, name: &str) -> Result<Option<Arc<Node>>> {
+        let children = &self.entry(name)?.children;
+        let backing = children.iter().find(|(role, _)| *role == "backing");
+        backing.map(|(_, below)| self.node(below)).transpose()
+    }
+
+    /// Images that have a node behind them.
+    pub fn overlays(&self, name: &str) -> Vec<Arc<Node>> {
+        let is_overlay = |e: &&Entry| {
+            let mut children = e.children.iter();
+            children.any(|(role, child)| *role == "backing" && child == name)
+        };
+        let overlays = self.nodes.values().filter(is_overlay);
+        overlays.map(|e| e.node.clone()).collect()
+    }
+
+    /// An image has another node behind it, or none.
+    pub fn set_backing(&mut self, name: &str, backing: Option<&str>) {
+        if let Some(entry) = self.nodes.get_mut(name) {
+            entry.children.retain(|(role, _)| *role != "backing");
+            if let Some(backing) = backing {
+                entry.children.push(("backing", backing.to_owned()));
+            }
+        }
+    }
+
+    /// Takes nodes out of the graph that nobody uses but each other, the top one first, with what was made for them, but not
+    /// `keep`. They are to be closed in this order.
+    pub fn remove_chain(&mut self, names: &[String], keep: Option<&str>) -> Vec<Arc<Node>> {
+        if let Some(entry) = keep.and_then(|k| self.nodes.get_mut(k)) {
+            entry.implicit = false;
+        }
+        let mut removed = Vec::new();
+        for name in names {
+            if self.nodes.contains_key(name) && self.parents(name).is_empty() {
+                self.remove_entry(name, &mut removed);
+            }
+        }
+        removed
+    }
+
+    /// Whether a node was made in place for its parent.
+    pub fn is_implicit(&self, name: &str) -> bool {
+        self.nodes.get(name).is_some_and(|e| e.implicit)
+    }
+
+    /// Whether something else than images stands on a node.
+    pub fn is_active(&self, name: &str) -> bool {
+        let overlays = self.overlays(name);
+        self.parents(name).iter().any(|p| match p {
+            Parent::Node(parent) => !overlays.iter().any(|o| o.name() == parent),
+            Parent::Export(_) | Parent::Job(_) => true,
+        })
+    }
+
     /// Gives all users of a node, jobs excepted, to another. Everything above was drained.
     pub fn replace(&mut self, name: &str, with: &str) {
         self.move_users(name, with, &[]);

@@ -226,21 +226,26 @@ impl Node {
 
     // The fast path.
 
-    /// Where the bytes of a request with these memory segments are.
+    /// Tells `then` where the bytes of a request with these memory segments are; None if nobody knows.
     #[inline]
-    pub fn resolve(
+    pub fn resolve<R>(
         &self,
         direction: Direction,
         offset: u64,
         len: u64,
         segments: &[libc::iovec],
-    ) -> Resolved<'_> {
+        then: impl FnOnce(Resolved<'_>) -> R,
+    ) -> Option<R> {
+        let (mut then, mut found) = (Some(then), None);
+        let mut tell = |resolved: Resolved<'_>| found = then.take().map(|then| then(resolved));
         if self.limits.memory_alignment > 1
             && !segments_aligned(segments, self.limits.memory_alignment)
         {
-            return Resolved::Slow(SlowReason::Unaligned);
+            tell(Resolved::Slow(SlowReason::Unaligned));
+        } else {
+            self.resolve_range(direction, offset, len, &mut tell);
         }
-        self.resolve_range(direction, offset, len)
+        found
     }
 
     #[inline]
@@ -249,31 +254,37 @@ impl Node {
         direction: Direction,
         offset: u64,
         len: u64,
-    ) -> Resolved<'_> {
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) {
+        match self.why_slow(direction, offset, len) {
+            Some(reason) => then(Resolved::Slow(reason)),
+            None => self.driver.resolve(direction, offset, len, then),
+        }
+    }
+
+    /// Why the node itself, whatever its driver says, sends a request down the slow path.
+    #[inline]
+    fn why_slow(&self, direction: Direction, offset: u64, len: u64) -> Option<SlowReason> {
         if self.check(direction, offset, len).is_err() {
-            return Resolved::Slow(SlowReason::Refused);
+            return Some(SlowReason::Refused);
         }
         if (offset | len) & (self.limits.request_alignment - 1) != 0 {
-            return Resolved::Slow(SlowReason::Unaligned);
+            return Some(SlowReason::Unaligned);
         }
         if direction == Direction::Write {
             if self.detect_zeroes != DetectZeroes::Off {
-                return Resolved::Slow(SlowReason::DetectZeroes);
+                return Some(SlowReason::DetectZeroes);
             }
             if self.small_writes.load(Relaxed) {
-                return Resolved::Slow(SlowReason::SmallBlocks);
+                return Some(SlowReason::SmallBlocks);
             }
             if self.tapped.load(Relaxed) {
                 let taps = self.taps.load();
-                let taps = taps.iter().flat_map(|t| t.iter());
-                for tap in taps {
-                    if let Some(reason) = tap.fast_write(offset, len) {
-                        return Resolved::Slow(reason);
-                    }
-                }
+                let mut taps = taps.iter().flat_map(|t| t.iter());
+                return taps.find_map(|tap| tap.fast_write(offset, len));
             }
         }
-        self.driver.resolve(direction, offset, len)
+        None
     }
 
     #[inline]
@@ -493,6 +504,17 @@ impl Node {
         self.driver.write_compressed(offset, iov).await
     }
 
+    /// Writes a range where the node has no data of its own: see [`Driver::populate`].
+    pub(crate) async fn populate(
+        &self,
+        offset: u64,
+        len: u64,
+        data: Option<IoVecs>,
+    ) -> io::Result<()> {
+        self.check(Direction::Write, offset, len)?;
+        self.driver.populate(offset, len, data).await
+    }
+
     /// What is known of the bytes at `offset`, of `len` (at least one) at most. What comes from `base` or from below it is
     /// not the node's own; without a base, what comes from a backing file is not.
     pub(crate) async fn status(
@@ -562,6 +584,33 @@ impl Node {
     /// Gives a filter another child. False if this is none. The caller has drained everything above.
     pub fn set_file(&self, node: Arc<Node>) -> bool {
         self.driver.set_file(node)
+    }
+
+    /// Gives an image another backing node, or none, with its name and format in the header. The caller has drained
+    /// everything above.
+    pub async fn set_backing(
+        &self,
+        node: Option<Arc<Node>>,
+        named: Option<(String, String)>,
+    ) -> io::Result<()> {
+        self.driver.set_backing(node, named).await
+    }
+
+    /// Opens the node for writing; it is to be activated then. May block; the caller has drained everything above.
+    pub fn make_writable(&self) -> Result<()> {
+        if !self.is_read_only() {
+            return Ok(());
+        }
+        let made = self.driver.make_writable();
+        made.map_err(|e| e.context(format_args!("node '{}'", self.name)))?;
+        self.read_only.store(false, Relaxed);
+        Ok(())
+    }
+
+    /// The reverse. It was deactivated.
+    pub fn make_read_only(&self) {
+        self.set_read_only();
+        self.driver.make_read_only();
     }
 
     /// The qcow2 image that the node serves. What changes its size is followed by [`Node::follow_image`].
@@ -651,8 +700,8 @@ mod tests {
             }
         }
 
-        fn resolve(&self, _: Direction, _: u64, _: u64) -> Resolved<'_> {
-            Resolved::Nothing
+        fn resolve(&self, _: Direction, _: u64, _: u64, then: &mut dyn FnMut(Resolved<'_>)) {
+            then(Resolved::Nothing);
         }
 
         fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
@@ -828,10 +877,10 @@ mod tests {
         for (offset, len) in [(4096, 1), (0, 4097), (u64::MAX, 1), (u64::MAX, u64::MAX)] {
             assert!(node.check(Direction::Read, offset, len).is_err());
         }
-        let Resolved::Slow(SlowReason::Refused) = node.resolve_range(Direction::Write, 4096, 512)
-        else {
-            panic!()
-        };
+        let refused = node.resolve(Direction::Write, 4096, 512, &[], |r| {
+            matches!(r, Resolved::Slow(SlowReason::Refused))
+        });
+        assert_eq!(refused, Some(true));
         assert_eq!(
             node.slow_reason(Direction::Write),
             Some(SlowReason::SmallBlocks)

@@ -10,13 +10,14 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_io::{IoVecs, RangeLock};
 
+use crate::amend::Amend;
 use crate::bitmap::Active;
 use crate::compress::Compression;
 use crate::error::{Error, Result};
@@ -110,9 +111,8 @@ pub struct Image {
     pub(crate) encrypted: bool,
     /// The external data file is to be the guest's disk as it is.
     pub(crate) raw_data: bool,
-    pub(crate) backing: Option<Arc<dyn Storage>>,
-    /// What is unallocated may read as something else than zeroes, now or when it is opened another time.
-    pub(crate) has_backing: bool,
+    backing: ArcSwapOption<Arc<dyn Storage>>,
+    has_backing: AtomicBool,
     pub(crate) tables: Tables,
     size: AtomicU64,
     meta: Mutex<Meta>,
@@ -190,8 +190,8 @@ impl Image {
             fresh_is_zero,
             encrypted: header.luks.is_some(),
             raw_data: header.is_raw_data(),
-            has_backing: backing.is_some() || header.backing_file.is_some(),
-            backing,
+            has_backing: AtomicBool::new(backing.is_some() || header.backing_file.is_some()),
+            backing: ArcSwapOption::new(backing.map(Arc::new)),
             tables,
             size: AtomicU64::new(header.size),
             meta: Mutex::new(Meta {
@@ -231,7 +231,31 @@ impl Image {
 
     /// What is unallocated may read as something else than zeroes, now or when the image is opened another time.
     pub fn has_backing(&self) -> bool {
-        self.has_backing
+        self.has_backing.load(Ordering::Relaxed)
+    }
+
+    /// What is behind the image.
+    pub(crate) fn backing(&self) -> Option<Arc<dyn Storage>> {
+        self.backing.load().as_deref().cloned()
+    }
+
+    /// Gives the image another backing file, with a name and a format in the header, or none. What the image does not have
+    /// itself reads from that from now on. Everything is durable then. The image is ready to be written, and no request is in
+    /// flight.
+    pub async fn set_backing(
+        &self,
+        backing: Option<Arc<dyn Storage>>,
+        named: Option<(String, String)>,
+    ) -> io::Result<()> {
+        let change = Amend {
+            backing: Some(named),
+            ..Amend::default()
+        };
+        self.amend(&change).await?;
+        let has = backing.is_some() || self.header().backing_file.is_some();
+        self.has_backing.store(has, Ordering::Relaxed);
+        self.backing.store(backing.map(Arc::new));
+        Ok(())
     }
 
     /// Bytes of the guest's disk.
@@ -433,9 +457,9 @@ impl Image {
             };
             let len = m.len as usize;
             let part = iov.slice(done, len);
-            match (m.kind, &self.backing) {
+            match (m.kind, self.backing()) {
                 (Kind::Data(host), _) => read_or_zero(&*self.data, host, part).await?,
-                (Kind::Unallocated, Some(backing)) => read_or_zero(&**backing, at, part).await?,
+                (Kind::Unallocated, Some(backing)) => read_or_zero(&*backing, at, part).await?,
                 (Kind::Zero | Kind::Unallocated, _) => part.zero_in_turns().await,
                 (Kind::Compressed { offset, len: raw }, _) => {
                     let data = self.decompress(at, offset, raw).await?;
@@ -480,7 +504,7 @@ impl Image {
             match self.lookup(at, range.end - at)? {
                 Lookup::NeedsTable { index } => self.load_table(index).await?,
                 Lookup::Mapped(m) => {
-                    let zero = match (m.kind, &self.backing) {
+                    let zero = match (m.kind, self.backing()) {
                         (Kind::Zero, _) | (Kind::Unallocated, None) => true,
                         (Kind::Unallocated, Some(b)) => at >= b.size(),
                         _ => false,

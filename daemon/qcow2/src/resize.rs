@@ -59,9 +59,9 @@ impl Image {
             self.grow_data(size).await?;
             // The rest of the last cluster was never seen, and may be anything; the backing file may be
             // longer than the disk was.
-            let backing = self.backing.as_ref().map_or(0, |b| b.size());
+            let backing = self.backing().map_or(0, |b| b.size());
             let last = before.next_multiple_of(self.cluster());
-            let end = if self.has_backing {
+            let end = if self.has_backing() {
                 last.max(backing)
             } else {
                 last

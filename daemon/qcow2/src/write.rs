@@ -253,6 +253,48 @@ impl Image {
         self.commit_if_full().await
     }
 
+    /// Writes a range (zeroes without `data`) where the image has neither data nor zeroes of its own: of what its backing file
+    /// has, so that it is not needed any more. What is written meanwhile stays.
+    pub async fn populate(&self, offset: u64, len: u64, data: Option<IoVecs>) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let (at, rest) = (offset + done, len - done);
+            done += match &data {
+                Some(iov) => {
+                    let rest = iov.slice(done as usize, rest as usize);
+                    self.write_part(at, rest, true).await? as u64
+                }
+                None => self.zero_unallocated(at, rest).await?,
+            };
+        }
+        self.commit_if_full().await
+    }
+
+    /// Has the beginning of a range read as zeroes where the image has nothing of its own, and returns how much of it.
+    async fn zero_unallocated(&self, at: u64, len: u64) -> io::Result<u64> {
+        let layout = self.layout;
+        let cluster = layout.cluster();
+        let first = at >> layout.cluster_bits;
+        let whole = at.is_multiple_of(cluster) && len >= cluster && self.version >= 3;
+        if !whole {
+            let part = len.min(cluster - (at & (cluster - 1)));
+            let zeroes = buffer(part as usize);
+            return Ok(self.write_part(at, zeroes, true).await? as u64);
+        }
+        let _held = self.clusters.lock(first..first + 1).await;
+        self.own_table(layout.position(at).0).await?;
+        let entry = self.entries(at, 1).await?;
+        if entry[0] == Entry::default() {
+            self.change_entries(at, 1, Reason::Other, |_, _| layout.zero(0))
+                .await?;
+            return Ok(cluster);
+        }
+        drop(_held);
+        // It has something of its own in it.
+        let zeroes = buffer(cluster as usize);
+        Ok(self.write_part(at, zeroes, true).await? as u64)
+    }
+
     /// Where, and how much of a range can be written in place.
     fn in_place(&self, at: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
         Ok(match self.lookup(at, len)? {
@@ -267,9 +309,16 @@ impl Image {
 
     /// Writes the beginning of a range, and returns how much of it.
     async fn write_some(&self, at: u64, iov: IoVecs) -> io::Result<usize> {
+        self.write_part(at, iov, false).await
+    }
+
+    /// As [`Image::write_some`]; with `missing` only what the image has nothing for.
+    async fn write_part(&self, at: u64, iov: IoVecs, missing: bool) -> io::Result<usize> {
         let len = iov.len() as u64;
         if let Some((host, n)) = self.in_place(at, len)? {
-            self.data.write(host, iov.slice(0, n as usize)).await?;
+            if !missing {
+                self.data.write(host, iov.slice(0, n as usize)).await?;
+            }
             return Ok(n as usize);
         }
         let layout = self.layout;
@@ -284,6 +333,17 @@ impl Image {
         self.own_table(layout.position(at).0).await?;
         // Somebody may have been here before.
         let mut entries = self.entries(at, count as usize).await?;
+        let mut end = end;
+        if missing {
+            let Lookup::Mapped(m) = self.lookup(at, end - at)? else {
+                return Ok(0);
+            };
+            if m.kind != Kind::Unallocated {
+                return Ok(m.len as usize);
+            }
+            end = at + m.len;
+            entries.truncate((end - start).div_ceil(cluster) as usize);
+        }
         if let Some((host, n)) = self.in_place(at, end - at)? {
             self.data.write(host, iov.slice(0, n as usize)).await?;
             return Ok(n as usize);
@@ -551,7 +611,7 @@ impl Image {
     /// Drops clusters that the disk will not have any more. As long as it has them they read as zeroes, not as the backing
     /// file (which version 2 cannot say).
     pub(crate) async fn cut_off(&self, range: Range<u64>) -> io::Result<()> {
-        let none = match self.has_backing && self.version >= 3 {
+        let none = match self.has_backing() && self.version >= 3 {
             true => self.layout.zero(0),
             false => Entry::default(),
         };
@@ -564,7 +624,7 @@ impl Image {
 
     async fn zero_clusters(&self, range: Range<u64>, place: Place) -> io::Result<()> {
         let layout = self.layout;
-        if self.version < 3 && self.has_backing {
+        if self.version < 3 && self.has_backing() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let raw = self.raw_data;
@@ -578,7 +638,7 @@ impl Image {
                 return old;
             }
             let keep = keeps && layout.is_own(old);
-            match (keep, self.has_backing) {
+            match (keep, self.has_backing()) {
                 (true, _) => layout.zero(old.host()),
                 (false, false) => Entry::default(),
                 (false, true) => layout.zero(0),

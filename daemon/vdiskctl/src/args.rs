@@ -61,6 +61,17 @@ pub enum Command {
     ///
     /// Example: vdiskctl convert /srv/vm1.qcow2 /srv/vm1.raw --format raw
     Convert(Convert),
+    /// Put what an overlay has into its backing file, while guests write
+    ///
+    /// A backing file that exports use from then on takes the overlay's place. The overlay is closed; its file is not needed
+    /// any more.
+    ///
+    /// Example: vdiskctl commit disk0-monday
+    Commit(Merge),
+    /// Put what an overlay reads from its backing file into the overlay, while guests write
+    ///
+    /// Example: vdiskctl stream disk0-monday
+    Stream(Merge),
     /// Jobs: long work on nodes
     #[command(subcommand)]
     Job(JobCommand),
@@ -338,6 +349,23 @@ pub struct Mirror {
     /// Have writes of guests go to both before they are answered
     #[arg(long)]
     pub write_blocking: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Merge {
+    pub node: String,
+    /// The node below that remains (the backing file for commit, none for stream)
+    #[arg(long, value_name = "NODE")]
+    pub base: Option<String>,
+    /// Bytes per second at most (50M)
+    #[arg(long)]
+    pub speed: Option<String>,
+    /// Start it and come back at once
+    #[arg(long)]
+    pub detach: bool,
+    /// Options of the job: job-id=…, backing-file=…, iothread=…
+    #[arg(value_name = "KEY=VALUE")]
+    pub options: Vec<String>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -161,6 +161,8 @@ pub async fn run(args: Args) -> Result<()> {
             jobs::backup(&connection, &manager, &node, &copy, json).await
         }
         Command::Mirror(mirror) => jobs::mirror(&connection, &manager, &mirror, json).await,
+        Command::Commit(merge) => jobs::merge(&connection, &merge, true, json).await,
+        Command::Stream(merge) => jobs::merge(&connection, &merge, false, json).await,
         Command::Convert(convert) => jobs::convert(&connection, &manager, &convert, json).await,
         Command::Job(command) => jobs::job(&connection, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,

@@ -8,7 +8,7 @@ use vdisk_api::{format_size, parse_size};
 use vdisk_dbus::{JobProxy, ManagerProxy, NodeProxy, job_path, node_path};
 use zbus::{Connection, Variant};
 
-use crate::args::{Convert, Copy, Job, JobCommand, Mirror};
+use crate::args::{Convert, Copy, Job, JobCommand, Merge, Mirror};
 use crate::error::{Error, Result};
 use crate::images::absolute;
 use crate::objects::{Objects, Properties, name_of};
@@ -220,18 +220,28 @@ impl Target {
     }
 }
 
+fn set_speed(options: &mut Options<'_>, speed: Option<&str>) -> Result<()> {
+    if let Some(speed) = speed {
+        options.insert("speed", Variant::from(bytes_per_second(speed)?));
+    }
+    Ok(())
+}
+
+fn bytes_per_second(speed: &str) -> Result<u64> {
+    parse_size(speed).ok_or_else(|| {
+        Error::invalid(format!(
+            "'{speed}' is not a speed: give bytes per second, or a number with k, M or G; 0 for no limit"
+        ))
+    })
+}
+
 /// Options of the job itself.
 fn job_options<'a>(copy: &'a Copy, target: &'a str) -> Result<Options<'a>> {
     let mut all = options(&copy.options)?;
     all.insert("target", Variant::from(target));
     all.entry("auto-dismiss")
         .or_insert_with(|| Variant::from(copy.detach));
-    if let Some(speed) = &copy.speed {
-        let bytes = parse_size(speed);
-        let bytes =
-            bytes.ok_or_else(|| Error::invalid(format!("--speed '{speed}' is not a size")))?;
-        all.insert("speed", Variant::from(bytes));
-    }
+    set_speed(&mut all, copy.speed.as_deref())?;
     if let Some(sync) = &copy.sync {
         all.insert("sync", Variant::from(sync.as_str()));
     }
@@ -351,6 +361,45 @@ pub async fn mirror(
         target.remove(connection, !failed).await;
     }
     result
+}
+
+/// Commits an overlay, or streams into it.
+pub async fn merge(connection: &Connection, merge: &Merge, commit: bool, json: bool) -> Result<()> {
+    let node = &merge.node;
+    Objects::load(connection).await?.find("node", node)?;
+    let proxy = NodeProxy::builder(connection).path(node_path(node));
+    let proxy = proxy.build().await?;
+    let mut options = options(&merge.options)?;
+    if let Some(base) = &merge.base {
+        options.insert("base-node", Variant::from(base.as_str()));
+    }
+    options
+        .entry("auto-dismiss")
+        .or_insert_with(|| Variant::from(merge.detach));
+    set_speed(&mut options, merge.speed.as_deref())?;
+    let path = match commit {
+        true => proxy.commit(options).await?,
+        false => proxy.stream(options).await?,
+    };
+    let id = name_of(path.as_str());
+    if merge.detach {
+        match json {
+            true => print_json(&json!({"job": id})),
+            false => anstream::println!("job '{id}' goes on: vdiskctl job watch {id}"),
+        }
+        return Ok(());
+    }
+    let mut p = watch(connection, &id, &[End::Concluded, End::Ready], true).await?;
+    if text(&p, "State") == "ready" {
+        let job = JobProxy::builder(connection).path(job_path(&id));
+        job.build().await?.complete(Options::new()).await?;
+        p = watch(connection, &id, &[End::Concluded], true).await?;
+    }
+    let done = match commit {
+        true => "committed",
+        false => "streamed",
+    };
+    conclude(connection, &p, done, json).await
 }
 
 /// Copies an image file, or a node that nobody writes to.
@@ -478,11 +527,7 @@ pub async fn job(connection: &Connection, command: JobCommand, json: bool) -> Re
             proxy.cancel(options).await?;
         }
         JobCommand::Speed { speed, .. } => {
-            let bytes = parse_size(speed).ok_or_else(|| {
-                Error::invalid(format!(
-                    "'{speed}' is not a speed: give bytes per second, or a number with k, M or G; 0 for no limit"
-                ))
-            })?;
+            let bytes = bytes_per_second(speed)?;
             proxy.set_speed(bytes, Options::new()).await?;
         }
         JobCommand::Set { options: words, .. } => proxy.change(options(words)?).await?,

@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::SeekFrom;
-use vdisk_api::{Error, FileOptions, NodeOptions, Result};
+use vdisk_api::{Error, FileOptions, Locking, NodeOptions, Result};
 use vdisk_io::{Fallocate, IoFile, IoVecs, OpKind, block_device_size};
 
 use super::{
@@ -20,7 +20,12 @@ use crate::permission::{Permissions, Use};
 use crate::status::BlockStatus;
 
 struct File {
+    /// As it was opened.
     file: Arc<IoFile>,
+    /// Opened for writing later, and used from then on.
+    writable: OnceLock<Arc<IoFile>>,
+    /// None if it is not locked.
+    locking: Option<Locking>,
     filename: String,
     is_device: bool,
     no_flush: bool,
@@ -135,6 +140,8 @@ pub(super) fn open(
     Ok(OpenedDriver {
         driver: Box::new(File {
             file: IoFile::new(fd, direct),
+            writable: OnceLock::new(),
+            locking: (!node.force_share).then_some(options.locking),
             filename: path.to_owned(),
             is_device,
             no_flush: node.cache.no_flush,
@@ -238,8 +245,15 @@ fn unsupported() -> io::Error {
 }
 
 impl File {
+    #[inline]
+    fn file(&self) -> &Arc<IoFile> {
+        self.writable.get().unwrap_or(&self.file)
+    }
+
     async fn range(&self, kind: OpKind, offset: u64, len: u64) -> io::Result<()> {
-        reactor()?.submit_range(&self.file, kind, offset, len).await
+        reactor()?
+            .submit_range(self.file(), kind, offset, len)
+            .await
     }
 
     /// Does `kind` unless it is known not to work here, and learns whether it does.
@@ -265,12 +279,12 @@ impl File {
         if self.no_flush {
             return Ok(());
         }
-        if self.file.has_lost_data() {
+        if self.file().has_lost_data() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let result = self.range(OpKind::Sync, 0, 0).await;
         if let Err(error) = &result {
-            self.file.note_lost_data();
+            self.file().note_lost_data();
             tracing::error!(
                 image = self.filename,
                 %error,
@@ -295,12 +309,58 @@ impl Driver for File {
     }
 
     #[inline]
-    fn resolve(&self, _direction: Direction, offset: u64, _len: u64) -> Resolved<'_> {
-        Resolved::Direct {
-            file: &self.file,
+    fn resolve(
+        &self,
+        _direction: Direction,
+        offset: u64,
+        _len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) {
+        then(Resolved::Direct {
+            file: self.file(),
             offset,
             no_flush: self.no_flush,
             settled: true,
+        });
+    }
+
+    fn make_writable(&self) -> Result<()> {
+        let what = format!("'{}'", self.filename);
+        let file = match self.writable.get() {
+            Some(file) => file.clone(),
+            None => {
+                let fd = open_fd(&self.filename, true, self.file.is_direct());
+                let cannot = format_args!("{what} cannot be opened for writing");
+                IoFile::new(
+                    fd.map_err(|e| Error::io(cannot, &e))?,
+                    self.file.is_direct(),
+                )
+            }
+        };
+        let Some(locking) = self.locking else {
+            let _ = self.writable.set(file);
+            return Ok(());
+        };
+        // A reader does not share what a writer needs, not even its own.
+        locks::unlock(self.file());
+        if let Err(e) = locks::lock(&file, &what, &image_use(false), locking) {
+            if let Err(error) = locks::lock(self.file(), &what, &image_use(true), locking) {
+                tracing::error!(image = self.filename, %error, "cannot be locked again");
+            }
+            return Err(e);
+        }
+        let _ = self.writable.set(file);
+        Ok(())
+    }
+
+    fn make_read_only(&self) {
+        let Some(locking) = self.locking else {
+            return;
+        };
+        locks::unlock(self.file());
+        let what = format!("'{}'", self.filename);
+        if let Err(error) = locks::lock(self.file(), &what, &image_use(true), locking) {
+            tracing::error!(image = self.filename, %error, "cannot be locked again");
         }
     }
 
@@ -311,7 +371,7 @@ impl Driver for File {
     fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
             reactor()?
-                .submit(&self.file, OpKind::Read, iov, offset)
+                .submit(self.file(), OpKind::Read, iov, offset)
                 .await
         })
     }
@@ -332,7 +392,7 @@ impl Driver for File {
             } else {
                 OpKind::Write
             };
-            reactor()?.submit(&self.file, kind, iov, offset).await
+            reactor()?.submit(self.file(), kind, iov, offset).await
         })
     }
 
@@ -433,7 +493,7 @@ impl Driver for File {
                     Err(unsupported())
                 };
             }
-            rustix::fs::ftruncate(self.file.as_ref(), size)?;
+            rustix::fs::ftruncate(self.file().as_ref(), size)?;
             Ok(size)
         })
     }
@@ -444,8 +504,11 @@ impl Driver for File {
 
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {
-            locks::unlock(self.file.as_ref());
+            locks::unlock(self.file());
             self.file.clone().close().await;
+            if let Some(file) = self.writable.get() {
+                file.clone().close().await;
+            }
         })
     }
 }

@@ -79,8 +79,8 @@ impl Driver for Luks {
         self.0.below.storage_block_size()
     }
 
-    fn resolve(&self, _: Direction, _: u64, _: u64) -> Resolved<'_> {
-        Resolved::Slow(SlowReason::Encrypted)
+    fn resolve(&self, _: Direction, _: u64, _: u64, then: &mut dyn FnMut(Resolved<'_>)) {
+        then(Resolved::Slow(SlowReason::Encrypted));
     }
 
     fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
@@ -138,6 +138,14 @@ impl Driver for Luks {
         self.0
             .below
             .announce_block_size(block_size.max(SECTOR as u64));
+    }
+
+    fn make_writable(&self) -> Result<()> {
+        self.0.below.make_writable()
+    }
+
+    fn make_read_only(&self) {
+        self.0.below.make_read_only();
     }
 
     fn drain(&self, on: bool) {

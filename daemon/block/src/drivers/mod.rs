@@ -15,7 +15,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use vdisk_api::{DriverOptions, NodeOptions, Result};
+use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
 
 use crate::node::{Node, WriteFlags, ZeroFlags};
@@ -128,8 +128,14 @@ pub trait Driver: Send + Sync {
         Limits::NONE
     }
 
-    /// Where `len` bytes at `offset` are. Must not block, allocate or lock.
-    fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_>;
+    /// Tells `then` where `len` bytes at `offset` are, once. Must not block, allocate or lock.
+    fn resolve(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    );
 
     /// Why this driver and what is below it send requests of this direction down the slow path.
     fn slow_reason(&self, direction: Direction) -> Option<SlowReason>;
@@ -161,6 +167,17 @@ pub trait Driver: Send + Sync {
 
     /// Writes whole clusters compressed; `Unsupported` if that cannot be done.
     fn write_compressed(&self, _offset: u64, _iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    }
+
+    /// Writes a range where the driver has no data of its own, and passes on to its backing file; the rest stays. `None` is for
+    /// zeroes.
+    fn populate(
+        &self,
+        _offset: u64,
+        _len: u64,
+        _data: Option<IoVecs>,
+    ) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
     }
 
@@ -209,6 +226,27 @@ pub trait Driver: Send + Sync {
     fn set_file(&self, _node: Arc<Node>) -> bool {
         false
     }
+
+    /// Gives an image another backing node, or none, under a name (and format) in its header. No request is in flight.
+    fn set_backing(
+        &self,
+        _node: Option<Arc<Node>>,
+        _named: Option<(String, String)>,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    }
+
+    /// Opens for writing what was opened for reading, all the way down, and locks it so. It is to be activated then. May
+    /// block; no request is in flight.
+    fn make_writable(&self) -> Result<()> {
+        Err(Error::not_supported(format!(
+            "driver {} cannot be opened for writing while it is in use",
+            self.name()
+        )))
+    }
+
+    /// Nothing is written any more: locks as for reading, all the way down. May block; it was deactivated.
+    fn make_read_only(&self) {}
 
     /// The qcow2 image that the driver serves.
     fn image(&self) -> Option<Arc<vdisk_qcow2::Image>> {

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vdisk_api::{NodeOptions, NullOptions};
+use vdisk_api::{NodeOptions, NullOptions, Result};
 use vdisk_io::IoVecs;
 
 use super::{Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
@@ -58,12 +58,23 @@ impl Driver for Null {
         "null-co"
     }
 
-    fn resolve(&self, direction: Direction, _offset: u64, _len: u64) -> Resolved<'_> {
-        match direction {
+    #[inline]
+    fn resolve(
+        &self,
+        direction: Direction,
+        _offset: u64,
+        _len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) {
+        then(match direction {
             _ if !self.latency.is_zero() => Resolved::Slow(SlowReason::Latency),
             Direction::Read if self.read_zeroes => Resolved::Zeroes,
             _ => Resolved::Nothing,
-        }
+        });
+    }
+
+    fn make_writable(&self) -> Result<()> {
+        Ok(())
     }
 
     fn slow_reason(&self, _direction: Direction) -> Option<SlowReason> {

@@ -5,11 +5,12 @@
 //! through the engine.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
 use vdisk_io::IoVecs;
 use vdisk_luks::SECTOR;
@@ -87,13 +88,18 @@ struct Qcow2 {
     file: Arc<Node>,
     /// Where guest data is: `file`, or the external data file.
     data: Arc<Node>,
-    backing: Option<Arc<Node>>,
+    backing: ArcSwapOption<Node>,
     encrypted: bool,
-    read_only: bool,
+    read_only: AtomicBool,
+    name: String,
     /// Where changes are noted for the next daemon.
-    redo: Option<PathBuf>,
+    runtime_dir: Option<PathBuf>,
     /// Something waits to give unused clusters back.
     tidying: Arc<AtomicBool>,
+}
+
+fn storage(node: Arc<Node>) -> Arc<dyn Storage> {
+    Arc::new(NodeStorage(node))
 }
 
 /// What kind of error an image that cannot be used is.
@@ -132,7 +138,7 @@ pub fn open_image(
     options.block_size = file.storage_block_size().max(512) as usize;
     // Clusters may be smaller than blocks.
     file.announce_block_size(1 << header.cluster_bits);
-    let storage = |n: &Arc<Node>| Arc::new(NodeStorage(n.clone())) as Arc<dyn Storage>;
+    let storage = |n: &Arc<Node>| storage(n.clone());
     let data = match (header.luks, key) {
         (Some(place), Some((secrets, secret))) => {
             let place = (place.offset, place.len);
@@ -289,13 +295,10 @@ pub(super) fn open(
         read_only,
         driver: Box::new(Qcow2 {
             image: Arc::new(image),
-            backing,
-            read_only,
-            redo: if read_only {
-                None
-            } else {
-                redo_path(name, &file, runtime)
-            },
+            backing: backing.into(),
+            read_only: AtomicBool::new(read_only),
+            name: name.to_owned(),
+            runtime_dir: runtime.dir.clone(),
             tidying: Arc::default(),
             encrypted: header.luks.is_some(),
             data: data_file.unwrap_or_else(|| file.clone()),
@@ -305,9 +308,9 @@ pub(super) fn open(
 }
 
 /// Where changes of the image in this file are noted: by what the file is, not by its name.
-fn redo_path(name: &str, file: &Node, runtime: &Runtime) -> Option<PathBuf> {
+fn redo_path(name: &str, file: &Node, dir: Option<&Path>) -> Option<PathBuf> {
     use std::os::unix::fs::MetadataExt;
-    let Some(dir) = &runtime.dir else {
+    let Some(dir) = dir else {
         tracing::warn!(
             node = name,
             "there is no runtime folder (--runtime-dir): writes that were not flushed are lost if the daemon is killed"
@@ -382,7 +385,8 @@ impl Driver for Qcow2 {
     }
 
     fn limits(&self) -> Limits {
-        let backing = self.backing.as_ref().map_or(Limits::NONE, |b| b.limits());
+        let backing = self.backing.load();
+        let backing = backing.as_ref().map_or(Limits::NONE, |b| b.limits());
         let data = self.data.limits();
         Limits {
             request_alignment: if self.encrypted { SECTOR as u64 } else { 1 },
@@ -400,39 +404,45 @@ impl Driver for Qcow2 {
     }
 
     #[inline]
-    fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_> {
+    fn resolve(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) {
+        let slow = |reason| Resolved::Slow(reason);
         let m = match self.image.lookup(offset, len) {
             Ok(Lookup::Mapped(m)) if m.len == len => m,
-            Ok(Lookup::Mapped(_)) => return Resolved::Slow(SlowReason::Scattered),
-            Ok(Lookup::NeedsTable { .. }) => return Resolved::Slow(SlowReason::Metadata),
-            Err(_) => return Resolved::Slow(SlowReason::Refused),
+            Ok(Lookup::Mapped(_)) => return then(slow(SlowReason::Scattered)),
+            Ok(Lookup::NeedsTable { .. }) => return then(slow(SlowReason::Metadata)),
+            Err(_) => return then(slow(SlowReason::Refused)),
         };
-        if direction == Direction::Write {
-            let Kind::Data(host) = m.kind else {
-                return Resolved::Slow(SlowReason::Allocates);
-            };
-            if !m.writable {
-                return Resolved::Slow(SlowReason::Allocates);
+        match (direction, m.kind) {
+            (Direction::Write, Kind::Data(_)) if !m.writable => then(slow(SlowReason::Allocates)),
+            (_, Kind::Data(_)) if self.encrypted => then(slow(SlowReason::Encrypted)),
+            (Direction::Write, Kind::Data(host)) => {
+                self.image.mark_dirty(offset, len);
+                self.data.resolve_range(direction, host, len, &mut |mut r| {
+                    if let Resolved::Direct { settled, .. } = &mut r {
+                        *settled &= !self.image.is_dirty();
+                    }
+                    then(r);
+                });
             }
-            if self.encrypted {
-                return Resolved::Slow(SlowReason::Encrypted);
+            (Direction::Write, _) => then(slow(SlowReason::Allocates)),
+            (Direction::Read, Kind::Data(host)) => {
+                self.data.resolve_range(direction, host, len, then);
             }
-            self.image.mark_dirty(offset, len);
-            let mut resolved = self.data.resolve_range(direction, host, len);
-            if let Resolved::Direct { settled, .. } = &mut resolved {
-                *settled &= !self.image.is_dirty();
-            }
-            return resolved;
-        }
-        match (m.kind, &self.backing) {
-            (Kind::Data(_), _) if self.encrypted => Resolved::Slow(SlowReason::Encrypted),
-            (Kind::Data(host), _) => self.data.resolve_range(direction, host, len),
-            (Kind::Compressed { .. }, _) => Resolved::Slow(SlowReason::Compressed),
-            (Kind::Unallocated, Some(b)) if offset < b.size() => match offset + len <= b.size() {
-                true => b.resolve_range(direction, offset, len),
-                false => Resolved::Slow(SlowReason::Scattered),
+            (Direction::Read, Kind::Compressed { .. }) => then(slow(SlowReason::Compressed)),
+            (Direction::Read, Kind::Zero) => then(Resolved::Zeroes),
+            (Direction::Read, Kind::Unallocated) => match &*self.backing.load() {
+                Some(b) if offset < b.size() => match offset + len <= b.size() {
+                    true => b.resolve_range(direction, offset, len, then),
+                    false => then(slow(SlowReason::Scattered)),
+                },
+                _ => then(Resolved::Zeroes),
             },
-            (Kind::Zero | Kind::Unallocated, _) => Resolved::Zeroes,
         }
     }
 
@@ -461,7 +471,7 @@ impl Driver for Qcow2 {
 
     fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
-            if self.read_only {
+            if self.read_only.load(Ordering::Relaxed) {
                 return Ok(());
             }
             self.image.flush().await?;
@@ -508,7 +518,8 @@ impl Driver for Qcow2 {
                 return Ok(BlockStatus::data(1));
             };
             let own = BlockStatus::data(m.len);
-            Ok(match (m.kind, &self.backing) {
+            let backing = self.backing.load_full();
+            Ok(match (m.kind, &backing) {
                 (Kind::Data(_) | Kind::Compressed { .. }, _) => own,
                 (Kind::Zero, _) => BlockStatus { zero: true, ..own },
                 (Kind::Unallocated, Some(b)) if offset < b.size() => {
@@ -538,12 +549,61 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn populate(
+        &self,
+        offset: u64,
+        len: u64,
+        data: Option<IoVecs>,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let result = self.image.populate(offset, len, data).await;
+            self.changed(result, false).await
+        })
+    }
+
+    fn set_backing(
+        &self,
+        node: Option<Arc<Node>>,
+        named: Option<(String, String)>,
+    ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let storage = node.clone().map(storage);
+            self.image.set_backing(storage, named).await?;
+            self.backing.store(node);
+            Ok(())
+        })
+    }
+
+    fn make_writable(&self) -> Result<()> {
+        if self.image.header().corrupt {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "the image is marked as corrupt and cannot be written: repair it with 'vdiskctl image repair'",
+            ));
+        }
+        self.file.make_writable()?;
+        if let Err(e) = self.data.make_writable() {
+            self.file.make_read_only();
+            return Err(e);
+        }
+        self.read_only.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn make_read_only(&self) {
+        self.read_only.store(true, Ordering::Relaxed);
+        self.data.make_read_only();
+        if !Arc::ptr_eq(&self.data, &self.file) {
+            self.file.make_read_only();
+        }
+    }
+
     fn drain(&self, on: bool) {
         self.file.drain(on);
         if !Arc::ptr_eq(&self.data, &self.file) {
             self.data.drain(on);
         }
-        if let Some(backing) = &self.backing {
+        if let Some(backing) = &*self.backing.load() {
             backing.drain(on);
         }
     }
@@ -558,10 +618,11 @@ impl Driver for Qcow2 {
 
     fn activate(&self) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
-            if self.read_only {
+            if self.read_only.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            self.image.activate(self.redo.as_deref()).await
+            let redo = redo_path(&self.name, &self.file, self.runtime_dir.as_deref());
+            self.image.activate(redo.as_deref()).await
         })
     }
 

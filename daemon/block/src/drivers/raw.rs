@@ -82,9 +82,15 @@ impl Driver for Raw {
         self.file.storage_block_size()
     }
 
-    fn resolve(&self, direction: Direction, offset: u64, len: u64) -> Resolved<'_> {
+    fn resolve(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) {
         self.file
-            .resolve_range(direction, self.offset + offset, len)
+            .resolve_range(direction, self.offset + offset, len, then);
     }
 
     fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
@@ -171,6 +177,14 @@ impl Driver for Raw {
 
     fn announce_block_size(&self, block_size: u64) {
         self.file.announce_block_size(block_size);
+    }
+
+    fn make_writable(&self) -> Result<()> {
+        self.file.make_writable()
+    }
+
+    fn make_read_only(&self) {
+        self.file.make_read_only();
     }
 
     fn drain(&self, on: bool) {

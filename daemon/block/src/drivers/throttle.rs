@@ -66,8 +66,8 @@ impl Driver for Throttle {
         self.file().storage_block_size()
     }
 
-    fn resolve(&self, _: Direction, _: u64, _: u64) -> Resolved<'_> {
-        Resolved::Slow(SlowReason::Throttled)
+    fn resolve(&self, _: Direction, _: u64, _: u64, then: &mut dyn FnMut(Resolved<'_>)) {
+        then(Resolved::Slow(SlowReason::Throttled));
     }
 
     fn slow_reason(&self, _: Direction) -> Option<SlowReason> {

@@ -38,7 +38,7 @@ const LAST: u64 = 4 << 20;
 const MAX_ROUNDS: u32 = 20;
 
 /// What is copied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum MirrorSync {
     /// Everything.
     Full,
@@ -46,6 +46,8 @@ pub enum MirrorSync {
     Top,
     /// What is written from now on.
     None,
+    /// What the source and what it stands on have above this node.
+    Above(Arc<Node>),
 }
 
 pub struct Mirror {
@@ -86,20 +88,26 @@ impl Mirror {
     }
 
     /// A copy of a node that nobody writes to.
-    pub fn once(source: Arc<Node>, target: Arc<Node>, compress: bool) -> Arc<Mirror> {
+    pub fn once(
+        source: Arc<Node>,
+        target: Arc<Node>,
+        sync: MirrorSync,
+        compress: bool,
+    ) -> Arc<Mirror> {
         let granularity = target.limits().zero_alignment.max(65536);
+        let detect_zeroes = matches!(sync, MirrorSync::Full);
         Arc::new(Mirror {
             dirty: Bits::new(source.size(), granularity),
             source,
             target,
-            sync: MirrorSync::Full,
+            sync,
             pieces: RangeLock::default(),
             blocking: AtomicBool::new(false),
             all_slow: AtomicBool::new(false),
             stays: false,
             how: How {
                 compress,
-                detect_zeroes: true,
+                detect_zeroes,
             },
         })
     }
@@ -134,18 +142,22 @@ impl Mirror {
     /// Sets the bits of what is to be copied.
     async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
         let size = self.source.size();
-        match self.sync {
+        let base = match &self.sync {
+            MirrorSync::Above(base) => Some(base),
+            _ => None,
+        };
+        match &self.sync {
             MirrorSync::Full => {
                 self.dirty.set(&(0..size));
                 state.add_total(size);
             }
             MirrorSync::None => {}
-            MirrorSync::Top => {
+            MirrorSync::Top | MirrorSync::Above(_) => {
                 let mut at = 0;
                 while at < size {
                     let busy = state.checkpoint().await?;
                     let counted = roots.enter().await;
-                    let status = self.source.status(at, size - at, None).await;
+                    let status = self.source.status(at, size - at, base).await;
                     drop((counted, busy));
                     match status {
                         Ok(s) => {

@@ -9,6 +9,7 @@ mod copy;
 mod mirror;
 mod roots;
 mod state;
+mod stream;
 
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use crate::drivers::LocalFuture;
 pub use backup::{Backup, BackupSync, OnCopyError};
 pub use mirror::{Mirror, MirrorSync};
 pub use state::{Ending, JobState, OnError, Side, Stop};
+pub use stream::Stream;
 
 pub use roots::Roots;
 

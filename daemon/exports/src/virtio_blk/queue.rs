@@ -415,7 +415,7 @@ impl Queue {
         let durable = direction == Direction::Write && !self.device.is_writeback();
         let segments = &slot.chain.segments[request.first..request.first + request.count];
         let fast = self.client.with_node(|node| {
-            match node.resolve(direction, offset, request.len, segments) {
+            let answered = node.resolve(direction, offset, request.len, segments, |r| match r {
                 // The write would be durable, but not where it is.
                 Resolved::Direct { settled: false, .. } if durable => None,
                 Resolved::Direct {
@@ -461,7 +461,8 @@ impl Queue {
                 }
                 Resolved::Nothing => Some(Some(Status::Ok)),
                 Resolved::Slow(_) => None,
-            }
+            });
+            answered.flatten()
         });
         match fast {
             Some(done) => {

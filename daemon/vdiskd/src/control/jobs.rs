@@ -13,7 +13,7 @@ use vdisk_api::{
 };
 use vdisk_block::jobs::{
     self, Backup, BackupSync, Ending, JobState, Mirror, MirrorSync, OnCopyError, OnError, Side,
-    Stop, Work,
+    Stop, Stream, Work,
 };
 use vdisk_block::{Backend, Node, Parent, Permissions, Use, image_failed};
 use vdisk_io::{IoThread, IoThreadConfig};
@@ -65,13 +65,62 @@ enum Task {
     Mirror(Arc<Mirror>),
     Backup(Arc<Backup>),
     Convert(Arc<Mirror>),
+    Commit(Commit),
+    Stream(Arc<Stream>, Base),
+}
+
+/// Nodes that no other job may use meanwhile.
+fn claims(world: &World, task: &Task) -> Vec<String> {
+    match task {
+        Task::Mirror(_) | Task::Backup(_) | Task::Convert(_) => Vec::new(),
+        Task::Commit(c) => c.chain.clone(),
+        Task::Stream(stream, _) => {
+            let mut claimed = vec![stream.node().name().to_owned()];
+            let mut below = Some(stream.backing().clone());
+            while let Some(node) = below {
+                claimed.push(node.name().to_owned());
+                below = world.graph.backing(node.name()).ok().flatten();
+            }
+            claimed
+        }
+    }
+}
+
+/// A commit of images into their base.
+#[derive(Clone)]
+struct Commit {
+    mirror: Arc<Mirror>,
+    /// From the node that is committed down to the base.
+    chain: Vec<String>,
+    /// Exports use the node: the base takes its place.
+    active: bool,
+    base: Base,
+}
+
+/// What is to be behind an image.
+#[derive(Clone)]
+struct Base {
+    node: Option<Arc<Node>>,
+    /// Name and format for the image's header.
+    named: Option<(String, String)>,
 }
 
 impl Task {
     fn work(&self) -> Arc<dyn Work> {
         match self {
             Task::Mirror(m) | Task::Convert(m) => m.clone(),
+            Task::Commit(c) => c.mirror.clone(),
             Task::Backup(b) => b.clone(),
+            Task::Stream(s, _) => s.clone(),
+        }
+    }
+
+    /// A mirror that is to be ended by its user.
+    fn mirror(&self) -> Option<&Arc<Mirror>> {
+        match self {
+            Task::Mirror(m) => Some(m),
+            Task::Commit(c) if c.active => Some(&c.mirror),
+            _ => None,
         }
     }
 
@@ -79,7 +128,9 @@ impl Task {
     fn stop(&self) {
         match self {
             Task::Mirror(m) | Task::Convert(m) => m.stop(),
+            Task::Commit(c) => c.mirror.stop(),
             Task::Backup(b) => b.stop(),
+            Task::Stream(..) => {}
         }
     }
 }
@@ -103,6 +154,9 @@ pub struct Job {
     pub options: JobOptions,
     pub state: Arc<JobState>,
     pub started: SystemTime,
+    /// Names of its nodes.
+    pub source: String,
+    pub target: String,
     life: Mutex<Life>,
 }
 
@@ -140,11 +194,12 @@ impl Job {
     }
 
     pub fn copy_mode(&self) -> Option<CopyMode> {
-        match &self.life().parts.as_ref()?.task {
-            Task::Mirror(m) if m.is_blocking() => Some(CopyMode::WriteBlocking),
-            Task::Mirror(_) => Some(CopyMode::Background),
-            _ => None,
-        }
+        let life = self.life();
+        let mirror = life.parts.as_ref()?.task.mirror()?;
+        Some(match mirror.is_blocking() {
+            true => CopyMode::WriteBlocking,
+            false => CopyMode::Background,
+        })
     }
 
     fn parent(&self) -> Parent {
@@ -161,9 +216,10 @@ fn policy(p: ErrorPolicy) -> OnError {
     }
 }
 
-fn task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Task {
+/// The task of a job that copies one node to another.
+fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Option<Task> {
     let (source, target) = (source.clone(), target.clone());
-    match o.kind {
+    Some(match o.kind {
         JobKind::Mirror {
             sync,
             copy_mode,
@@ -195,8 +251,11 @@ fn task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Task {
             };
             Task::Backup(Backup::new(source, target, sync, compress, on_error))
         }
-        JobKind::Convert { compress } => Task::Convert(Mirror::once(source, target, compress)),
-    }
+        JobKind::Convert { compress } => {
+            Task::Convert(Mirror::once(source, target, MirrorSync::Full, compress))
+        }
+        JobKind::Commit { .. } | JobKind::Stream { .. } => return None,
+    })
 }
 
 /// What a job does with its source, and with its target.
@@ -211,9 +270,16 @@ fn uses(kind: &JobKind) -> [Use; 2] {
             _ => all,
         },
     };
-    let target = Use {
-        taken: Permissions::WRITE,
-        shared: Permissions::WRITE_UNCHANGED,
+    let target = match kind {
+        // What users of the images above see stays as it is.
+        JobKind::Commit { .. } | JobKind::Stream { .. } => Use {
+            taken: read.and(Permissions::WRITE_UNCHANGED),
+            shared: all,
+        },
+        _ => Use {
+            taken: Permissions::WRITE,
+            shared: Permissions::WRITE_UNCHANGED,
+        },
     };
     [source, target]
 }
@@ -244,7 +310,7 @@ impl Control {
     pub(super) async fn start_job(&mut self, options: JobOptions) -> Result<Reply> {
         let id = options.id.clone();
         let what = format!("job '{id}'");
-        let (source, target, thread) = {
+        let (source, thread) = {
             let mut world = self.world();
             if world.jobs.contains_key(&id) {
                 return Err(Error::exists(format!(
@@ -252,15 +318,33 @@ impl Control {
                 )));
             }
             let source = world.graph.node(&options.node)?;
-            let target = world.graph.node(&options.target);
-            let target = target.map_err(|e| e.context(&what))?;
             let thread = match &options.iothread {
                 Some(name) => world.thread(name).map_err(|e| e.context(&what))?,
                 None => world.jobs_thread()?,
             };
-            (source, target, thread)
+            (source, thread)
         };
-        self.check_job(&what, &options, &source, &target)?;
+        let parts = match &options.kind {
+            JobKind::Commit { base, backing_file } => {
+                self.commit_parts(&what, &source, base.as_deref(), backing_file.clone())?
+            }
+            JobKind::Stream { base, backing_file } => {
+                self.stream_parts(&what, &source, base.as_deref(), backing_file.clone())?
+            }
+            _ => {
+                let name = options.target.as_deref().unwrap_or_default();
+                let target = self.world().graph.node(name);
+                let target = target.map_err(|e| e.context(&what))?;
+                self.check_copy(&what, &options, &source, &target)?;
+                let task = copy_task(&options, &source, &target)
+                    .ok_or_else(|| Error::failed(format!("{what} copies nothing")))?;
+                Parts {
+                    task,
+                    source,
+                    target,
+                }
+            }
+        };
         let changed = {
             let (events, id) = (self.job_events.clone(), id.clone());
             move || {
@@ -268,14 +352,11 @@ impl Control {
             }
         };
         let policies = [options.on_source_error, options.on_target_error].map(policy);
-        let parts = Parts {
-            task: task(&options, &source, &target),
-            source: source.clone(),
-            target: target.clone(),
-        };
         let job = Arc::new(Job {
             state: Arc::new(JobState::new(options.speed, policies, Box::new(changed))),
             started: SystemTime::now(),
+            source: parts.source.name().to_owned(),
+            target: parts.target.name().to_owned(),
             life: Mutex::new(Life {
                 status: Status::Created,
                 parts: Some(parts.clone()),
@@ -284,31 +365,24 @@ impl Control {
             }),
             options,
         });
-        let roots = [&source, &target].map(|n| Backend::new_fixed(what.clone(), n.clone()));
-        self.take_nodes(&job, &roots)?;
-        match &parts.task {
-            Task::Mirror(m) => m.start(),
-            Task::Convert(_) => {}
-            Task::Backup(b) => {
-                let (start, drained) = self.hold(source.name()).await;
-                b.start();
-                drop(drained);
-                let paused_us = start.elapsed().as_micros() as u64;
-                tracing::debug!(job = id, paused_us, "point in time taken");
-            }
+        self.check_claims(&what, &parts)?;
+        let roots = self.take_nodes(&job, &parts)?;
+        if let Err(e) = self.begin(&job, &parts).await {
+            self.let_go(&job);
+            return Err(e);
         }
         job.life().status = Status::Running;
         let (work, state) = (parts.task.work(), job.state.clone());
         let (events, of) = (self.job_events.clone(), id.clone());
         tokio::spawn(async move {
-            let result = jobs::run(work, state, roots.to_vec(), thread).await;
+            let result = jobs::run(work, state, roots, thread).await;
             let _ = events.send(JobEvent::Ended { id: of, result });
         });
         tracing::info!(
             job = id,
             operation = job.options.kind.name(),
-            node = source.name(),
-            target = target.name(),
+            node = job.source,
+            target = job.target,
             "job started"
         );
         self.world().jobs.insert(id.clone(), job.clone());
@@ -317,7 +391,203 @@ impl Control {
         Ok(Reply::Done)
     }
 
-    fn check_job(
+    /// Refuses a job on nodes that another changes, and one that changes what another uses.
+    fn check_claims(&self, what: &str, parts: &Parts) -> Result<()> {
+        let world = self.world();
+        let mine = claims(&world, &parts.task);
+        let uses = [parts.source.name(), parts.target.name()];
+        let in_use = |node: &str, other: &Job| {
+            Err(Error::in_use(format!(
+                "{what}: node '{node}' is used by job '{}': wait for its end, or cancel it",
+                other.id()
+            )))
+        };
+        for other in world.jobs.values() {
+            let theirs = match &other.life().parts {
+                Some(parts) => claims(&world, &parts.task),
+                None => continue,
+            };
+            let users = [&*other.source, &*other.target];
+            let mine = mine.iter().map(String::as_str);
+            let mut clash = mine.filter(|n| users.contains(n) || theirs.iter().any(|t| t == n));
+            if let Some(node) = clash.next() {
+                return in_use(node, other);
+            }
+            if let Some(node) = uses.iter().find(|n| theirs.iter().any(|t| t == **n)) {
+                return in_use(node, other);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a job needs before it runs.
+    async fn begin(&self, job: &Job, parts: &Parts) -> Result<()> {
+        match &parts.task {
+            Task::Mirror(m) => m.start(),
+            Task::Convert(_) | Task::Stream(..) => {}
+            Task::Backup(b) => {
+                let (start, drained) = self.hold(&job.source).await;
+                b.start();
+                drop(drained);
+                let paused_us = start.elapsed().as_micros() as u64;
+                tracing::debug!(job = job.id(), paused_us, "point in time taken");
+            }
+            Task::Commit(c) => {
+                self.open_base(&parts.source, &parts.target).await?;
+                if c.active {
+                    c.mirror.start();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the base of a commit written, with at least the size of what is committed.
+    async fn open_base(&self, top: &Arc<Node>, base: &Arc<Node>) -> Result<()> {
+        let (_, _drained) = self.hold(base.name()).await;
+        self.make_writable(base).await?;
+        let size = top.size();
+        if base.size() >= size {
+            return Ok(());
+        }
+        let thread = self.world().any_thread()?;
+        let there = base.clone();
+        let resized = thread
+            .run_async(move |_| async move { there.resize(size).await })
+            .await
+            .map_err(|e| Error::failed(e.to_string()))
+            .and_then(|r| {
+                let what = format_args!("node '{}' cannot be resized to {size} bytes", base.name());
+                r.map_err(|e| Error::io(what, &e))
+            });
+        if let Err(e) = resized {
+            self.make_read_only(base).await;
+            return Err(e);
+        }
+        Ok(())
+    }
+
+    /// What a commit of a node into one below it is.
+    fn commit_parts(
+        &self,
+        what: &str,
+        top: &Arc<Node>,
+        base: Option<&str>,
+        backing_file: Option<String>,
+    ) -> Result<Parts> {
+        let world = self.world();
+        let base = match base {
+            Some(base) => Some(world.graph.node(base)?),
+            None => world.graph.backing(top.name())?,
+        };
+        let base = base.ok_or_else(|| {
+            Error::invalid(format!(
+                "{what}: node '{}' has no backing file that its data could go to",
+                top.name()
+            ))
+        })?;
+        if Arc::ptr_eq(&base, top) {
+            return Err(Error::invalid(format!(
+                "{what}: option 'base-node' is the node itself: give one of its backing files"
+            )));
+        }
+        let chain = world.graph.chain(top.name(), base.name());
+        let chain = chain.map_err(|e| e.context(what))?;
+        if base.size() > top.size() {
+            return Err(Error::invalid(format!(
+                "{what}: base '{}' has {} bytes, more than node '{}' with {}, whose users would see the rest: resize one of them",
+                base.name(),
+                base.size(),
+                top.name(),
+                top.size()
+            )));
+        }
+        let active = world.graph.is_active(top.name());
+        let overlays = world.graph.overlays(top.name());
+        if let (true, Some(overlay)) = (active, overlays.first()) {
+            return Err(Error::in_use(format!(
+                "{what}: node '{}' is used by others and is the backing file of node '{}': remove one of them first",
+                top.name(),
+                overlay.name()
+            )));
+        }
+        if active {
+            world.graph.check_moves(top.name())?;
+        }
+        let named = name_of(what, &base, backing_file, !overlays.is_empty())?;
+        let above = MirrorSync::Above(base.clone());
+        let mirror = match active {
+            true => {
+                let granularity = base.limits().zero_alignment.max(65536);
+                Mirror::new(top.clone(), base.clone(), above, granularity, false)
+            }
+            false => Mirror::once(top.clone(), base.clone(), above, false),
+        };
+        Ok(Parts {
+            task: Task::Commit(Commit {
+                mirror,
+                chain,
+                active,
+                base: Base {
+                    node: Some(base.clone()),
+                    named,
+                },
+            }),
+            source: top.clone(),
+            target: base,
+        })
+    }
+
+    /// What streaming into a node is.
+    fn stream_parts(
+        &self,
+        what: &str,
+        node: &Arc<Node>,
+        base: Option<&str>,
+        backing_file: Option<String>,
+    ) -> Result<Parts> {
+        let world = self.world();
+        if node.is_read_only() {
+            return Err(Error::invalid(format!(
+                "{what}: node '{}' is read-only: stream into the one that is written, or add this without read-only",
+                node.name()
+            )));
+        }
+        let backing = world.graph.backing(node.name())?.ok_or_else(|| {
+            Error::invalid(format!(
+                "{what}: node '{}' has no backing file: there is nothing to stream",
+                node.name()
+            ))
+        })?;
+        let base = base.map(|b| world.graph.node(b)).transpose()?;
+        if let Some(base) = &base {
+            let mut below = Some(backing.clone());
+            while let Some(n) = &below
+                && !Arc::ptr_eq(n, base)
+            {
+                below = world.graph.backing(n.name())?;
+            }
+            if below.is_none() || Arc::ptr_eq(base, &backing) {
+                return Err(Error::invalid(format!(
+                    "{what}: node '{}' is not below the backing file of node '{}': give one further down, or none",
+                    base.name(),
+                    node.name()
+                )));
+            }
+        }
+        let named = match &base {
+            None => None,
+            Some(base) => name_of(what, base, backing_file, true)?,
+        };
+        let stream = Stream::new(node.clone(), backing, base.clone());
+        Ok(Parts {
+            task: Task::Stream(stream, Base { node: base, named }),
+            source: node.clone(),
+            target: node.clone(),
+        })
+    }
+
+    fn check_copy(
         &self,
         what: &str,
         options: &JobOptions,
@@ -358,21 +628,36 @@ impl Control {
         Ok(())
     }
 
-    /// Takes both nodes for the job, or none.
-    fn take_nodes(&self, job: &Job, roots: &[Arc<Backend>; 2]) -> Result<()> {
+    /// Takes the job's nodes for it, or none.
+    fn take_nodes(&self, job: &Job, parts: &Parts) -> Result<Vec<Arc<Backend>>> {
         let mut world = self.world();
         let [source, target] = uses(&job.options.kind);
-        let (from, to) = (&*job.options.node, &*job.options.target);
-        world
-            .graph
-            .attach(from, job.parent(), source, roots[0].clone())?;
-        let taken = world
-            .graph
-            .attach(to, job.parent(), target, roots[1].clone());
-        if taken.is_err() {
-            world.graph.detach(from, &job.parent());
+        let mut wanted = vec![(&parts.target, target)];
+        if job.source != job.target {
+            wanted.push((&parts.source, source));
         }
-        taken
+        let mut roots = Vec::new();
+        for (node, wants) in wanted {
+            let root = Backend::new_fixed(format!("job '{}'", job.id()), node.clone());
+            let taken = world
+                .graph
+                .attach(node.name(), job.parent(), wants, root.clone());
+            if let Err(e) = taken {
+                drop(world);
+                self.let_go(job);
+                return Err(e);
+            }
+            roots.push(root);
+        }
+        Ok(roots)
+    }
+
+    /// Its nodes are not the job's any more.
+    fn let_go(&self, job: &Job) {
+        let mut world = self.world();
+        for node in [&job.source, &job.target] {
+            world.graph.detach(node, &job.parent());
+        }
     }
 
     /// What users of the job's nodes may see has changed.
@@ -380,7 +665,7 @@ impl Control {
         let mut events = Vec::new();
         {
             let world = self.world();
-            for node in [&job.options.node, &job.options.target] {
+            for node in [&job.source, &job.target] {
                 let (_, above) = world.graph.above(node);
                 let has = |name: &str| above.iter().any(|n| n.name() == name);
                 events.extend(
@@ -421,7 +706,7 @@ impl Control {
                         job.life().status = Status::Pending;
                         self.events.push(Event::JobChanged(id));
                     }
-                    Err(stop) => self.abort(&job, stop),
+                    Err(stop) => self.abort(&job, stop).await,
                 }
             }
         }
@@ -435,18 +720,30 @@ impl Control {
         let result = match (&parts.task, job.state.ending()) {
             (Task::Mirror(m), Some(Ending::Pivot)) => self.pivot(job, &parts, m).await,
             (Task::Mirror(m), _) => self.last_part(job, m).await,
+            (Task::Commit(c), Some(Ending::Pivot)) if c.active => {
+                self.pivot(job, &parts, &c.mirror).await
+            }
+            (Task::Commit(c), _) if c.active => self.last_part(job, &c.mirror).await,
+            (Task::Commit(c), _) => self.stand_on_base(job, c).await,
+            (Task::Stream(_, base), _) => self.end_stream(job, &parts.source, base).await,
             (Task::Backup(_) | Task::Convert(_), _) => Ok(()),
         };
-        drop(parts);
         match result {
-            Ok(()) => self.conclude(job, None),
-            Err(stop) => self.abort(job, stop),
+            Ok(()) => {
+                self.end(job);
+                self.after(job, parts).await;
+                self.conclude(job, None);
+            }
+            Err(stop) => {
+                drop(parts);
+                self.abort(job, stop).await;
+            }
         }
     }
 
     /// Has a mirror copy the rest while nobody writes.
     async fn last_part(&self, job: &Job, mirror: &Arc<Mirror>) -> std::result::Result<(), Stop> {
-        let (start, _drained) = self.hold(&job.options.node).await;
+        let (start, _drained) = self.hold(&job.source).await;
         finish(self.thread_for_end()?, mirror.clone()).await?;
         mirror.stop();
         let paused_us = start.elapsed().as_micros() as u64;
@@ -476,10 +773,7 @@ impl Control {
         let thread = self.thread_for_end()?;
         {
             let world = self.world();
-            world
-                .graph
-                .check_replace(from, to, &job.parent())
-                .map_err(refused)?;
+            check_pivot(&world, job, &parts.task).map_err(refused)?;
             let (_, above) = world.graph.above(from);
             let exports = world.exports.values();
             let exports = exports.filter(|e| above.iter().any(|n| n.name() == e.node()));
@@ -518,7 +812,157 @@ impl Control {
         Ok(())
     }
 
-    fn abort(&mut self, job: &Arc<Job>, stop: Stop) {
+    /// Makes writes of a node possible that was opened for reading. The caller has drained everything above.
+    async fn make_writable(&self, node: &Arc<Node>) -> Result<()> {
+        let there = node.clone();
+        tokio::task::spawn_blocking(move || there.make_writable())
+            .await
+            .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))??;
+        let thread = self.world().any_thread()?;
+        let there = node.clone();
+        let activated = thread
+            .run_async(move |_| async move { there.activate().await })
+            .await
+            .map_err(std::io::Error::other)
+            .flatten();
+        if let Err(e) = activated {
+            self.make_read_only(node).await;
+            let what = format_args!("node '{}' cannot be made ready for writing", node.name());
+            return Err(Error::io(what, &e));
+        }
+        Ok(())
+    }
+
+    /// The reverse; what went wrong is logged.
+    async fn make_read_only(&self, node: &Arc<Node>) {
+        if let Err(error) = self.settle(node).await {
+            tracing::error!(node = node.name(), %error, "the last changes cannot be written");
+        }
+        let there = node.clone();
+        let _ = tokio::task::spawn_blocking(move || there.make_read_only()).await;
+    }
+
+    /// Has the overlays of what was committed stand on the base.
+    async fn stand_on_base(&mut self, job: &Job, c: &Commit) -> std::result::Result<(), Stop> {
+        let failed = |e: Error| Stop::Failed {
+            side: Side::Target,
+            error: std::io::Error::other(e.message),
+        };
+        let overlays = self.world().graph.overlays(&job.source);
+        let (start, drained) = self.hold(&job.source).await;
+        for overlay in &overlays {
+            let was_read_only = overlay.is_read_only();
+            if was_read_only {
+                self.make_writable(overlay).await.map_err(failed)?;
+            }
+            let set = self.set_backing(overlay, &c.base).await;
+            if was_read_only {
+                self.make_read_only(overlay).await;
+            }
+            set.map_err(failed)?;
+            let base = c.base.node.as_ref().map(|b| b.name());
+            self.world().graph.set_backing(overlay.name(), base);
+            self.events
+                .push(Event::NodeChanged(overlay.name().to_owned()));
+        }
+        drop(drained);
+        let paused_us = start.elapsed().as_micros() as u64;
+        tracing::info!(job = job.id(), paused_us, "overlays stand on the base");
+        Ok(())
+    }
+
+    /// An image stands on what is left of its backing files.
+    async fn end_stream(
+        &mut self,
+        job: &Job,
+        node: &Arc<Node>,
+        base: &Base,
+    ) -> std::result::Result<(), Stop> {
+        let failed = |e: Error| Stop::Failed {
+            side: Side::Target,
+            error: std::io::Error::other(e.message),
+        };
+        let flushed = self.flush_mostly(node).await;
+        flushed.map_err(|error| Stop::Failed {
+            side: Side::Target,
+            error,
+        })?;
+        let (start, drained) = self.hold(node.name()).await;
+        self.set_backing(node, base).await.map_err(failed)?;
+        let name = base.node.as_ref().map(|b| b.name());
+        self.world().graph.set_backing(node.name(), name);
+        drop(drained);
+        let paused_us = start.elapsed().as_micros() as u64;
+        tracing::info!(
+            job = job.id(),
+            paused_us,
+            "backing file is not needed any more"
+        );
+        Ok(())
+    }
+
+    async fn set_backing(&self, node: &Arc<Node>, base: &Base) -> Result<()> {
+        let thread = self.world().any_thread()?;
+        let (there, base) = (node.clone(), base.clone());
+        thread
+            .run_async(move |_| async move { there.set_backing(base.node, base.named).await })
+            .await
+            .map_err(std::io::Error::other)
+            .flatten()
+            .map_err(|e| {
+                let what = format!("node '{}' cannot get another backing file", node.name());
+                image_failed(&what, &e)
+            })
+    }
+
+    /// What is left to do when a job has taken effect, while guests go on.
+    async fn after(&mut self, job: &Job, parts: Parts) {
+        let (removed, base) = match &parts.task {
+            Task::Commit(c) => {
+                let pivoted = c.active && job.state.ending() == Some(Ending::Pivot);
+                let keep = c.chain.last().map(String::as_str);
+                let gone = &c.chain[..c.chain.len() - 1];
+                let removed = match c.active && !pivoted {
+                    true => Vec::new(),
+                    false => self.world().graph.remove_chain(gone, keep),
+                };
+                (removed, (!pivoted).then(|| parts.target.clone()))
+            }
+            Task::Stream(stream, base) => {
+                let mut world = self.world();
+                let mut implicit = Vec::new();
+                let mut below = Some(stream.backing().clone());
+                while let Some(node) = below.take()
+                    && !base.node.as_ref().is_some_and(|b| Arc::ptr_eq(b, &node))
+                    && world.graph.is_implicit(node.name())
+                {
+                    implicit.push(node.name().to_owned());
+                    below = world.graph.backing(node.name()).ok().flatten();
+                }
+                let keep = base.node.as_ref().map(|b| b.name().to_owned());
+                let removed = world.graph.remove_chain(&implicit, keep.as_deref());
+                (removed, None)
+            }
+            _ => return,
+        };
+        drop(parts);
+        if let Some(base) = base {
+            self.make_read_only(&base).await;
+            self.events.push(Event::NodeChanged(base.name().to_owned()));
+        }
+        for node in removed {
+            if let Err(error) = self.close(&node).await {
+                tracing::error!(node = node.name(), %error, "the last changes cannot be written");
+            }
+            tracing::info!(
+                node = node.name(),
+                "node removed: it is not needed any more"
+            );
+            self.events.push(Event::NodeRemoved(node.name().to_owned()));
+        }
+    }
+
+    async fn abort(&mut self, job: &Arc<Job>, stop: Stop) {
         job.life().status = Status::Aborting;
         let error = match stop {
             Stop::Cancelled => Error::new(
@@ -527,30 +971,35 @@ impl Control {
             ),
             Stop::Failed { side, error } => {
                 let (at, node) = match side {
-                    Side::Source => ("source", &job.options.node),
-                    Side::Target => ("target", &job.options.target),
+                    Side::Source => ("source", &job.source),
+                    Side::Target => ("target", &job.target),
                 };
                 let what = format!("job '{}': its {at}, node '{node}'", job.id());
                 image_failed(&what, &error)
             }
         };
+        if let Some(parts) = self.end(job)
+            && matches!(parts.task, Task::Commit(_))
+        {
+            self.make_read_only(&parts.target).await;
+        }
         self.conclude(job, Some(error));
     }
 
-    /// A job is over: it lets go of its nodes.
-    fn conclude(&mut self, job: &Arc<Job>, error: Option<Error>) {
-        let id = job.options.id.clone();
+    /// Nothing of a job is under way any more: it lets go of its nodes.
+    fn end(&self, job: &Job) -> Option<Parts> {
         // Whoever looks at a job that is over must not keep its nodes.
         let parts = job.life().parts.take();
-        if let Some(parts) = parts {
+        if let Some(parts) = &parts {
             parts.task.stop();
         }
-        {
-            let mut world = self.world();
-            for node in [&job.options.node, &job.options.target] {
-                world.graph.detach(node, &job.parent());
-            }
-        }
+        self.let_go(job);
+        parts
+    }
+
+    /// A job is over.
+    fn conclude(&mut self, job: &Arc<Job>, error: Option<Error>) {
+        let id = job.options.id.clone();
         match &error {
             None => tracing::info!(job = id, "job completed"),
             Some(e) if job.state.is_cancelled() => tracing::info!(job = id, "{}", e.message),
@@ -601,7 +1050,7 @@ impl Control {
             }
             (JobAction::Cancel { .. }, Status::Pending) => {
                 state.cancel();
-                self.abort(&job, Stop::Cancelled);
+                self.abort(&job, Stop::Cancelled).await;
             }
             (_, Status::Pending) => return refuse("it waits for 'finalize', or for 'cancel'"),
             (JobAction::Pause, _) if state.is_paused() => return refuse("it is paused already"),
@@ -609,15 +1058,14 @@ impl Control {
             (JobAction::Resume, _) if !state.is_paused() => return refuse("it is not paused"),
             (JobAction::Resume, _) => state.set_paused(false),
             (JobAction::Cancel { force: false }, Status::Ready)
-                if matches!(task, Some(Task::Mirror(_))) =>
+                if task.as_ref().is_some_and(|t| t.mirror().is_some()) =>
             {
                 state.end(Ending::Copy);
             }
             (JobAction::Cancel { .. }, _) => state.cancel(),
             (JobAction::Complete, Status::Ready) => match &task {
-                Some(Task::Mirror(_)) => {
-                    let (from, to) = (&job.options.node, &job.options.target);
-                    self.world().graph.check_replace(from, to, &job.parent())?;
+                Some(task) if task.mirror().is_some() => {
+                    check_pivot(&self.world(), &job, task)?;
                     state.end(Ending::Pivot);
                 }
                 _ => state.end(Ending::Copy),
@@ -626,34 +1074,37 @@ impl Control {
                 return refuse("only a job that is ready can be completed: wait for that");
             }
             (JobAction::SetSpeed(speed), _) => state.set_speed(speed),
-            (JobAction::SetCopyMode(mode), _) => match (&task, mode) {
-                (Some(Task::Mirror(m)), CopyMode::WriteBlocking) => {
-                    m.set_blocking();
-                    self.nodes_changed(&job);
-                }
-                (Some(Task::Mirror(m)), CopyMode::Background) if !m.is_blocking() => {}
-                (Some(Task::Mirror(_)), CopyMode::Background) => {
-                    return refuse("copy-mode can be changed to write-blocking, and not back");
-                }
-                _ => {
-                    return Err(Error::not_supported(format!(
+            (JobAction::SetCopyMode(mode), _) => {
+                let mirror = task.as_ref().and_then(Task::mirror);
+                let mirror = mirror.ok_or_else(|| {
+                    Error::not_supported(format!(
                         "job '{id}' is a {}: only mirrors have a copy-mode",
                         job.options.kind.name()
-                    )));
+                    ))
+                })?;
+                match mode {
+                    CopyMode::WriteBlocking => {
+                        mirror.set_blocking();
+                        self.nodes_changed(&job);
+                    }
+                    CopyMode::Background if !mirror.is_blocking() => {}
+                    CopyMode::Background => {
+                        return refuse("copy-mode can be changed to write-blocking, and not back");
+                    }
                 }
-            },
+            }
         }
         self.events.push(Event::JobChanged(id.to_owned()));
         Ok(Reply::Done)
     }
 
     /// Cancels all jobs; those that do not wait for somebody are still to end.
-    pub(super) fn cancel_jobs(&mut self) {
+    pub(super) async fn cancel_jobs(&mut self) {
         let jobs: Vec<Arc<Job>> = self.world().jobs.values().cloned().collect();
         for job in jobs {
             job.state.cancel();
             if job.status() == Status::Pending {
-                self.abort(&job, Stop::Cancelled);
+                self.abort(&job, Stop::Cancelled).await;
             }
         }
     }
@@ -661,6 +1112,39 @@ impl Control {
     /// Whether jobs have still to end.
     pub(super) fn has_jobs(&self) -> bool {
         self.world().jobs.values().any(|j| !j.is_over())
+    }
+}
+
+/// Whether the target of a mirror may take the place of its source.
+fn check_pivot(world: &World, job: &Job, task: &Task) -> Result<()> {
+    match task {
+        Task::Commit(_) => world.graph.check_moves(&job.source),
+        _ => world
+            .graph
+            .check_replace(&job.source, &job.target, &job.parent()),
+    }
+}
+
+/// What an image's header is to call a node, with its format.
+fn name_of(
+    what: &str,
+    node: &Arc<Node>,
+    given: Option<String>,
+    needed: bool,
+) -> Result<Option<(String, String)>> {
+    // What QEMU calls the content of such a node.
+    let format = match node.driver_name() {
+        "qcow2" => "qcow2",
+        "luks" => "luks",
+        _ => "raw",
+    };
+    match given.or_else(|| node.filename()) {
+        Some(name) => Ok(Some((name, format.to_owned()))),
+        None if !needed => Ok(None),
+        None => Err(Error::invalid(format!(
+            "{what}: node '{}' has no file name that the image above could name: give 'backing-file'",
+            node.name()
+        ))),
     }
 }
 

@@ -200,7 +200,7 @@ impl Control {
     /// Cancels jobs, ends exports (their requests are answered first), makes everything durable, closes the images
     /// and stops the I/O threads. Errors are logged; nothing stops the rest.
     async fn shutdown(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
-        self.cancel_jobs();
+        self.cancel_jobs().await;
         while self.has_jobs()
             && let Some(event) = jobs.recv().await
         {

@@ -129,7 +129,7 @@ impl Control {
     }
 
     /// Flushes a node that is written to until a flush has little to do: the last one, for which guests wait, has even less.
-    async fn flush_mostly(&self, node: &Arc<Node>) -> std::io::Result<()> {
+    pub(super) async fn flush_mostly(&self, node: &Arc<Node>) -> std::io::Result<()> {
         for _ in 0..MAX_FLUSHES {
             let start = Instant::now();
             self.flush(node).await?;

@@ -185,9 +185,6 @@ impl JobObject {
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn objects(&self) -> Vec<OwnedObjectPath> {
-        vec![
-            node_path(&self.job.options.node),
-            node_path(&self.job.options.target),
-        ]
+        vec![node_path(&self.job.source), node_path(&self.job.target)]
     }
 }

@@ -121,6 +121,8 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
         Event::NodeRemoved(name) => {
             server.remove::<NodeObject, _>(node_path(&name)).await?;
         }
+        // It may be gone already.
+        Event::NodeChanged(name) if control.world().graph.node(&name).is_err() => {}
         Event::NodeChanged(name) => {
             if let Ok(object) = server.interface::<_, NodeObject>(node_path(&name)).await {
                 let (node, emitter) = (object.get().await, object.signal_emitter());

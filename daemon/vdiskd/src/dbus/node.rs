@@ -171,6 +171,16 @@ impl NodeObject {
         self.start("convert", options).await
     }
 
+    #[zbus(out_args("job"))]
+    async fn commit(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("commit", options).await
+    }
+
+    #[zbus(out_args("job"))]
+    async fn stream(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("stream", options).await
+    }
+
     #[zbus(out_args("snapshot"))]
     async fn create_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
         self.snapshot(SnapshotAction::Create, name, options).await
