@@ -2,6 +2,7 @@
 # make test     set up, build, check style and licences, run all tests (guests included)
 # make bench    set up, build for speed, compare with the newest qemu-storage-daemon
 # make bench-live   the same for what guests notice of changes under them
+# make bench-jobs   the same for backups, mirrors, commits and streams
 # make install  install what 'make release' built (DESTDIR, PREFIX, …)
 #
 # All of them can be run again; what is there already is left alone. Downloads go to $VDISK_LAB, or to
@@ -22,7 +23,7 @@ export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 GUEST = target/guest/$(HOST)/release/init
 
-.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live install clean
+.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs install clean
 
 setup: packages rust guest
 
@@ -76,6 +77,9 @@ bench: setup lab release
 
 bench-live: setup lab release
 	@target/release/vdisk-bench-live
+
+bench-jobs: setup lab release
+	@target/release/vdisk-bench-jobs $(BENCH)
 
 install:
 	install -D -m 755 target/release/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd

@@ -5,9 +5,9 @@
 mod path;
 mod proxies;
 
-pub use path::{escape, export_path, iothread_path, job_path, node_path, unescape};
+pub use path::{bitmap_path, escape, export_path, iothread_path, job_path, node_path, unescape};
 pub use proxies::{
-    ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy,
+    BitmapProxy, ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy,
 };
 
 /// The bus name.
@@ -20,7 +20,7 @@ pub const ROOT_PATH: &str = "/org/vdisk1";
 pub const ERROR_PREFIX: &str = "org.vdisk1.Error.";
 
 /// The XML of each interface.
-pub const INTERFACES: [(&str, &str); 6] = [
+pub const INTERFACES: [(&str, &str); 7] = [
     (
         "org.vdisk1.Manager",
         include_str!("../org.vdisk1.Manager.xml"),
@@ -37,6 +37,10 @@ pub const INTERFACES: [(&str, &str); 6] = [
     (
         "org.vdisk1.IoThread",
         include_str!("../org.vdisk1.IoThread.xml"),
+    ),
+    (
+        "org.vdisk1.Bitmap",
+        include_str!("../org.vdisk1.Bitmap.xml"),
     ),
     ("org.vdisk1.Job", include_str!("../org.vdisk1.Job.xml")),
 ];

@@ -58,6 +58,16 @@ pub fn iothread_path(name: &str) -> OwnedObjectPath {
     object("iothread", name)
 }
 
+/// Of a bitmap of a node.
+pub fn bitmap_path(node: &str, name: &str) -> OwnedObjectPath {
+    OwnedObjectPath::try_from(format!(
+        "/org/vdisk1/bitmap/{}/{}",
+        escape(node),
+        escape(name)
+    ))
+    .expect("an escaped name is a valid path element")
+}
+
 pub fn job_path(id: &str) -> OwnedObjectPath {
     object("job", id)
 }

@@ -54,6 +54,7 @@ pub trait Node {
     fn add_overlay(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
     fn insert_filter(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
     fn take_out(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn add_bitmap(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn mirror(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn backup(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn convert(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
@@ -178,4 +179,25 @@ pub trait Job {
     fn error(&self) -> zbus::Result<(String, String)>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn objects(&self) -> zbus::Result<Vec<OwnedObjectPath>>;
+}
+
+#[proxy(interface = "org.vdisk1.Bitmap", default_service = "org.vdisk1")]
+pub trait Bitmap {
+    fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn clear(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn enable(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn disable(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn merge(&self, sources: Vec<String>, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn node(&self) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn granularity(&self) -> zbus::Result<u64>;
+    #[zbus(property)]
+    fn recording(&self) -> zbus::Result<bool>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn count(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn job(&self) -> zbus::Result<OwnedObjectPath>;
 }

@@ -74,10 +74,12 @@ fn the_daemon_introspects_to_the_documented_xml() {
     let copy = daemon.path("copy.qcow2");
     let slow = ["--speed", "1", "--detach", "job-id=j0"];
     daemon.ctl(&[&["backup", "d0", copy.to_str().unwrap()][..], &slow].concat());
+    daemon.ctl(&["bitmap", "add", "d0", "b0"]);
     for (interface, xml) in vdisk_dbus::INTERFACES {
         let path = match interface {
             "org.vdisk1.Manager" => "/org/vdisk1",
             "org.vdisk1.Job" => "/org/vdisk1/job/j0",
+            "org.vdisk1.Bitmap" => "/org/vdisk1/bitmap/d0/b0",
             "org.vdisk1.Node" => "/org/vdisk1/node/d0",
             "org.vdisk1.IoThread" => "/org/vdisk1/iothread/io0",
             _ => "/org/vdisk1/export/d0",

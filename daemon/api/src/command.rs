@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::bitmap::BitmapAction;
 use crate::export::ExportOptions;
 use crate::fields::Map;
 use crate::image::RepairWhat;
@@ -48,6 +49,10 @@ pub enum Command {
         node: String,
         action: SnapshotAction,
         snapshot: String,
+    },
+    Bitmap {
+        node: String,
+        action: BitmapAction,
     },
     StartJob(JobOptions),
     Job {

@@ -13,6 +13,27 @@ pub enum JobSync {
     Top,
     /// What is written while the job runs (mirror), or overwritten (backup).
     None,
+    /// What a bitmap says.
+    Bitmap,
+}
+
+/// What a bitmap has when its job has ended (QAPI `BitmapSyncMode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BitmapMode {
+    /// What was written since the job began, if it succeeded; nothing is taken out otherwise.
+    #[default]
+    OnSuccess,
+    /// Nothing is taken out.
+    Never,
+    /// What was written since, and what was not copied.
+    Always,
+}
+
+/// The bitmap that a job goes by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobBitmap {
+    pub name: String,
+    pub mode: BitmapMode,
 }
 
 /// When a mirror's target gets what guests write (QAPI `MirrorCopyMode`).
@@ -53,6 +74,8 @@ pub enum JobKind {
     },
     Backup {
         sync: JobSync,
+        /// With [`JobSync::Bitmap`].
+        bitmap: Option<JobBitmap>,
         compress: bool,
         on_copy_error: CopyErrorPolicy,
     },
@@ -113,6 +136,20 @@ const SYNCS: [(&str, JobSync); 3] = [
     ("none", JobSync::None),
 ];
 
+const BACKUP_SYNCS: [(&str, JobSync); 5] = [
+    ("full", JobSync::Full),
+    ("top", JobSync::Top),
+    ("none", JobSync::None),
+    ("incremental", JobSync::Bitmap),
+    ("bitmap", JobSync::Bitmap),
+];
+
+const BITMAP_MODES: [(&str, BitmapMode); 3] = [
+    ("on-success", BitmapMode::OnSuccess),
+    ("never", BitmapMode::Never),
+    ("always", BitmapMode::Always),
+];
+
 const POLICIES: [(&str, ErrorPolicy); 4] = [
     ("report", ErrorPolicy::Report),
     ("ignore", ErrorPolicy::Ignore),
@@ -147,6 +184,39 @@ fn granularity(f: &mut Fields) -> Result<Option<u64>> {
     }
 }
 
+fn bitmap(f: &mut Fields) -> Result<Option<JobBitmap>> {
+    let sync = f.peek("sync").and_then(|v| v.as_str()).unwrap_or("full");
+    let by_bitmap = matches!(sync, "incremental" | "bitmap");
+    let sync = sync.to_owned();
+    let name = f.string("bitmap")?;
+    let mode = f.choice("bitmap-mode", &BITMAP_MODES)?;
+    match (by_bitmap, name) {
+        (true, Some(name))
+            if sync == "incremental" && mode.is_some_and(|m| m != BitmapMode::OnSuccess) =>
+        {
+            Err(f.error(
+                "bitmap-mode",
+                format_args!(
+                    "cannot be changed for bitmap '{name}' with sync=incremental: give sync=bitmap"
+                ),
+            ))
+        }
+        (true, Some(name)) => Ok(Some(JobBitmap {
+            name,
+            mode: mode.unwrap_or_default(),
+        })),
+        (true, None) => Err(f.error(
+            "bitmap",
+            format_args!("is missing with sync={sync}: give it"),
+        )),
+        (false, Some(_)) => Err(f.error(
+            "bitmap",
+            format_args!("has no meaning with sync={sync}: give sync=incremental or sync=bitmap"),
+        )),
+        (false, None) => Ok(None),
+    }
+}
+
 impl JobOptions {
     /// Options of a job of kind `kind` (see [`JobKind::name`]) on a node.
     pub fn from_map(kind: &str, node: &str, map: Map) -> Result<JobOptions> {
@@ -171,7 +241,8 @@ impl JobOptions {
                 granularity: granularity(&mut f)?,
             },
             "backup" => JobKind::Backup {
-                sync: f.choice("sync", &SYNCS)?.unwrap_or_default(),
+                bitmap: bitmap(&mut f)?,
+                sync: f.choice("sync", &BACKUP_SYNCS)?.unwrap_or_default(),
                 compress: f.boolean("compress")?.unwrap_or(false),
                 on_copy_error: f.choice("on-cbw-error", &COPY_ERRORS)?.unwrap_or_default(),
             },

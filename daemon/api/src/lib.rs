@@ -4,6 +4,7 @@
 //! arrive as a map, nested or with dotted keys (`cache.direct`), and unknown names, wrong types and
 //! values out of range are refused by name. D-Bus (and any later front) only translates to these types.
 
+mod bitmap;
 mod command;
 mod error;
 mod export;
@@ -16,6 +17,7 @@ mod secret;
 mod size;
 mod throttle;
 
+pub use bitmap::{BitmapAction, BitmapOptions};
 pub use command::{Command, Reply, SnapshotAction};
 pub use error::{Error, ErrorKind, Result};
 pub use export::{
@@ -29,8 +31,8 @@ pub use image::{
 };
 pub use iothread::{IoThreadOptions, IoThreadUpdate};
 pub use job::{
-    CopyErrorPolicy, CopyMode, ErrorPolicy, JobAction, JobKind, JobOptions, JobSync,
-    cancel_from_map, change_from_map,
+    BitmapMode, CopyErrorPolicy, CopyMode, ErrorPolicy, JobAction, JobBitmap, JobKind, JobOptions,
+    JobSync, cancel_from_map, change_from_map,
 };
 pub use node::{
     BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,

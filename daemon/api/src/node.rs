@@ -64,6 +64,9 @@ pub enum NodeRef {
 pub struct FileOptions {
     pub filename: String,
     pub locking: Locking,
+    /// The node ends with a block of the storage, though the file may end before. (Not an option: it is so for the files of
+    /// images.)
+    pub whole_blocks: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -348,6 +351,7 @@ impl NodeOptions {
 fn file_options(f: &mut Fields) -> Result<FileOptions> {
     Ok(FileOptions {
         filename: f.required_string("filename")?,
+        whole_blocks: false,
         locking: f
             .choice(
                 "locking",

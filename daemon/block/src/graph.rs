@@ -136,6 +136,17 @@ impl Opened {
     }
 }
 
+/// The file of an image may end within a block: the image knows its size.
+fn whole_blocks(file: &NodeRef) -> NodeRef {
+    let mut file = file.clone();
+    if let NodeRef::Options(options) = &mut file
+        && let DriverOptions::File(f) = &mut options.driver
+    {
+        f.whole_blocks = true;
+    }
+    file
+}
+
 impl Graph {
     pub fn new(runtime: Runtime) -> Graph {
         Graph {
@@ -220,7 +231,8 @@ impl Graph {
             children.push(("file", self.plan_child(&name, &throttle.file, plan)?));
         }
         if let DriverOptions::Qcow2(qcow2) = &options.driver {
-            children.push(("file", self.plan_child(&name, &qcow2.file, plan)?));
+            let file = whole_blocks(&qcow2.file);
+            children.push(("file", self.plan_child(&name, &file, plan)?));
             if let Some(data_file) = &qcow2.data_file {
                 children.push(("data-file", self.plan_child(&name, data_file, plan)?));
             }

@@ -20,6 +20,7 @@ impl Standalone {
         let file = FileOptions {
             filename: filename.to_owned(),
             locking: Locking::Auto,
+            whole_blocks: false,
         };
         use std::os::unix::fs::FileTypeExt;
         let is_device = std::fs::metadata(filename).is_ok_and(|m| m.file_type().is_block_device());

@@ -14,7 +14,7 @@
 //!   block (see [`vdisk_io::RangeLock`]).
 
 mod backend;
-mod bits;
+mod bitmap;
 mod crypt;
 mod drivers;
 mod graph;
@@ -28,6 +28,7 @@ mod tap;
 mod throttle;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};
+pub use bitmap::Bitmap;
 pub use crypt::{Encrypted, luks_failed, read_header};
 pub use drivers::qcow2::NodeStorage;
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};

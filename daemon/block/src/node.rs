@@ -1,15 +1,17 @@
 //! A node of the block graph: a driver, with what all drivers have in common.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
 use vdisk_io::{IoVecs, RangeLock, segments_aligned};
 
+use crate::bitmap::Bitmap;
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
@@ -54,6 +56,7 @@ pub struct Node {
     /// There are taps.
     tapped: AtomicBool,
     taps: ArcSwapOption<Taps>,
+    bitmaps: Mutex<BTreeMap<String, Arc<Bitmap>>>,
 }
 
 type Taps = Vec<Arc<dyn Tap>>;
@@ -96,6 +99,7 @@ impl Node {
             bounces: Semaphore::new(MAX_BOUNCES),
             tapped: AtomicBool::new(false),
             taps: ArcSwapOption::empty(),
+            bitmaps: Mutex::default(),
         }))
     }
 
@@ -197,6 +201,40 @@ impl Node {
         taps.retain(|t| !Arc::ptr_eq(t, tap));
         self.tapped.store(!taps.is_empty(), Ordering::Release);
         self.taps.store((!taps.is_empty()).then(|| Arc::new(taps)));
+    }
+
+    fn all_bitmaps(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Bitmap>>> {
+        self.bitmaps.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn bitmap(&self, name: &str) -> Option<Arc<Bitmap>> {
+        self.all_bitmaps().get(name).cloned()
+    }
+
+    pub fn bitmaps(&self) -> Vec<Arc<Bitmap>> {
+        self.all_bitmaps().values().cloned().collect()
+    }
+
+    /// Adds a bitmap under a new name. Exact if everything above is drained.
+    pub fn add_bitmap(&self, name: &str, granularity: u64, recording: bool) {
+        let bitmap = Bitmap::new(name, self.size(), granularity, recording);
+        self.add_tap(bitmap.clone());
+        self.all_bitmaps().insert(name.to_owned(), bitmap);
+    }
+
+    pub fn remove_bitmap(&self, name: &str) {
+        let removed = self.all_bitmaps().remove(name);
+        if let Some(bitmap) = removed {
+            let tap: Arc<dyn Tap> = bitmap;
+            self.remove_tap(&tap);
+        }
+    }
+
+    fn set_size(&self, size: u64) {
+        self.size.store(size, Relaxed);
+        for bitmap in self.bitmaps() {
+            bitmap.fit(size);
+        }
     }
 
     async fn before<'a>(
@@ -564,7 +602,7 @@ impl Node {
             return Err(out_of_range());
         }
         let now = self.driver.resize(size).await?;
-        self.size.store(now, Relaxed);
+        self.set_size(now);
         tracing::debug!(node = self.name, size = now, "resized");
         Ok(now)
     }
@@ -572,7 +610,7 @@ impl Node {
     /// A child was resized: takes over the size that follows. The caller has drained everything above.
     pub fn follow_child(&self) {
         if let Some(size) = self.driver.size_from_children() {
-            self.size.store(size, Relaxed);
+            self.set_size(size);
         }
     }
 
@@ -621,7 +659,7 @@ impl Node {
     /// The image may have another size. The caller has drained everything above.
     pub fn follow_image(&self) {
         if let Some(image) = self.driver.image() {
-            self.size.store(image.size(), Relaxed);
+            self.set_size(image.size());
         }
     }
 
@@ -658,7 +696,6 @@ impl std::fmt::Debug for Node {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
     use std::sync::atomic::AtomicU32;
 
     use proptest::prelude::*;
@@ -784,6 +821,7 @@ mod tests {
             bounces: Semaphore::new(2),
             tapped: AtomicBool::new(false),
             taps: ArcSwapOption::empty(),
+            bitmaps: Mutex::default(),
         };
         node.announce_block_size(512);
         (Arc::new(node), blocks)

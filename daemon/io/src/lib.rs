@@ -13,6 +13,7 @@
 //! Short reads and writes, reads beyond the end of a file and `EINTR`/`EAGAIN` are handled here, once:
 //! whoever submits sees a whole transfer or an error.
 
+mod bits;
 mod buffer;
 mod engine;
 mod executor;
@@ -27,6 +28,7 @@ mod stats;
 mod thread;
 mod timer;
 
+pub use bits::Bits;
 pub use buffer::{AlignedBuf, IoVecs, segments_aligned};
 pub use engine::{EngineChoice, EngineError, EngineKind};
 pub use file::{IoFile, block_device_size, direct_read_works};

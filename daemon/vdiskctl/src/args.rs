@@ -72,6 +72,9 @@ pub enum Command {
     ///
     /// Example: vdiskctl stream disk0-monday
     Stream(Merge),
+    /// Dirty bitmaps: what was written since some moment
+    #[command(subcommand)]
+    Bitmap(BitmapCommand),
     /// Jobs: long work on nodes
     #[command(subcommand)]
     Job(JobCommand),
@@ -318,8 +321,9 @@ pub struct Copy {
     /// The name of the copy's node
     #[arg(long)]
     pub name: Option<String>,
-    /// What is copied: everything, what the node has without its backing file, or what is written from now on
-    #[arg(long, value_parser = ["full", "top", "none"])]
+    /// What is copied: everything, what the node has without its backing file, what is written from now on, or (backup)
+    /// what a bitmap has
+    #[arg(long, value_parser = ["full", "top", "none", "incremental", "bitmap"])]
     pub sync: Option<String>,
     /// Write compressed clusters
     #[arg(long)]
@@ -380,6 +384,45 @@ pub struct Convert {
     pub source_options: Vec<String>,
     #[command(flatten)]
     pub copy: Copy,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Bitmap {
+    pub node: String,
+    /// The bitmap's name
+    pub name: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BitmapCommand {
+    /// Record what is written to a node from now on
+    Add {
+        #[command(flatten)]
+        bitmap: Bitmap,
+        /// Bytes that one bit stands for (64k)
+        #[arg(long)]
+        granularity: Option<String>,
+        /// Do not record yet
+        #[arg(long)]
+        disabled: bool,
+    },
+    /// Forget a bitmap
+    Remove(Bitmap),
+    /// List the bitmaps of all nodes
+    List,
+    /// Begin anew: nothing is dirty
+    Clear(Bitmap),
+    /// Record writes from now on
+    Enable(Bitmap),
+    /// Record no writes from now on
+    Disable(Bitmap),
+    /// Add what other bitmaps of the node have
+    Merge {
+        #[command(flatten)]
+        bitmap: Bitmap,
+        #[arg(required = true)]
+        sources: Vec<String>,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, to_json};
 use crate::options::{Options, options};
 use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
-use crate::{images, jobs, secrets, stats, throttle, tree};
+use crate::{bitmaps, images, jobs, secrets, stats, throttle, tree};
 
 async fn connect(args: &Args) -> Result<Connection> {
     let builder = match &args.bus_address {
@@ -164,6 +164,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Commit(merge) => jobs::merge(&connection, &merge, true, json).await,
         Command::Stream(merge) => jobs::merge(&connection, &merge, false, json).await,
         Command::Convert(convert) => jobs::convert(&connection, &manager, &convert, json).await,
+        Command::Bitmap(command) => bitmaps::bitmap(&connection, command, json).await,
         Command::Job(command) => jobs::job(&connection, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,
         Command::IoThread(command) => iothread(&connection, &manager, command, json).await,

@@ -1,6 +1,7 @@
 //! vdiskctl: the command line client of vdiskd. Everything it does goes over D-Bus.
 
 mod args;
+mod bitmaps;
 mod commands;
 mod error;
 mod images;

@@ -105,7 +105,7 @@ pub(super) fn open(
         locks::lock(&fd, &what, &image_use(read_only), options.locking)?;
     }
 
-    let size = if is_device {
+    let mut size = if is_device {
         block_device_size(fd.as_fd()).map_err(|e| cannot(&e))?
     } else {
         std::fs::File::from(fd.try_clone().map_err(|e| cannot(&e))?)
@@ -125,6 +125,9 @@ pub(super) fn open(
                     &e,
                 )
             })?;
+        if options.whole_blocks && !is_device {
+            size = size.next_multiple_of(limits.request_alignment);
+        }
         if !size.is_multiple_of(limits.request_alignment) {
             return Err(Error::invalid(format!(
                 "{what} has {size} bytes, which is not a multiple of {}, the block size of its storage: resize it, or set cache.direct=off",

@@ -8,13 +8,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard};
 
-use vdisk_io::{IoVecs, RangeLock};
+use vdisk_io::{Bits, IoVecs, RangeLock};
 
 use super::Work;
 use super::copy::{CHUNK, CopyError, How, copy, each_piece, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
-use crate::bits::Bits;
 use crate::drivers::{LocalFuture, SlowReason};
 use crate::node::Node;
 use crate::tap::{Held, Tap, Written};
@@ -28,6 +27,8 @@ pub enum BackupSync {
     Top,
     /// What is overwritten while the job runs.
     None,
+    /// What a bitmap has.
+    Bits,
 }
 
 /// What happens when a guest overwrites a piece that cannot be copied.
@@ -80,10 +81,18 @@ impl Backup {
         })
     }
 
-    /// From now on the target gets what the source has at this moment. The source is drained.
-    pub fn start(self: &Arc<Self>) {
-        self.todo.set(&(0..self.source.size()));
+    /// From now on the target gets what the source has at this moment, `bits` of it or all. The source is drained.
+    pub fn start(self: &Arc<Self>, bits: Option<&Bits>) {
+        match bits {
+            Some(bits) => self.todo.merge(bits),
+            None => self.todo.set(&(0..self.source.size())),
+        }
         self.source.add_tap(self.clone());
+    }
+
+    /// Sets in `bits` what is not copied.
+    pub fn missing(&self, bits: &Bits) {
+        bits.merge(&self.todo);
     }
 
     /// Guests' writes copy nothing any more.

@@ -14,13 +14,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use vdisk_io::{IoVecs, RangeLock, quiesce};
+use vdisk_io::{Bits, IoVecs, RangeLock, quiesce};
 
 use super::Work;
 use super::copy::{CHUNK, CopyError, How, copy, each_piece, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
-use crate::bits::Bits;
 use crate::drivers::{LocalFuture, SlowReason};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::tap::{Held, Hold, Tap, Written};

@@ -8,17 +8,17 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use vdisk_api::{
-    CopyErrorPolicy, CopyMode, Error, ErrorPolicy, JobAction, JobKind, JobOptions, JobSync, Reply,
-    Result,
+    BitmapMode, CopyErrorPolicy, CopyMode, Error, ErrorPolicy, JobAction, JobKind, JobOptions,
+    JobSync, Reply, Result,
 };
 use vdisk_block::jobs::{
     self, Backup, BackupSync, Ending, JobState, Mirror, MirrorSync, OnCopyError, OnError, Side,
     Stop, Stream, Work,
 };
-use vdisk_block::{Backend, Node, Parent, Permissions, Use, image_failed};
-use vdisk_io::{IoThread, IoThreadConfig};
+use vdisk_block::{Backend, Bitmap, Node, Parent, Permissions, Use, image_failed};
+use vdisk_io::{Bits, IoThread, IoThreadConfig};
 
-use super::{Control, Event, World};
+use super::{Control, Event, World, bitmaps};
 
 /// What a running job tells the control plane.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl Status {
 #[derive(Clone)]
 enum Task {
     Mirror(Arc<Mirror>),
-    Backup(Arc<Backup>),
+    Backup(Arc<Backup>, Option<Increment>),
     Convert(Arc<Mirror>),
     Commit(Commit),
     Stream(Arc<Stream>, Base),
@@ -72,7 +72,7 @@ enum Task {
 /// Nodes that no other job may use meanwhile.
 fn claims(world: &World, task: &Task) -> Vec<String> {
     match task {
-        Task::Mirror(_) | Task::Backup(_) | Task::Convert(_) => Vec::new(),
+        Task::Mirror(_) | Task::Backup(..) | Task::Convert(_) => Vec::new(),
         Task::Commit(c) => c.chain.clone(),
         Task::Stream(stream, _) => {
             let mut claimed = vec![stream.node().name().to_owned()];
@@ -83,6 +83,45 @@ fn claims(world: &World, task: &Task) -> Vec<String> {
             }
             claimed
         }
+    }
+}
+
+/// The bitmap that a backup goes by, and what it had when the backup began.
+#[derive(Clone)]
+struct Increment {
+    bitmap: Arc<Bitmap>,
+    mode: BitmapMode,
+    bits: Arc<Mutex<Option<Arc<Bits>>>>,
+}
+
+impl Increment {
+    fn bits(&self) -> MutexGuard<'_, Option<Arc<Bits>>> {
+        self.bits.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Takes the bits for a job. The node is drained.
+    fn begin(&self, job: &str) -> Arc<Bits> {
+        let bits = self.bitmap.take();
+        self.bitmap.set_user(Some(job.to_owned()));
+        *self.bits() = Some(bits.clone());
+        bits
+    }
+
+    /// The job has ended: what the next one has to copy is in the bitmap again.
+    fn end(&self, backup: &Backup, success: bool) {
+        let Some(bits) = self.bits().take() else {
+            return;
+        };
+        match (self.mode, success) {
+            (BitmapMode::OnSuccess | BitmapMode::Always, true) => {}
+            (BitmapMode::OnSuccess, false) | (BitmapMode::Never, _) => self.bitmap.merge(&bits),
+            (BitmapMode::Always, false) => {
+                let missing = Bits::new(bits.size(), bits.granularity());
+                backup.missing(&missing);
+                self.bitmap.merge(&missing);
+            }
+        }
+        self.bitmap.set_user(None);
     }
 }
 
@@ -110,7 +149,7 @@ impl Task {
         match self {
             Task::Mirror(m) | Task::Convert(m) => m.clone(),
             Task::Commit(c) => c.mirror.clone(),
-            Task::Backup(b) => b.clone(),
+            Task::Backup(b, _) => b.clone(),
             Task::Stream(s, _) => s.clone(),
         }
     }
@@ -129,7 +168,7 @@ impl Task {
         match self {
             Task::Mirror(m) | Task::Convert(m) => m.stop(),
             Task::Commit(c) => c.mirror.stop(),
-            Task::Backup(b) => b.stop(),
+            Task::Backup(b, _) => b.stop(),
             Task::Stream(..) => {}
         }
     }
@@ -217,10 +256,10 @@ fn policy(p: ErrorPolicy) -> OnError {
 }
 
 /// The task of a job that copies one node to another.
-fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Option<Task> {
+fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<Task> {
     let (source, target) = (source.clone(), target.clone());
-    Some(match o.kind {
-        JobKind::Mirror {
+    Ok(match &o.kind {
+        &JobKind::Mirror {
             sync,
             copy_mode,
             granularity,
@@ -228,33 +267,46 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Option<T
             let sync = match sync {
                 JobSync::Full => MirrorSync::Full,
                 JobSync::Top => MirrorSync::Top,
-                JobSync::None => MirrorSync::None,
+                JobSync::None | JobSync::Bitmap => MirrorSync::None,
             };
             let cluster = target.limits().zero_alignment.max(65536);
             let granularity = granularity.unwrap_or(cluster);
             let blocking = copy_mode == CopyMode::WriteBlocking;
             Task::Mirror(Mirror::new(source, target, sync, granularity, blocking))
         }
-        JobKind::Backup {
+        &JobKind::Backup {
             sync,
+            ref bitmap,
             compress,
             on_copy_error,
         } => {
+            let increment = match bitmap {
+                None => None,
+                Some(b) => Some(Increment {
+                    bitmap: bitmaps::free(&source, &b.name)?,
+                    mode: b.mode,
+                    bits: Arc::default(),
+                }),
+            };
             let sync = match sync {
                 JobSync::Full => BackupSync::Full,
                 JobSync::Top => BackupSync::Top,
                 JobSync::None => BackupSync::None,
+                JobSync::Bitmap => BackupSync::Bits,
             };
             let on_error = match on_copy_error {
                 CopyErrorPolicy::BreakSnapshot => OnCopyError::BreakSnapshot,
                 CopyErrorPolicy::BreakGuestWrite => OnCopyError::BreakGuestWrite,
             };
-            Task::Backup(Backup::new(source, target, sync, compress, on_error))
+            let backup = Backup::new(source, target, sync, compress, on_error);
+            Task::Backup(backup, increment)
         }
-        JobKind::Convert { compress } => {
+        &JobKind::Convert { compress } => {
             Task::Convert(Mirror::once(source, target, MirrorSync::Full, compress))
         }
-        JobKind::Commit { .. } | JobKind::Stream { .. } => return None,
+        JobKind::Commit { .. } | JobKind::Stream { .. } => {
+            return Err(Error::failed("it copies nothing"));
+        }
     })
 }
 
@@ -336,8 +388,7 @@ impl Control {
                 let target = self.world().graph.node(name);
                 let target = target.map_err(|e| e.context(&what))?;
                 self.check_copy(&what, &options, &source, &target)?;
-                let task = copy_task(&options, &source, &target)
-                    .ok_or_else(|| Error::failed(format!("{what} copies nothing")))?;
+                let task = copy_task(&options, &source, &target).map_err(|e| e.context(&what))?;
                 Parts {
                     task,
                     source,
@@ -425,9 +476,10 @@ impl Control {
         match &parts.task {
             Task::Mirror(m) => m.start(),
             Task::Convert(_) | Task::Stream(..) => {}
-            Task::Backup(b) => {
+            Task::Backup(b, increment) => {
                 let (start, drained) = self.hold(&job.source).await;
-                b.start();
+                let bits = increment.as_ref().map(|i| i.begin(job.id()));
+                b.start(bits.as_deref());
                 drop(drained);
                 let paused_us = start.elapsed().as_micros() as u64;
                 tracing::debug!(job = job.id(), paused_us, "point in time taken");
@@ -726,11 +778,11 @@ impl Control {
             (Task::Commit(c), _) if c.active => self.last_part(job, &c.mirror).await,
             (Task::Commit(c), _) => self.stand_on_base(job, c).await,
             (Task::Stream(_, base), _) => self.end_stream(job, &parts.source, base).await,
-            (Task::Backup(_) | Task::Convert(_), _) => Ok(()),
+            (Task::Backup(..) | Task::Convert(_), _) => Ok(()),
         };
         match result {
             Ok(()) => {
-                self.end(job);
+                self.end(job, true);
                 self.after(job, parts).await;
                 self.conclude(job, None);
             }
@@ -958,7 +1010,7 @@ impl Control {
                 node = node.name(),
                 "node removed: it is not needed any more"
             );
-            self.events.push(Event::NodeRemoved(node.name().to_owned()));
+            self.removed(&node);
         }
     }
 
@@ -978,7 +1030,7 @@ impl Control {
                 image_failed(&what, &error)
             }
         };
-        if let Some(parts) = self.end(job)
+        if let Some(parts) = self.end(job, false)
             && matches!(parts.task, Task::Commit(_))
         {
             self.make_read_only(&parts.target).await;
@@ -987,10 +1039,13 @@ impl Control {
     }
 
     /// Nothing of a job is under way any more: it lets go of its nodes.
-    fn end(&self, job: &Job) -> Option<Parts> {
+    fn end(&self, job: &Job, success: bool) -> Option<Parts> {
         // Whoever looks at a job that is over must not keep its nodes.
         let parts = job.life().parts.take();
         if let Some(parts) = &parts {
+            if let Task::Backup(backup, Some(increment)) = &parts.task {
+                increment.end(backup, success);
+            }
             parts.task.stop();
         }
         self.let_go(job);

@@ -4,6 +4,7 @@
 //! of their own. Whatever changes is told to the observer before the command is answered, so that an
 //! object is there when the method that makes it returns.
 
+pub mod bitmaps;
 mod exports;
 pub mod images;
 mod iothreads;
@@ -35,6 +36,10 @@ pub enum Event {
     IoThreadAdded(String),
     IoThreadRemoved(String),
     IoThreadChanged(String),
+    /// Node and name.
+    BitmapAdded(String, String),
+    BitmapRemoved(String, String),
+    BitmapChanged(String, String),
     JobAdded(String),
     JobChanged(String),
     /// It has ended, one way or the other.
@@ -187,6 +192,7 @@ impl Control {
                 action,
                 snapshot,
             } => self.snapshot(&node, action, snapshot).await,
+            Command::Bitmap { node, action } => self.bitmap(&node, action).await,
             Command::StartJob(options) => self.start_job(options).await,
             Command::Job { id, action } => self.job_action(&id, action).await,
             Command::AddExport(options) => self.add_export(options),

@@ -123,7 +123,7 @@ impl Control {
             paused_us,
             "filter taken out"
         );
-        self.events.push(Event::NodeRemoved(name.to_owned()));
+        self.removed(&filter);
         let below = below.name().to_owned();
         Ok(self.moved(&below, &below, Vec::new(), paused))
     }

@@ -116,7 +116,7 @@ impl Control {
                 ));
             }
             tracing::info!(node = node.name(), "node removed");
-            self.events.push(Event::NodeRemoved(node.name().to_owned()));
+            self.removed(&node);
         }
         for (_, child) in children {
             if self.world().graph.node(&child).is_ok() {
@@ -124,6 +124,15 @@ impl Control {
             }
         }
         failed.map_or(Ok(Reply::Done), Err)
+    }
+
+    /// Tells that a node, and what belonged to it, is gone.
+    pub(super) fn removed(&mut self, node: &Node) {
+        for bitmap in node.bitmaps() {
+            let (node, name) = (node.name().to_owned(), bitmap.name().to_owned());
+            self.events.push(Event::BitmapRemoved(node, name));
+        }
+        self.events.push(Event::NodeRemoved(node.name().to_owned()));
     }
 
     pub(super) async fn resize_node(

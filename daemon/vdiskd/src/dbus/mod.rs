@@ -1,6 +1,7 @@
 //! The D-Bus front: a thin adapter on the control plane. Objects live in one file each; they translate
 //! arguments to commands, and what there is to properties.
 
+mod bitmap;
 mod convert;
 mod error;
 mod export;
@@ -14,11 +15,14 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use vdisk_dbus::{BUS_NAME, ROOT_PATH, export_path, iothread_path, job_path, node_path};
+use vdisk_dbus::{
+    BUS_NAME, ROOT_PATH, bitmap_path, export_path, iothread_path, job_path, node_path,
+};
 use zbus::connection::Builder;
 use zbus::{Connection, MessageStream};
 
 use crate::control::{Event, Handle};
+use bitmap::BitmapObject;
 use error::Failure;
 use export::{ExportObject, VhostUserBlkObject};
 use iothread::IoThreadObject;
@@ -63,6 +67,12 @@ async fn connect(bus: &Bus, control: &Handle) -> zbus::Result<Connection> {
         let exports = world.exports.keys().cloned().map(Event::ExportAdded);
         let threads = world.threads.keys().cloned().map(Event::IoThreadAdded);
         let jobs = world.jobs.keys().cloned().map(Event::JobAdded);
+        let bitmaps = world.graph.names().filter_map(|n| world.graph.node(n).ok());
+        let bitmaps = bitmaps.flat_map(|n| {
+            let all = n.bitmaps().into_iter();
+            all.map(move |b| Event::BitmapAdded(n.name().to_owned(), b.name().to_owned()))
+        });
+        let nodes = nodes.chain(bitmaps);
         let all: Vec<Event> = nodes.chain(exports).chain(threads).chain(jobs).collect();
         all
     };
@@ -153,6 +163,25 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 export.node_changed(emitter).await?;
                 export.path_changed(emitter).await?;
                 export.path_reason_changed(emitter).await?;
+            }
+        }
+        Event::BitmapAdded(node, name) => {
+            let object = BitmapObject {
+                control,
+                node: node.clone(),
+                name: name.clone(),
+            };
+            server.at(bitmap_path(&node, &name), object).await?;
+        }
+        Event::BitmapRemoved(node, name) => {
+            let path = bitmap_path(&node, &name);
+            server.remove::<BitmapObject, _>(path).await?;
+        }
+        Event::BitmapChanged(node, name) => {
+            let path = bitmap_path(&node, &name);
+            if let Ok(object) = server.interface::<_, BitmapObject>(path).await {
+                let (bitmap, emitter) = (object.get().await, object.signal_emitter());
+                bitmap.recording_changed(emitter).await?;
             }
         }
         Event::JobAdded(id) => {

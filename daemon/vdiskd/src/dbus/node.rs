@@ -1,8 +1,11 @@
 //! org.vdisk1.Node
 
-use vdisk_api::{Command, Error, JobOptions, NodeOptions, RepairWhat, Reply, SnapshotAction};
+use vdisk_api::{
+    BitmapAction, BitmapOptions, Command, Error, JobOptions, NodeOptions, RepairWhat, Reply,
+    SnapshotAction,
+};
 use vdisk_block::{NodeInfo, Parent};
-use vdisk_dbus::{export_path, job_path, node_path};
+use vdisk_dbus::{bitmap_path, export_path, job_path, node_path};
 use zbus::interface;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -154,6 +157,17 @@ impl NodeObject {
         convert::no_options(options)?;
         let name = self.name.clone();
         self.move_nodes(Command::TakeOut { name }).await
+    }
+
+    #[zbus(out_args("bitmap"))]
+    async fn add_bitmap(&self, name: String, options: Options) -> Result<OwnedObjectPath, Failure> {
+        let map = convert::plain_options(options)?;
+        let options = BitmapOptions::from_map(&self.name, &name, map)?;
+        let path = bitmap_path(&self.name, &name);
+        let node = self.name.clone();
+        let action = BitmapAction::Add(options);
+        self.control.run(Command::Bitmap { node, action }).await?;
+        Ok(path)
     }
 
     #[zbus(out_args("job"))]

@@ -28,6 +28,20 @@ impl Bits {
         1 << self.shift
     }
 
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Sets what another has set, whatever its granularity.
+    pub fn merge(&self, other: &Bits) {
+        let mut at = 0;
+        while let Some(run) = other.next_run(at, u64::MAX >> 1) {
+            self.set(&run);
+            at = run.end;
+        }
+    }
+
     /// Whole pieces around a range.
     pub fn pieces_around(&self, range: &Range<u64>) -> Range<u64> {
         let mask = self.granularity() - 1;
@@ -196,6 +210,14 @@ mod tests {
                 at = run.end;
             }
             prop_assert_eq!(&seen, &model);
+            let (coarse, fine) = (Bits::new(size, 512), Bits::new(size, 64));
+            coarse.merge(&bits);
+            fine.merge(&bits);
+            for (p, set) in model.iter().enumerate() {
+                let at = p as u64 * 64;
+                prop_assert!(!set || coarse.any(&(at..at + 1)));
+                prop_assert_eq!(fine.any(&(at..at + 1)), *set);
+            }
             let all = 0..size;
             let clear = bits.clear_runs(&all);
             for (p, set) in model.iter().enumerate() {

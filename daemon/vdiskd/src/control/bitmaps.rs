@@ -1,0 +1,90 @@
+//! Dirty bitmaps of nodes.
+
+use std::sync::Arc;
+
+use vdisk_api::{BitmapAction, Error, Reply, Result};
+use vdisk_block::{Bitmap, Node};
+
+use super::{Control, Event};
+
+/// A bitmap by its name.
+pub fn find(node: &Node, name: &str) -> Result<Arc<Bitmap>> {
+    node.bitmap(name).ok_or_else(|| {
+        Error::not_found(format!(
+            "node '{}' has no bitmap '{name}': see the list of bitmaps",
+            node.name()
+        ))
+    })
+}
+
+/// A bitmap that no job has taken bits out of.
+pub(super) fn free(node: &Node, name: &str) -> Result<Arc<Bitmap>> {
+    let bitmap = find(node, name)?;
+    match bitmap.user() {
+        None => Ok(bitmap),
+        Some(job) => Err(Error::in_use(format!(
+            "bitmap '{name}' of node '{}' is used by job '{job}': wait for its end, or cancel it",
+            node.name()
+        ))),
+    }
+}
+
+/// Whether an action can be done.
+fn check(node: &Node, action: &BitmapAction) -> Result<()> {
+    match action {
+        BitmapAction::Add(options) if node.bitmap(&options.name).is_some() => {
+            Err(Error::exists(format!(
+                "node '{}' has a bitmap '{}' already: choose another name, or remove it first",
+                node.name(),
+                options.name
+            )))
+        }
+        BitmapAction::Add(_) => Ok(()),
+        BitmapAction::Merge { name, sources } => {
+            free(node, name)?;
+            sources.iter().try_for_each(|s| find(node, s).map(|_| ()))
+        }
+        other => free(node, other.name()).map(|_| ()),
+    }
+}
+
+/// Does it. Everything above is drained.
+fn apply(node: &Node, action: &BitmapAction) -> Result<()> {
+    match action {
+        BitmapAction::Add(o) => node.add_bitmap(&o.name, o.granularity, !o.disabled),
+        BitmapAction::Remove { name } => node.remove_bitmap(name),
+        BitmapAction::Clear { name } => {
+            find(node, name)?.take();
+        }
+        BitmapAction::Enable { name, on } => find(node, name)?.set_recording(*on),
+        BitmapAction::Merge { name, sources } => {
+            let into = find(node, name)?;
+            for source in sources {
+                into.merge(&find(node, source)?.bits());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn event(node: &str, action: &BitmapAction) -> Event {
+    let (node, name) = (node.to_owned(), action.name().to_owned());
+    match action {
+        BitmapAction::Add(_) => Event::BitmapAdded(node, name),
+        BitmapAction::Remove { .. } => Event::BitmapRemoved(node, name),
+        _ => Event::BitmapChanged(node, name),
+    }
+}
+
+impl Control {
+    pub(super) async fn bitmap(&mut self, name: &str, action: BitmapAction) -> Result<Reply> {
+        let node = self.world().graph.node(name)?;
+        check(&node, &action)?;
+        let (_, drained) = self.hold(name).await;
+        apply(&node, &action)?;
+        drop(drained);
+        tracing::info!(node = name, bitmap = action.name(), ?action, "bitmap");
+        self.events.push(event(name, &action));
+        Ok(Reply::Done)
+    }
+}

@@ -1,0 +1,229 @@
+//! Dirty bitmaps, and the incremental backups that go by them.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use vdisk_qemu_tests::blk_client::Client;
+use vdisk_qemu_tests::qemu_tools::{read_with_qemu, text, tool};
+use vdisk_qemu_tests::workload::{Sequence, Writer, assert_same, change};
+use vdisk_qemu_tests::{Daemon, wait_for};
+
+const SIZE: u64 = 16 << 20;
+
+fn start() -> (Daemon, PathBuf) {
+    let daemon = Daemon::start(&["--io-threads", "2"]);
+    let image = daemon.path("disk.qcow2");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&image), "16M"],
+    );
+    let filename = format!("file.filename={}", image.display());
+    daemon.ctl(&[
+        "node",
+        "add",
+        "disk",
+        "driver=qcow2",
+        "file.driver=file",
+        "discard=unmap",
+        &filename,
+    ]);
+    daemon.export_node("disk", "disk", &[]);
+    (daemon, image)
+}
+
+fn bitmap(daemon: &Daemon, name: &str) -> Value {
+    let all = daemon.ctl_json(&["bitmap", "list"]);
+    let found = all.as_array().unwrap().iter().find(|b| b["Name"] == name);
+    found.unwrap_or_else(|| panic!("{name}: {all}")).clone()
+}
+
+/// An image over another, for an increment.
+fn overlay(daemon: &Daemon, name: &str, below: &Path) -> PathBuf {
+    let image = daemon.path(name);
+    tool(
+        "qemu-img",
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            text(below),
+            text(&image),
+        ],
+    );
+    image
+}
+
+/// A full backup and increments over it, made while a client writes, are each one moment.
+#[test]
+fn increments_are_moments_too() {
+    let (daemon, _) = start();
+    let sequence = Sequence::new(SIZE);
+    std::thread::scope(|s| {
+        let writer = Writer::start(s, &sequence, &daemon.socket("disk"));
+        sequence.wait_for_more(300);
+        daemon.ctl(&["bitmap", "add", "disk", "b", "--granularity", "4096"]);
+        let full = daemon.path("full.qcow2");
+        daemon.ctl(&["backup", "disk", text(&full)]);
+        let mut images = vec![full];
+        for i in 0..4 {
+            sequence.wait_for_more(100);
+            let image = overlay(&daemon, &format!("inc{i}.qcow2"), images.last().unwrap());
+            let args = [
+                "backup",
+                "disk",
+                text(&image),
+                "--existing",
+                "--name",
+                "copy",
+            ];
+            let by = [
+                "--sync",
+                "incremental",
+                "bitmap=b",
+                "--target",
+                "backing=",
+                "--detach",
+            ];
+            // One that is given up takes nothing out of the bitmap.
+            let slow = ["--speed", "1", "auto-dismiss=false"];
+            daemon.ctl(&[&args[..], &by, &slow].concat());
+            assert!(bitmap(&daemon, "b")["Job"].to_string().contains("backup"));
+            for args in [
+                &["bitmap", "remove", "disk", "b"][..],
+                &["bitmap", "clear", "disk", "b"],
+            ] {
+                let (_, message) = daemon.ctl_error(args);
+                assert!(message.contains("backup-disk"), "{message}");
+            }
+            sequence.wait_for_more(100);
+            daemon.ctl(&["job", "cancel", "backup-disk"]);
+            wait_for("the backup's end", || {
+                let job = daemon.ctl_json(&["job", "show", "backup-disk"]);
+                (job["State"] == "concluded").then_some(())
+            });
+            daemon.ctl(&["job", "dismiss", "backup-disk"]);
+            daemon.ctl(&["node", "remove", "copy"]);
+            assert_eq!(bitmap(&daemon, "b")["Job"], "/");
+            std::fs::remove_file(&image).unwrap();
+            let image = overlay(&daemon, &format!("inc{i}.qcow2"), images.last().unwrap());
+            let before = sequence.written();
+            daemon.ctl(&[&args[..], &by].concat());
+            let after = sequence.written();
+            wait_for("the backup's end", || {
+                let jobs = daemon.ctl_json(&["job", "list"]);
+                jobs.as_array()?.is_empty().then_some(())
+            });
+            daemon.ctl(&["node", "remove", "copy"]);
+            let last = sequence.last_write(&read_with_qemu(&image), text(&image));
+            assert!(
+                (before..=after + 1).contains(&last),
+                "{before} {last} {after}"
+            );
+            images.push(image);
+        }
+        let path = daemon.ctl_json(&["export", "show", "disk"])["Path"].clone();
+        assert_eq!(path, "fast");
+        writer.end();
+    });
+}
+
+/// What bitmaps have is what was written, on the fast path and on the slow one.
+#[test]
+fn bitmaps_have_what_was_written() {
+    let (daemon, _) = start();
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    let mut model = vec![0; SIZE as usize];
+    change(&mut client, &mut model, 1, 100);
+    let count = |name: &str| bitmap(&daemon, name)["Count"].as_u64().unwrap();
+    daemon.ctl(&["bitmap", "add", "disk", "small", "--granularity", "4096"]);
+    daemon.ctl(&["bitmap", "add", "disk", "large", "--granularity", "1M"]);
+    daemon.ctl(&["bitmap", "add", "disk", "off", "--disabled"]);
+    assert_eq!((count("small"), count("large")), (0, 0));
+    let data = vec![7; 8192];
+    // Allocated before, and not.
+    for at in [0, 4096 * 100 + 512, SIZE - 8192] {
+        assert_eq!(client.write(at, &data), 0);
+    }
+    assert_eq!(client.write_zeroes(5 << 20, 4096, true), 0);
+    assert_eq!(client.discard(6 << 20, 65536), 0);
+    assert_eq!(count("large"), 4 << 20, "{}", count("large"));
+    assert_eq!(count("small"), (2 + 3 + 2 + 1 + 16) * 4096);
+    assert_eq!(count("off"), 0);
+    daemon.ctl(&["bitmap", "disable", "disk", "large"]);
+    daemon.ctl(&["bitmap", "enable", "disk", "off"]);
+    assert_eq!(client.write(9 << 20, &data), 0);
+    assert_eq!((count("large"), count("off")), (4 << 20, 65536));
+    daemon.ctl(&["bitmap", "merge", "disk", "off", "large"]);
+    assert_eq!(count("off"), (4 << 20) + 65536);
+    daemon.ctl(&["bitmap", "clear", "disk", "small"]);
+    assert_eq!(count("small"), 0);
+    // The disk grows, and what is new is recorded.
+    drop(client);
+    daemon.ctl(&["node", "resize", "disk", "32M"]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(20 << 20, &data), 0);
+    assert_eq!(count("small"), 8192);
+    for (args, want) in [
+        (&["bitmap", "add", "disk", "small"][..], "already"),
+        (
+            &["bitmap", "add", "disk", "x", "--granularity", "1000"],
+            "1000",
+        ),
+        (&["bitmap", "add", "nobody", "x"], "'nobody'"),
+        (&["bitmap", "clear", "disk", "nobody"], "'nobody'"),
+        (&["bitmap", "merge", "disk", "small", "nobody"], "'nobody'"),
+        (
+            &[
+                "backup",
+                "disk",
+                "/x.qcow2",
+                "--existing",
+                "--sync",
+                "incremental",
+            ],
+            "bitmap",
+        ),
+    ] {
+        let (_, message) = daemon.ctl_error(args);
+        assert!(message.contains(want), "{args:?}: {message}");
+    }
+    daemon.ctl(&["bitmap", "remove", "disk", "off"]);
+    daemon.ctl(&["export", "remove", "disk"]);
+    daemon.ctl(&["node", "remove", "disk"]);
+    assert_eq!(daemon.ctl_json(&["bitmap", "list"]), Value::Array(vec![]));
+}
+
+/// An image whose file ends within a block of the storage can be used with O_DIRECT.
+#[test]
+fn images_that_end_within_a_block_work_with_o_direct() {
+    let daemon = Daemon::start(&[]);
+    let image = daemon.path("disk.qcow2");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&image), "16M"],
+    );
+    let len = std::fs::metadata(&image).unwrap().len();
+    assert!(!len.is_multiple_of(512), "{len}");
+    let filename = format!("file.filename={}", image.display());
+    let args = [
+        "node",
+        "add",
+        "disk",
+        "driver=qcow2",
+        "file.driver=file",
+        &filename,
+    ];
+    daemon.ctl(&[&args[..], &["file.cache.direct=on"]].concat());
+    daemon.export_node("disk", "disk", &[]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    let mut model = vec![0; SIZE as usize];
+    change(&mut client, &mut model, 1, 100);
+    drop(client);
+    daemon.ctl(&["export", "remove", "disk"]);
+    daemon.ctl(&["node", "remove", "disk"]);
+    assert_same(&read_with_qemu(&image), &model, 0, "the image");
+}
