@@ -176,17 +176,6 @@ fn bitmaps_have_what_was_written() {
         (&["bitmap", "add", "nobody", "x"], "'nobody'"),
         (&["bitmap", "clear", "disk", "nobody"], "'nobody'"),
         (&["bitmap", "merge", "disk", "small", "nobody"], "'nobody'"),
-        (
-            &[
-                "backup",
-                "disk",
-                "/x.qcow2",
-                "--existing",
-                "--sync",
-                "incremental",
-            ],
-            "bitmap",
-        ),
     ] {
         let (_, message) = daemon.ctl_error(args);
         assert!(message.contains(want), "{args:?}: {message}");

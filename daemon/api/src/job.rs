@@ -358,6 +358,12 @@ mod tests {
             ("backup", json!({"target": "t", "sync": "all"}), "'all'"),
             (
                 "backup",
+                json!({"target": "t", "sync": "incremental"}),
+                "'bitmap'",
+            ),
+            ("backup", json!({"target": "t", "bitmap": "b"}), "sync=full"),
+            (
+                "backup",
                 json!({"target": "t", "on-target-error": "x"}),
                 "enospc",
             ),
