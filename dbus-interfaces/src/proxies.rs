@@ -18,6 +18,11 @@ pub trait Manager {
     fn add_export(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn add_io_thread(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn transaction(
+        &self,
+        actions: Vec<(&str, Options<'_>)>,
+        options: Options<'_>,
+    ) -> zbus::Result<(Vec<OwnedObjectPath>, Statistics)>;
     fn add_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
     fn remove_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
     fn set_throttle_group(&self, name: &str, limits: Options<'_>) -> zbus::Result<()>;

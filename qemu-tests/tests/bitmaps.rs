@@ -216,3 +216,162 @@ fn images_that_end_within_a_block_work_with_o_direct() {
     daemon.ctl(&["node", "remove", "disk"]);
     assert_same(&read_with_qemu(&image), &model, 0, "the image");
 }
+
+/// The backups of two disks that are written in turn, and a bitmap that begins with them, are of one instant.
+#[test]
+fn a_transaction_is_one_instant() {
+    let daemon = Daemon::start(&["--io-threads", "2"]);
+    let disks = ["a", "b"];
+    for id in disks {
+        let image = daemon.path(&format!("{id}.qcow2"));
+        daemon.ctl(&["image", "create", text(&image), "16M"]);
+        let filename = format!("file.filename={}", image.display());
+        daemon.ctl(&[
+            "node",
+            "add",
+            id,
+            "driver=qcow2",
+            "file.driver=file",
+            &filename,
+        ]);
+        daemon.export_node(id, id, &[]);
+    }
+    let add_target = |name: &str| {
+        let image = daemon.path(&format!("{name}.qcow2"));
+        let _ = std::fs::remove_file(&image);
+        daemon.ctl(&["image", "create", text(&image), "16M"]);
+        let filename = format!("file.filename={}", image.display());
+        daemon.ctl(&[
+            "node",
+            "add",
+            name,
+            "driver=qcow2",
+            "file.driver=file",
+            &filename,
+        ]);
+        image
+    };
+    let number = |image: &Path, at: usize| {
+        let disk = read_with_qemu(image);
+        u64::from_le_bytes(disk[at..at + 8].try_into().unwrap())
+    };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let load = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut clients = disks.map(|id| Client::connect(&daemon.socket(id), 1, 1, 1 << 20));
+            let mut n = 0u64;
+            while !stop.load(load) {
+                n += 1;
+                let mut data = vec![0; 4096];
+                data[..8].copy_from_slice(&n.to_le_bytes());
+                for client in &mut clients {
+                    assert_eq!(client.write(0, &data), 0);
+                }
+            }
+        });
+        for round in 0..5 {
+            let images = ["ca", "cb"].map(add_target);
+            let bitmap = format!("bitmap-add,node=a,name=m{round}");
+            let backup = |id: &str| format!("backup,node={id},target=c{id},auto-dismiss=false");
+            let report = daemon.ctl_json(&[
+                "transaction",
+                &backup("a"),
+                &bitmap,
+                &backup("b"),
+                "--grouped",
+            ]);
+            assert_eq!(report["jobs"][1], "backup-b", "{report}");
+            for id in disks {
+                let job = format!("backup-{id}");
+                wait_for("the backup's end", || {
+                    let job = daemon.ctl_json(&["job", "show", &job]);
+                    (job["State"] == "concluded").then(|| assert_eq!(job["Error"][1], "", "{job}"))
+                });
+                daemon.ctl(&["job", "dismiss", &job]);
+                daemon.ctl(&["node", "remove", &format!("c{id}")]);
+            }
+            let (a, b) = (number(&images[0], 0), number(&images[1], 0));
+            // The first disk is written first.
+            assert!(a == b || a == b + 1, "{a} {b}");
+        }
+        // Two overlays at one instant, and an instant that does not come.
+        let overlay = |id: &str| {
+            let image = daemon.path(&format!("o{id}.qcow2"));
+            daemon.ctl(&[
+                "image",
+                "create",
+                text(&image),
+                "16M",
+                "--backing",
+                "x",
+                "-F",
+                "qcow2",
+            ]);
+            format!(
+                "add-overlay,node={id},driver=qcow2,node-name=o{id},file.driver=file,file.filename={}",
+                image.display()
+            )
+        };
+        let (a, b) = (overlay("a"), overlay("b"));
+        let bad = format!("{b},read-only=on");
+        let before = daemon.ctl(&["tree"]);
+        for action in [
+            bad.as_str(),
+            "bitmap-clear,node=b,name=nobody",
+            "backup,node=b,target=b",
+            "what,node=b",
+        ] {
+            daemon.ctl_error(&["transaction", &a, action]);
+            assert_eq!(daemon.ctl(&["tree"]), before, "{action}");
+        }
+        daemon.ctl(&["transaction", &a, &b]);
+        stop.store(true, load);
+    });
+    for id in disks {
+        let node = daemon.ctl_json(&["export", "show", id])["Node"].to_string();
+        assert!(node.contains(&format!("o{id}")), "{node}");
+        daemon.ctl(&["export", "remove", id]);
+        daemon.ctl(&["node", "remove", &format!("o{id}")]);
+        daemon.ctl(&["node", "remove", id]);
+    }
+    let below = disks.map(|id| number(&daemon.path(&format!("{id}.qcow2")), 0));
+    assert!(
+        below[0] == below[1] || below[0] == below[1] + 1,
+        "{below:?}"
+    );
+}
+
+/// Jobs of a group end together: when one is given up, none of them has effect.
+#[test]
+fn a_group_of_jobs_ends_as_one() {
+    let (daemon, _) = start();
+    for name in ["c1", "c2"] {
+        daemon.ctl(&["node", "add", name, "driver=null-co", "size=16M"]);
+    }
+    daemon.ctl(&["node", "add", "other", "driver=null-co", "size=16M"]);
+    daemon.ctl(&["bitmap", "add", "disk", "b"]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &[7; 4096]), 0);
+    let first = "backup,node=disk,target=c1,job-id=j1,sync=incremental,bitmap=b,auto-dismiss=false";
+    let second = "backup,node=other,target=c2,job-id=j2,speed=1,auto-dismiss=false";
+    daemon.ctl(&["transaction", first, second, "--grouped"]);
+    let state = |id: &str, want: &str| {
+        wait_for(&format!("job {id} to be {want}"), || {
+            let job = daemon.ctl_json(&["job", "show", id]);
+            (job["State"] == want).then_some(job)
+        })
+    };
+    state("j1", "waiting");
+    assert_eq!(bitmap(&daemon, "b")["Count"], 0);
+    let (_, message) = daemon.ctl_error(&["job", "pause", "j1"]);
+    assert!(message.contains("group"), "{message}");
+    daemon.ctl(&["job", "cancel", "j2"]);
+    for id in ["j1", "j2"] {
+        let job = state(id, "concluded");
+        assert!(job["Error"][1].to_string().contains("cancelled"), "{job}");
+        daemon.ctl(&["job", "dismiss", id]);
+    }
+    // Nothing was lost for the next one.
+    assert_eq!(bitmap(&daemon, "b")["Count"], 65536);
+}

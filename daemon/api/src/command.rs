@@ -9,6 +9,7 @@ use crate::image::RepairWhat;
 use crate::iothread::{IoThreadOptions, IoThreadUpdate};
 use crate::job::{JobAction, JobOptions};
 use crate::node::NodeOptions;
+use crate::transaction::Transaction;
 
 #[derive(Debug)]
 pub enum Command {
@@ -54,6 +55,7 @@ pub enum Command {
         node: String,
         action: BitmapAction,
     },
+    Transaction(Transaction),
     StartJob(JobOptions),
     Job {
         id: String,
@@ -79,7 +81,8 @@ pub enum Reply {
     Done,
     /// A node was added, with the children that were given in place: all their names, itself first.
     Nodes(Vec<String>),
-    /// Nodes changed their places: the names of those that are new, as in `Nodes`, and how long guests had to wait.
+    /// Nodes changed their places: the names of those that are new, as in `Nodes` (of a transaction: the ids of its jobs), and
+    /// how long guests had to wait.
     Moved {
         names: Vec<String>,
         paused: Duration,

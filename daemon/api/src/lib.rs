@@ -16,6 +16,7 @@ mod node;
 mod secret;
 mod size;
 mod throttle;
+mod transaction;
 
 pub use bitmap::{BitmapAction, BitmapOptions};
 pub use command::{Command, Reply, SnapshotAction};
@@ -41,3 +42,4 @@ pub use node::{
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};
 pub use throttle::{Limit, ThrottleLimits};
+pub use transaction::{Action, CompletionMode, Transaction};

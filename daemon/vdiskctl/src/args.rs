@@ -72,6 +72,20 @@ pub enum Command {
     ///
     /// Example: vdiskctl stream disk0-monday
     Stream(Merge),
+    /// Do several things at one instant, or none of them
+    ///
+    /// Actions: add-overlay, backup, bitmap-add, bitmap-remove, bitmap-clear, bitmap-enable, bitmap-disable and bitmap-merge
+    /// (sources=A+B), each with node=… and its options.
+    ///
+    /// Example: vdiskctl transaction backup,node=disk0,target=copy0 bitmap-add,node=disk0,name=monday
+    Transaction {
+        /// KIND,KEY=VALUE,…
+        #[arg(value_name = "ACTION", required = true)]
+        actions: Vec<String>,
+        /// The backups take effect together, or none does
+        #[arg(long)]
+        grouped: bool,
+    },
     /// Dirty bitmaps: what was written since some moment
     #[command(subcommand)]
     Bitmap(BitmapCommand),

@@ -164,6 +164,9 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Commit(merge) => jobs::merge(&connection, &merge, true, json).await,
         Command::Stream(merge) => jobs::merge(&connection, &merge, false, json).await,
         Command::Convert(convert) => jobs::convert(&connection, &manager, &convert, json).await,
+        Command::Transaction { actions, grouped } => {
+            jobs::transaction(&manager, &actions, grouped, json).await
+        }
         Command::Bitmap(command) => bitmaps::bitmap(&connection, command, json).await,
         Command::Job(command) => jobs::job(&connection, command, json).await,
         Command::Export(command) => export(&connection, &manager, command, json).await,

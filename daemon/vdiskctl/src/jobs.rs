@@ -11,9 +11,9 @@ use zbus::{Connection, Variant};
 use crate::args::{Convert, Copy, Job, JobCommand, Merge, Mirror};
 use crate::error::{Error, Result};
 use crate::images::absolute;
-use crate::objects::{Objects, Properties, name_of};
+use crate::objects::{Objects, Properties, name_of, properties};
 use crate::options::{Options, options};
-use crate::output::{Rows, names, number, print_json, print_properties, text};
+use crate::output::{Rows, names, number, print_json, print_pause, print_properties, text};
 
 /// How often a bar moves.
 const LOOK: Duration = Duration::from_millis(100);
@@ -474,6 +474,44 @@ async fn convert_node(
     };
     target.remove(connection, result.is_ok()).await;
     result
+}
+
+pub async fn transaction(
+    manager: &ManagerProxy<'_>,
+    actions: &[String],
+    grouped: bool,
+    json: bool,
+) -> Result<()> {
+    let words: Vec<Vec<String>> = actions
+        .iter()
+        .map(|action| action.split(',').map(str::to_owned).collect())
+        .collect();
+    let mut all = Vec::new();
+    for words in &words {
+        let (kind, words) = words
+            .split_first()
+            .ok_or_else(|| Error::invalid("an action is empty: write KIND,KEY=VALUE,…"))?;
+        let mut map = options(words)?;
+        if let Some(Variant::Str(names)) = map.get("sources") {
+            let names: Vec<String> = names.split('+').map(str::to_owned).collect();
+            map.insert("sources", Variant::from(names));
+        }
+        all.push((kind.as_str(), map));
+    }
+    let mut options = Options::new();
+    if grouped {
+        options.insert("completion-mode", Variant::from("grouped"));
+    }
+    let (jobs, report) = manager.transaction(all, options).await?;
+    let jobs: Vec<String> = jobs.iter().map(|path| name_of(path.as_str())).collect();
+    let mut report = properties(report);
+    report.insert("jobs".into(), jobs.clone().into());
+    let what = match jobs.is_empty() {
+        true => "done".to_owned(),
+        false => format!("done, jobs: {}", jobs.join(", ")),
+    };
+    print_pause(&what, report, json);
+    Ok(())
 }
 
 pub async fn job(connection: &Connection, command: JobCommand, json: bool) -> Result<()> {

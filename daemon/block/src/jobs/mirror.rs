@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
+use futures_util::future::join;
 use vdisk_io::{Bits, IoVecs, RangeLock, quiesce};
 
 use super::Work;
@@ -188,38 +189,38 @@ impl Mirror {
         CHUNK.max(self.dirty.granularity())
     }
 
-    /// Takes dirty pieces, of [`BATCH`] bytes at most, and clears their bits.
-    fn take(&self, from: &mut u64) -> Vec<Range<u64>> {
+    /// Takes dirty pieces from `from` on, of [`BATCH`] bytes at most, and clears their bits; `from` is None when the end was
+    /// reached. Writes that may have set the bits have ended when this returns.
+    async fn take(&self, from: &mut Option<u64>) -> Vec<Range<u64>> {
         let (mut taken, mut bytes) = (Vec::new(), 0);
-        while bytes < BATCH {
-            let Some(run) = self.dirty.next_run(*from, self.chunk()) else {
-                *from = 0;
+        while let Some(at) = *from
+            && bytes < BATCH
+        {
+            let Some(run) = self.dirty.next_run(at, self.chunk()) else {
+                *from = None;
                 break;
             };
             // Pieces end where chunks do: large requests stay aligned.
             let end = run.end.min((run.start / self.chunk() + 1) * self.chunk());
             let run = run.start..end;
             self.dirty.clear(&run);
-            *from = run.end;
+            *from = Some(run.end);
             bytes += run.end - run.start;
             taken.push(run);
+        }
+        if self.stays && !taken.is_empty() {
+            quiesce().await;
         }
         taken
     }
 
     /// Copies what is dirty, once.
     async fn pass(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
-        let mut from = 0;
-        loop {
-            let pieces = self.take(&mut from);
-            if pieces.is_empty() {
-                return Ok(());
-            }
-            if self.stays {
-                quiesce().await;
-            }
+        let mut from = Some(0);
+        let mut pieces = self.take(&mut from).await;
+        while !pieces.is_empty() {
             let mut all = pieces.iter().cloned();
-            let result = each_piece(
+            let copied = each_piece(
                 state,
                 self.chunk(),
                 || all.next(),
@@ -227,17 +228,18 @@ impl Mirror {
                     let _counted = roots.enter().await;
                     self.copy_piece(piece, scratch).await
                 },
-            )
-            .await;
-            if result.is_err() {
+            );
+            // The next ones are taken meanwhile.
+            let (copied, next) = join(copied, self.take(&mut from)).await;
+            if copied.is_err() {
                 // Whatever was not copied is as dirty as before.
-                pieces.iter().for_each(|p| self.dirty.set(p));
-                return result;
+                let taken = pieces.iter().chain(&next);
+                taken.for_each(|p| self.dirty.set(p));
+                return copied;
             }
-            if from == 0 {
-                return Ok(());
-            }
+            pieces = next;
         }
+        Ok(())
     }
 
     async fn flush(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {

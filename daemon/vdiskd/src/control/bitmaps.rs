@@ -29,10 +29,16 @@ pub(super) fn free(node: &Node, name: &str) -> Result<Arc<Bitmap>> {
     }
 }
 
-/// Whether an action can be done.
-fn check(node: &Node, action: &BitmapAction) -> Result<()> {
+/// Whether an action can be done, when bitmaps that `is_new` knows have been added.
+pub(super) fn check_with(
+    node: &Node,
+    action: &BitmapAction,
+    mut is_new: impl FnMut(&str) -> bool,
+) -> Result<()> {
     match action {
-        BitmapAction::Add(options) if node.bitmap(&options.name).is_some() => {
+        BitmapAction::Add(options)
+            if node.bitmap(&options.name).is_some() || is_new(&options.name) =>
+        {
             Err(Error::exists(format!(
                 "node '{}' has a bitmap '{}' already: choose another name, or remove it first",
                 node.name(),
@@ -41,15 +47,19 @@ fn check(node: &Node, action: &BitmapAction) -> Result<()> {
         }
         BitmapAction::Add(_) => Ok(()),
         BitmapAction::Merge { name, sources } => {
-            free(node, name)?;
-            sources.iter().try_for_each(|s| find(node, s).map(|_| ()))
+            if !is_new(name) {
+                free(node, name)?;
+            }
+            let mut sources = sources.iter().filter(|s| !is_new(s));
+            sources.try_for_each(|s| find(node, s).map(|_| ()))
         }
+        other if is_new(other.name()) => Ok(()),
         other => free(node, other.name()).map(|_| ()),
     }
 }
 
 /// Does it. Everything above is drained.
-fn apply(node: &Node, action: &BitmapAction) -> Result<()> {
+pub(super) fn apply(node: &Node, action: &BitmapAction) -> Result<()> {
     match action {
         BitmapAction::Add(o) => node.add_bitmap(&o.name, o.granularity, !o.disabled),
         BitmapAction::Remove { name } => node.remove_bitmap(name),
@@ -67,7 +77,7 @@ fn apply(node: &Node, action: &BitmapAction) -> Result<()> {
     Ok(())
 }
 
-fn event(node: &str, action: &BitmapAction) -> Event {
+pub(super) fn event(node: &str, action: &BitmapAction) -> Event {
     let (node, name) = (node.to_owned(), action.name().to_owned());
     match action {
         BitmapAction::Add(_) => Event::BitmapAdded(node, name),
@@ -79,7 +89,7 @@ fn event(node: &str, action: &BitmapAction) -> Event {
 impl Control {
     pub(super) async fn bitmap(&mut self, name: &str, action: BitmapAction) -> Result<Reply> {
         let node = self.world().graph.node(name)?;
-        check(&node, &action)?;
+        check_with(&node, &action, |_| false)?;
         let (_, drained) = self.hold(name).await;
         apply(&node, &action)?;
         drop(drained);

@@ -4,6 +4,7 @@
 //! on an I/O thread beside the control plane; its end is a message like a command, so that whatever it changes in the graph
 //! comes in turn with everything else.
 
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
@@ -40,6 +41,8 @@ pub enum Status {
     Paused,
     Ready,
     Standby,
+    /// For the others of its group.
+    Waiting,
     Pending,
     Aborting,
     Concluded,
@@ -53,6 +56,7 @@ impl Status {
             Status::Paused => "paused",
             Status::Ready => "ready",
             Status::Standby => "standby",
+            Status::Waiting => "waiting",
             Status::Pending => "pending",
             Status::Aborting => "aborting",
             Status::Concluded => "concluded",
@@ -174,6 +178,47 @@ impl Task {
     }
 }
 
+/// Jobs that take effect together, or not at all.
+pub struct Group {
+    /// How many have still to do their work.
+    left: AtomicUsize,
+}
+
+impl Group {
+    pub(super) fn new(jobs: usize) -> Arc<Group> {
+        Arc::new(Group {
+            left: AtomicUsize::new(jobs),
+        })
+    }
+}
+
+/// A job that has its nodes, and has not begun.
+pub(super) struct PreparedJob {
+    job: Arc<Job>,
+    parts: Parts,
+    roots: Vec<Arc<Backend>>,
+    thread: IoThread,
+}
+
+impl PreparedJob {
+    pub fn id(&self) -> &str {
+        self.job.id()
+    }
+
+    /// The node that it is about.
+    pub fn node(&self) -> &str {
+        &self.job.source
+    }
+
+    /// A backup has what there is at this moment: the node is drained.
+    pub fn take_moment(&self) {
+        if let Task::Backup(backup, increment) = &self.parts.task {
+            let bits = increment.as_ref().map(|i| i.begin(self.job.id()));
+            backup.start(bits.as_deref());
+        }
+    }
+}
+
 /// What a job has until it is over.
 #[derive(Clone)]
 struct Parts {
@@ -196,6 +241,7 @@ pub struct Job {
     /// Names of its nodes.
     pub source: String,
     pub target: String,
+    group: Option<Arc<Group>>,
     life: Mutex<Life>,
 }
 
@@ -360,6 +406,26 @@ impl World {
 
 impl Control {
     pub(super) async fn start_job(&mut self, options: JobOptions) -> Result<Reply> {
+        let prepared = self.prepare_job(options, None)?;
+        if let Err(e) = self.begin(&prepared).await {
+            self.forget(prepared);
+            return Err(e);
+        }
+        self.launch(prepared);
+        Ok(Reply::Done)
+    }
+
+    /// A job that was prepared does not begin.
+    pub(super) fn forget(&self, prepared: PreparedJob) {
+        self.let_go(&prepared.job);
+    }
+
+    /// Checks a job and takes its nodes.
+    pub(super) fn prepare_job(
+        &self,
+        options: JobOptions,
+        group: Option<Arc<Group>>,
+    ) -> Result<PreparedJob> {
         let id = options.id.clone();
         let what = format!("job '{id}'");
         let (source, thread) = {
@@ -408,6 +474,7 @@ impl Control {
             started: SystemTime::now(),
             source: parts.source.name().to_owned(),
             target: parts.target.name().to_owned(),
+            group,
             life: Mutex::new(Life {
                 status: Status::Created,
                 parts: Some(parts.clone()),
@@ -418,10 +485,23 @@ impl Control {
         });
         self.check_claims(&what, &parts)?;
         let roots = self.take_nodes(&job, &parts)?;
-        if let Err(e) = self.begin(&job, &parts).await {
-            self.let_go(&job);
-            return Err(e);
-        }
+        Ok(PreparedJob {
+            job,
+            parts,
+            roots,
+            thread,
+        })
+    }
+
+    /// Has a job that has begun do its work.
+    pub(super) fn launch(&mut self, prepared: PreparedJob) {
+        let PreparedJob {
+            job,
+            parts,
+            roots,
+            thread,
+        } = prepared;
+        let id = job.id().to_owned();
         job.life().status = Status::Running;
         let (work, state) = (parts.task.work(), job.state.clone());
         let (events, of) = (self.job_events.clone(), id.clone());
@@ -439,7 +519,6 @@ impl Control {
         self.world().jobs.insert(id.clone(), job.clone());
         self.events.push(Event::JobAdded(id));
         self.nodes_changed(&job);
-        Ok(Reply::Done)
     }
 
     /// Refuses a job on nodes that another changes, and one that changes what another uses.
@@ -472,14 +551,14 @@ impl Control {
     }
 
     /// What a job needs before it runs.
-    async fn begin(&self, job: &Job, parts: &Parts) -> Result<()> {
+    async fn begin(&self, prepared: &PreparedJob) -> Result<()> {
+        let PreparedJob { job, parts, .. } = prepared;
         match &parts.task {
             Task::Mirror(m) => m.start(),
             Task::Convert(_) | Task::Stream(..) => {}
-            Task::Backup(b, increment) => {
+            Task::Backup(..) => {
                 let (start, drained) = self.hold(&job.source).await;
-                let bits = increment.as_ref().map(|i| i.begin(job.id()));
-                b.start(bits.as_deref());
+                prepared.take_moment();
                 drop(drained);
                 let paused_us = start.elapsed().as_micros() as u64;
                 tracing::debug!(job = job.id(), paused_us, "point in time taken");
@@ -753,15 +832,40 @@ impl Control {
                     return;
                 };
                 match result {
-                    Ok(()) if job.options.auto_finalize => self.finalize(&job).await,
-                    Ok(()) => {
-                        job.life().status = Status::Pending;
-                        self.events.push(Event::JobChanged(id));
-                    }
+                    Ok(()) => self.work_done(&job).await,
                     Err(stop) => self.abort(&job, stop).await,
                 }
             }
         }
+    }
+
+    /// A job has done its work: it takes effect, or waits for that.
+    async fn work_done(&mut self, job: &Arc<Job>) {
+        let Some(group) = &job.group else {
+            return self.pend(job).await;
+        };
+        job.life().status = Status::Waiting;
+        self.events.push(Event::JobChanged(job.id().to_owned()));
+        if group.left.fetch_sub(1, SeqCst) == 1 {
+            for member in self.members(group) {
+                self.pend(&member).await;
+            }
+        }
+    }
+
+    fn members(&self, group: &Arc<Group>) -> Vec<Arc<Job>> {
+        let world = self.world();
+        let jobs = world.jobs.values();
+        let is_member = |j: &&Arc<Job>| j.group.as_ref().is_some_and(|g| Arc::ptr_eq(g, group));
+        jobs.filter(is_member).cloned().collect()
+    }
+
+    async fn pend(&mut self, job: &Arc<Job>) {
+        if job.options.auto_finalize {
+            return self.finalize(job).await;
+        }
+        job.life().status = Status::Pending;
+        self.events.push(Event::JobChanged(job.id().to_owned()));
     }
 
     /// Lets a job that has done its work take effect.
@@ -1014,7 +1118,24 @@ impl Control {
         }
     }
 
+    /// Ends a job without effect, and the others of its group.
     async fn abort(&mut self, job: &Arc<Job>, stop: Stop) {
+        self.abort_one(job, stop).await;
+        let Some(group) = &job.group else {
+            return;
+        };
+        for member in self.members(group) {
+            let status = member.life().status;
+            if matches!(status, Status::Waiting | Status::Pending) {
+                member.state.cancel();
+                self.abort_one(&member, Stop::Cancelled).await;
+            } else if status == Status::Running {
+                member.state.cancel();
+            }
+        }
+    }
+
+    async fn abort_one(&mut self, job: &Arc<Job>, stop: Stop) {
         job.life().status = Status::Aborting;
         let error = match stop {
             Stop::Cancelled => Error::new(
@@ -1103,10 +1224,11 @@ impl Control {
                     "only a pending job can be finalized (auto-finalize=false makes it wait)",
                 );
             }
-            (JobAction::Cancel { .. }, Status::Pending) => {
+            (JobAction::Cancel { .. }, Status::Pending | Status::Waiting) => {
                 state.cancel();
                 self.abort(&job, Stop::Cancelled).await;
             }
+            (_, Status::Waiting) => return refuse("it waits for the others of its group"),
             (_, Status::Pending) => return refuse("it waits for 'finalize', or for 'cancel'"),
             (JobAction::Pause, _) if state.is_paused() => return refuse("it is paused already"),
             (JobAction::Pause, _) => state.set_paused(true),
@@ -1158,7 +1280,7 @@ impl Control {
         let jobs: Vec<Arc<Job>> = self.world().jobs.values().cloned().collect();
         for job in jobs {
             job.state.cancel();
-            if job.status() == Status::Pending {
+            if matches!(job.status(), Status::Pending | Status::Waiting) {
                 self.abort(&job, Stop::Cancelled).await;
             }
         }

@@ -13,6 +13,7 @@ mod moves;
 mod nodes;
 pub mod secrets;
 pub mod throttle;
+mod transaction;
 mod world;
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -193,6 +194,7 @@ impl Control {
                 snapshot,
             } => self.snapshot(&node, action, snapshot).await,
             Command::Bitmap { node, action } => self.bitmap(&node, action).await,
+            Command::Transaction(transaction) => self.transaction(transaction).await,
             Command::StartJob(options) => self.start_job(options).await,
             Command::Job { id, action } => self.job_action(&id, action).await,
             Command::AddExport(options) => self.add_export(options),

@@ -16,12 +16,55 @@ use super::{Control, Event};
 const SHORT_FLUSH: Duration = Duration::from_millis(2);
 const MAX_FLUSHES: usize = 6;
 
+/// An overlay that may take the place of its node.
+pub(super) struct PreparedOverlay {
+    /// For messages.
+    pub what: String,
+    pub name: String,
+    pub node: Arc<Node>,
+    pub opened: Opened,
+}
+
 impl Control {
-    pub(super) async fn add_overlay(
-        &mut self,
+    pub(super) async fn add_overlay(&mut self, name: &str, options: NodeOptions) -> Result<Reply> {
+        let PreparedOverlay {
+            what,
+            name: overlay,
+            node,
+            opened,
+        } = self.prepare_overlay(name, options).await?;
+        let (start, drained) = self.hold(name).await;
+        if let Err(e) = self.flush(&node).await {
+            drop(drained);
+            self.give_up(opened).await;
+            return Err(Error::io(
+                format_args!("{what}: the node cannot be flushed, and stays as it is"),
+                &e,
+            ));
+        }
+        node.set_read_only();
+        let names = self.put_in_place(name, opened, &drained);
+        drop(drained);
+        let paused = start.elapsed();
+        self.settle_below(&node).await;
+        let paused_us = paused.as_micros() as u64;
+        tracing::info!(node = name, overlay, paused_us, "overlay added");
+        Ok(self.moved(name, &overlay, names, paused))
+    }
+
+    /// Stores what a node has in memory that is only read from now on.
+    pub(super) async fn settle_below(&self, node: &Arc<Node>) {
+        if let Err(error) = self.settle(node).await {
+            tracing::warn!(node = node.name(), %error, "what it has in memory beyond what was flushed cannot be stored");
+        }
+    }
+
+    /// Does everything that can fail, or takes long, before an overlay takes its place.
+    pub(super) async fn prepare_overlay(
+        &self,
         name: &str,
         mut options: NodeOptions,
-    ) -> Result<Reply> {
+    ) -> Result<PreparedOverlay> {
         let overlay = options.node_name.clone().unwrap_or_default();
         let what = format!("overlay '{overlay}' of node '{name}'");
         match &mut options.driver {
@@ -59,23 +102,12 @@ impl Control {
                 &e,
             ));
         }
-        let (start, drained) = self.hold(name).await;
-        if let Err(e) = self.flush(&node).await {
-            drop(drained);
-            self.give_up(opened).await;
-            return Err(Error::io(
-                format_args!("{what}: the node cannot be flushed, and stays as it is"),
-                &e,
-            ));
-        }
-        node.set_read_only();
-        let (names, paused) = self.take_place(name, opened, start, drained);
-        if let Err(error) = self.settle(&node).await {
-            tracing::warn!(node = name, %error, "what it has in memory beyond what was flushed cannot be stored");
-        }
-        let paused_us = paused.as_micros() as u64;
-        tracing::info!(node = name, overlay, paused_us, "overlay added");
-        Ok(self.moved(name, &overlay, names, paused))
+        Ok(PreparedOverlay {
+            what,
+            name: overlay,
+            node,
+            opened,
+        })
     }
 
     pub(super) async fn insert_filter(
@@ -99,7 +131,9 @@ impl Control {
         };
         let opened = self.open_above(&what, &node, plan).await?;
         let (start, drained) = self.hold(name).await;
-        let (names, paused) = self.take_place(name, opened, start, drained);
+        let names = self.put_in_place(name, opened, &drained);
+        drop(drained);
+        let paused = start.elapsed();
         let paused_us = paused.as_micros() as u64;
         tracing::info!(node = name, filter, paused_us, "filter inserted");
         Ok(self.moved(name, &filter, names, paused))
@@ -187,30 +221,33 @@ impl Control {
         (start, drained)
     }
 
-    /// Puts what was opened in the place of a node, and lets everybody go on.
-    fn take_place(
+    /// Puts what was opened in the place of a node, which everybody above was drained for.
+    pub(super) fn put_in_place(
         &self,
         name: &str,
         opened: Opened,
-        start: Instant,
-        drained: Vec<DrainGuard>,
-    ) -> (Vec<String>, Duration) {
+        drained: &[DrainGuard],
+    ) -> Vec<String> {
         let new = opened.nodes().last().cloned();
         let mut world = self.world();
         let old = world.graph.node(name);
         let names = world.graph.insert_above(opened, name);
         if let (Ok(old), Some(new)) = (old, new) {
-            for guard in &drained {
+            for guard in drained {
                 guard.set_node_if(&old, &new);
             }
         }
-        drop(world);
-        drop(drained);
-        (names, start.elapsed())
+        names
     }
 
     /// Tells of the change.
-    fn moved(&mut self, name: &str, top: &str, names: Vec<String>, paused: Duration) -> Reply {
+    pub(super) fn moved(
+        &mut self,
+        name: &str,
+        top: &str,
+        names: Vec<String>,
+        paused: Duration,
+    ) -> Reply {
         let added = names.iter().rev().cloned().map(Event::NodeAdded);
         self.events.extend(added);
         let (nodes, exports): (Vec<String>, Vec<String>) = {

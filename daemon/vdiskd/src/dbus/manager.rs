@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use vdisk_api::{
     AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
-    IoThreadOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, check_from_map,
-    measure_from_map,
+    IoThreadOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, Transaction,
+    check_from_map, measure_from_map,
 };
-use vdisk_dbus::{export_path, iothread_path, node_path};
+use vdisk_dbus::{export_path, iothread_path, job_path, node_path};
 use zbus::interface;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -83,6 +83,30 @@ impl ManagerObject {
                 statistics::owned(Variant::from(threads)),
             ),
         ]))
+    }
+
+    #[zbus(out_args("jobs", "report"))]
+    async fn transaction(
+        &self,
+        actions: Vec<(String, Options)>,
+        options: Options,
+    ) -> Result<(Vec<OwnedObjectPath>, Statistics), Failure> {
+        let actions = actions
+            .into_iter()
+            .map(|(kind, map)| Ok((kind, convert::plain_options(map)?)));
+        let actions = actions.collect::<vdisk_api::Result<_>>()?;
+        let options = convert::plain_options(options)?;
+        let transaction = Transaction::from_maps(actions, options)?;
+        let reply = self.0.run(Command::Transaction(transaction)).await?;
+        let (jobs, paused) = match reply {
+            Reply::Moved { names, paused } => (names, paused),
+            _ => Default::default(),
+        };
+        let paused = Variant::from(paused.as_nanos() as u64);
+        Ok((
+            jobs.iter().map(|id| job_path(id)).collect(),
+            Statistics::from([("paused-ns".to_owned(), statistics::owned(paused))]),
+        ))
     }
 
     async fn add_secret(&self, id: String, options: Options) -> Result<(), Failure> {

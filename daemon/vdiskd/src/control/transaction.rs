@@ -1,0 +1,154 @@
+//! Transactions: everything that can fail is done first, for all actions; then all are done at one instant, for which the
+//! users of all their nodes wait together.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use vdisk_api::{Action, BitmapAction, CompletionMode, Error, Reply, Result, Transaction};
+use vdisk_block::{DrainGuard, Node};
+
+use super::jobs::PreparedJob;
+use super::moves::PreparedOverlay;
+use super::{Control, bitmaps};
+
+#[derive(Default)]
+struct Prepared {
+    overlays: Vec<PreparedOverlay>,
+    jobs: Vec<PreparedJob>,
+    bitmaps: Vec<(Arc<Node>, BitmapAction)>,
+    nodes: BTreeSet<String>,
+}
+
+impl Control {
+    pub(super) async fn transaction(&mut self, transaction: Transaction) -> Result<Reply> {
+        let mut prepared = Prepared::default();
+        let made = self.prepare_all(transaction, &mut prepared).await;
+        if let Err(e) = made {
+            self.undo(prepared).await;
+            return Err(e);
+        }
+        let start = Instant::now();
+        let mut drained: Vec<DrainGuard> = Vec::new();
+        for node in &prepared.nodes {
+            drained.extend(self.hold(node).await.1);
+        }
+        for overlay in &prepared.overlays {
+            if let Err(e) = self.flush(&overlay.node).await {
+                drop(drained);
+                let what = &overlay.what;
+                let e = Error::io(
+                    format_args!("{what}: the node cannot be flushed, and stays as it is"),
+                    &e,
+                );
+                self.undo(prepared).await;
+                return Err(e);
+            }
+        }
+        // Nothing fails from here on.
+        for (node, action) in &prepared.bitmaps {
+            if let Err(error) = bitmaps::apply(node, action) {
+                tracing::error!(node = node.name(), %error, "bitmap");
+            }
+        }
+        for job in &prepared.jobs {
+            job.take_moment();
+        }
+        let mut moved = Vec::new();
+        for overlay in prepared.overlays {
+            overlay.node.set_read_only();
+            let names = self.put_in_place(overlay.node.name(), overlay.opened, &drained);
+            moved.push((overlay.node, overlay.name, names));
+        }
+        drop(drained);
+        let paused = start.elapsed();
+        let mut names = Vec::new();
+        for (node, overlay, new) in moved {
+            self.settle_below(&node).await;
+            tracing::info!(node = node.name(), overlay, "overlay added");
+            self.moved(node.name(), &overlay, new, paused);
+        }
+        for (node, action) in prepared.bitmaps {
+            tracing::info!(
+                node = node.name(),
+                bitmap = action.name(),
+                ?action,
+                "bitmap"
+            );
+            self.events.push(bitmaps::event(node.name(), &action));
+        }
+        for job in prepared.jobs {
+            names.push(job.id().to_owned());
+            self.launch(job);
+        }
+        let paused_us = paused.as_micros() as u64;
+        tracing::info!(paused_us, "transaction done");
+        Ok(Reply::Moved { names, paused })
+    }
+
+    async fn prepare_all(
+        &mut self,
+        transaction: Transaction,
+        prepared: &mut Prepared,
+    ) -> Result<()> {
+        let backups = transaction.actions.iter();
+        let backups = backups.filter(|a| matches!(a, Action::Backup(_))).count();
+        let group = match transaction.completion {
+            CompletionMode::Grouped => Some(super::jobs::Group::new(backups)),
+            CompletionMode::Individual => None,
+        };
+        for action in transaction.actions {
+            match action {
+                Action::AddOverlay { node, overlay } => {
+                    let again = prepared.nodes.contains(&node);
+                    if again {
+                        return Err(Error::invalid(format!(
+                            "transaction: node '{node}' gets an overlay, and another action is about it, too: leave one of them out"
+                        )));
+                    }
+                    let overlay = self.prepare_overlay(&node, overlay).await?;
+                    prepared.overlays.push(overlay);
+                    prepared.nodes.insert(node);
+                }
+                Action::Backup(options) => {
+                    prepared.nodes.insert(options.node.clone());
+                    let job = self.prepare_job(options, group.clone())?;
+                    prepared.jobs.push(job);
+                }
+                Action::Bitmap { node, action } => {
+                    let found = self.world().graph.node(&node)?;
+                    let earlier = prepared.bitmaps.iter();
+                    let mut earlier = earlier.filter(|(n, _)| Arc::ptr_eq(n, &found));
+                    // What was added a moment ago is there by then.
+                    let is_new = |name: &str| {
+                        earlier.any(|(_, a)| matches!(a, BitmapAction::Add(o) if o.name == name))
+                    };
+                    bitmaps::check_with(&found, &action, is_new)?;
+                    prepared.nodes.insert(node);
+                    prepared.bitmaps.push((found, action));
+                }
+            }
+        }
+        let jobs = prepared.jobs.iter();
+        let overlays: Vec<&str> = prepared.overlays.iter().map(|o| o.node.name()).collect();
+        for job in jobs {
+            if overlays.contains(&job.node()) {
+                return Err(Error::invalid(format!(
+                    "transaction: node '{}' gets an overlay and a backup: back up the overlay afterwards, or leave one of them out",
+                    job.node()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of everything that was prepared.
+    async fn undo(&mut self, prepared: Prepared) {
+        for job in prepared.jobs {
+            self.forget(job);
+        }
+        for overlay in prepared.overlays {
+            self.give_up(overlay.opened).await;
+        }
+    }
+}
