@@ -463,6 +463,160 @@ fn live_snapshots_under_load() {
     }
 }
 
+/// The chain of images under a disk while jobs of all kinds change it.
+struct Changing<'a> {
+    daemon: &'a Daemon,
+    /// Names of nodes, which are those of their images; the one that the guest uses last.
+    chain: Vec<String>,
+    made: u32,
+}
+
+impl Changing<'_> {
+    fn top(&self) -> &str {
+        self.chain.last().expect("a disk has an image")
+    }
+
+    fn path(&self, name: &str) -> String {
+        let file = format!("{name}.qcow2");
+        self.daemon.path(&file).display().to_string()
+    }
+
+    fn new_name(&mut self) -> String {
+        self.made += 1;
+        format!("n{}", self.made)
+    }
+
+    /// Does something to the disk; `dice` says what.
+    fn step(&mut self, dice: u64) -> String {
+        let top = self.top().to_owned();
+        let depth = self.chain.len();
+        let ctl = |args: &[&str]| self.daemon.ctl(args);
+        match dice % 7 {
+            0 if depth > 1 => {
+                ctl(&["commit", &top]);
+                self.chain.pop();
+                format!("commit {top}")
+            }
+            1 if depth > 2 => {
+                let middle = self.chain[depth - 2].clone();
+                ctl(&["commit", &middle]);
+                self.chain.remove(depth - 2);
+                format!("commit {middle}")
+            }
+            2 if depth > 1 => {
+                ctl(&["stream", &top]);
+                for below in self.chain.drain(..depth - 1).rev() {
+                    self.daemon.ctl(&["node", "remove", &below]);
+                }
+                format!("stream {top}")
+            }
+            3 => {
+                let name = self.new_name();
+                let path = self.path(&name);
+                let mut args = vec!["mirror", &top, &path, "--name", &name, "--pivot"];
+                if dice & 8 != 0 {
+                    args.push("--write-blocking");
+                }
+                self.daemon.ctl(&args);
+                for old in self.chain.drain(..).rev() {
+                    self.daemon.ctl(&["node", "remove", &old]);
+                }
+                self.chain.push(name);
+                format!("mirror {top}")
+            }
+            4 => {
+                let copy = self.daemon.path("backup.qcow2").display().to_string();
+                let _ = std::fs::remove_file(&copy);
+                let mut args = vec!["backup", &top, &copy];
+                if dice & 8 != 0 {
+                    args.push("--compress");
+                }
+                ctl(&args);
+                ctl(&["image", "check", &copy]);
+                format!("backup {top}")
+            }
+            5 => {
+                ctl(&["throttle", "set", "g", "iops-total=2000"]);
+                ctl(&["throttle", "insert", &top, "g"]);
+                let copy = self.daemon.path("backup.qcow2").display().to_string();
+                let _ = std::fs::remove_file(&copy);
+                ctl(&["backup", &top, &copy]);
+                ctl(&["throttle", "take-out", &format!("{top}-throttle")]);
+                format!("backup {top} under a throttle")
+            }
+            _ if depth < 5 => {
+                let name = self.new_name();
+                let path = self.path(&name);
+                let more = ["discard=unmap"];
+                self.daemon
+                    .ctl(&[&["snapshot", "overlay", &top, &name, &path][..], &more].concat());
+                self.chain.push(name);
+                format!("overlay over {top}")
+            }
+            _ => String::new(),
+        }
+    }
+}
+
+/// A guest writes, syncs and verifies while everything that can be done to a disk is done to it, in an order by chance.
+/// `VDISK_STEPS` is how many things are done, `VDISK_SEED` an order to try again.
+#[test]
+fn work_of_all_kinds_under_load() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    let steps = number("VDISK_STEPS").unwrap_or(16);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seed = number("VDISK_SEED").unwrap_or(now.unwrap().as_nanos() as u64 | 1);
+    println!("VDISK_SEED={seed} VDISK_STEPS={steps}");
+    let daemon = Daemon::start(&["--io-threads", "2"]);
+    let mut changing = Changing {
+        daemon: &daemon,
+        chain: vec!["n0".into()],
+        made: 0,
+    };
+    let image = changing.path("n0");
+    daemon.ctl(&["image", "create", &image, "64M"]);
+    let filename = format!("file.filename={image}");
+    let options = [
+        "driver=qcow2",
+        "discard=unmap",
+        "file.driver=file",
+        &filename,
+    ];
+    daemon.ctl(&[&["node", "add", "n0"][..], &options].concat());
+    daemon.export_node("disk", "n0", &["--queues", "2"]);
+    let mut guest = Guest::boot(GuestOptions::new().disk(&daemon.socket("disk"), 2));
+    guest.run(write("vda", 0, 8 * MIB, 1));
+    guest.run(json!({"cmd": "load-start", "disk": "vda", "offset": 8 * MIB, "len": 48 * MIB, "threads": 8}));
+    let mut x = seed;
+    for step in 0..steps {
+        guest.wait_load(50);
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        // The first few are one of each kind, from the overlays that they need.
+        let dice = match step {
+            0..3 => 6,
+            3..9 => [1, 0, 2, 3, 4, 5][step as usize - 3] | (x & 8) * 7,
+            _ => x >> 8,
+        };
+        println!("{step}: {}", changing.step(dice));
+        let export = daemon.ctl_json(&["export", "show", "disk"]);
+        assert_eq!(export["Path"], "fast", "{export}");
+    }
+    guest.wait_load(200);
+    let result = guest.run(json!({"cmd": "load-stop"}));
+    assert!(result["verified"].as_u64() > Some(0), "{result}");
+    guest.run(verify("vda", 0, 8 * MIB, 1));
+    guest.assert_no_errors();
+    guest.shut_down();
+    daemon.ctl(&["export", "remove", "disk"]);
+    for name in changing.chain.iter().rev() {
+        daemon.ctl(&["node", "remove", name]);
+        daemon.ctl(&["image", "check", &changing.path(name)]);
+    }
+    assert_eq!(daemon.ctl_json(&["node", "list"]), json!([]));
+}
+
 #[test]
 fn killed_under_load_on_uring() {
     kill_and_restart("uring", "cache.direct=off");
