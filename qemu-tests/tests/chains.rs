@@ -382,3 +382,133 @@ fn what_is_refused_or_cancelled_leaves_the_chain_as_it_was() {
     }
     assert_same(&read_with_qemu(&chain.images[2]), &model, 0, "the chain");
 }
+
+/// Where an image in the middle is shorter than the others the disk has zeroes, whatever is below.
+#[test]
+fn what_a_short_image_hides_stays_hidden() {
+    let daemon = Daemon::start(&[]);
+    let image = |kind: &str, n: usize| daemon.path(&format!("{kind}{n}"));
+    for kind in ["commit", "stream"] {
+        let write = |n: usize, what: &str| {
+            tool("qemu-io", &["-c", what, text(&image(kind, n))]);
+        };
+        // The stream's short image is not right below the one that is written.
+        for (n, size) in [(0, "16M"), (1, "6M"), (2, "12M"), (3, "16M")] {
+            let (path, below) = (image(kind, n), image(kind, n.max(1) - 1));
+            let mut args = vec!["create", "-q", "-f", "qcow2"];
+            if n > 0 {
+                args.extend(["-F", "qcow2", "-b", text(&below)]);
+            }
+            args.extend([text(&path), size]);
+            tool("qemu-img", &args);
+        }
+        write(0, "write -P 1 0 16M");
+        write(1, "write -P 2 1M 1M");
+        write(2, "write -P 3 3M 1M");
+        write(3, "write -P 4 5M 1M");
+        let model = read_with_qemu(&image(kind, 3));
+        assert!(model[7 << 20..].iter().all(|b| *b == 0));
+        for n in 0..4 {
+            let (name, filename) = (
+                format!("{kind}{n}"),
+                format!("file.filename={}", image(kind, n).display()),
+            );
+            let backing = format!("backing={kind}{}", n.max(1) - 1);
+            let mut args = vec![
+                "node",
+                "add",
+                &name,
+                "driver=qcow2",
+                "file.driver=file",
+                &filename,
+            ];
+            if n > 0 {
+                args.push(&backing);
+            }
+            if n < 3 {
+                args.push("read-only=on");
+            }
+            daemon.ctl(&args);
+        }
+        let (top, base) = (format!("{kind}3"), format!("{kind}0"));
+        daemon.ctl(&[kind, &top, "--base", &base]);
+        for n in (0..4).rev() {
+            daemon.try_ctl(&["node", "remove", &format!("{kind}{n}")]);
+        }
+        assert_eq!(daemon.ctl_json(&["node", "list"]), Value::Array(vec![]));
+        let left = match kind {
+            "commit" => image(kind, 0),
+            _ => image(kind, 3),
+        };
+        assert_sound(&left);
+        assert_same(&read_with_qemu(&left), &model, 0, kind);
+    }
+}
+
+/// Nobody begins to use what a commit changes, and a commit does not begin to change what somebody uses.
+#[test]
+fn a_commit_has_its_chain_for_itself() {
+    let mut chain = Chain::new("qcow2");
+    chain.grow();
+    chain.grow();
+    let daemon = &chain.daemon;
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &vec![1; 1 << 20]), 0);
+    assert_eq!(client.write(4 << 20, &vec![1; 1 << 20]), 0);
+    let other = daemon.path("other");
+    daemon.ctl(&[
+        "image",
+        "create",
+        text(&other),
+        "16M",
+        "--backing",
+        text(&chain.images[1]),
+        "-F",
+        "qcow2",
+    ]);
+    let filename = format!("file.filename={}", other.display());
+    let add = [
+        "node",
+        "add",
+        "other",
+        "driver=qcow2",
+        "file.driver=file",
+        &filename,
+        "backing=n1",
+    ];
+    let export = [
+        "export",
+        "add",
+        "e2",
+        "--node",
+        "n0",
+        "--socket",
+        "/run/x.sock",
+    ];
+    daemon.ctl(&[
+        "commit",
+        "n2",
+        "--base",
+        "n0",
+        "--detach",
+        "--speed",
+        "1",
+        "auto-dismiss=false",
+    ]);
+    for args in [&add[..], &export] {
+        let (_, message) = daemon.ctl_error(args);
+        assert!(message.contains("commit-n2"), "{message}");
+    }
+    daemon.ctl(&["job", "cancel", "commit-n2"]);
+    wait_for("the commit's end", || {
+        let job = daemon.ctl_json(&["job", "show", "commit-n2"]);
+        (job["State"] == "concluded").then_some(())
+    });
+    daemon.ctl(&["job", "dismiss", "commit-n2"]);
+    daemon.ctl(&add);
+    let (_, message) = daemon.ctl_error(&["commit", "n2", "--base", "n0"]);
+    assert!(message.contains("'other'"), "{message}");
+    daemon.ctl(&["node", "remove", "other"]);
+    drop(client);
+    chain.close();
+}

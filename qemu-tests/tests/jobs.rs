@@ -588,3 +588,125 @@ fn a_daemon_that_stops_ends_its_jobs() {
         assert_sound(&daemon.path(&format!("{kind}.qcow2")));
     }
 }
+
+/// What would go wrong unseen is refused.
+#[test]
+fn jobs_that_would_miss_writes_are_refused() {
+    let daemon = Daemon::start(&[]);
+    add(&daemon, "disk", "qcow2");
+    daemon.ctl(&["throttle", "set", "g", "iops-total=100000"]);
+    daemon.ctl(&[
+        "node",
+        "add",
+        "filter",
+        "driver=throttle",
+        "throttle-group=g",
+        "file=disk",
+    ]);
+    for name in ["c1", "c2", "c3"] {
+        daemon.ctl(&["node", "add", name, "driver=null-co", "size=16M"]);
+    }
+    let busctl = |method: &str, node: &str, target: &str| {
+        let path = format!("/org/vdisk1/node/{node}");
+        let address = format!("--address={}", daemon.bus_address());
+        std::process::Command::new("busctl")
+            .args([
+                &address,
+                "call",
+                "org.vdisk1",
+                &path,
+                "org.vdisk1.Node",
+                method,
+            ])
+            .args(["a{sv}", "2", "target", "s", target, "job-id", "s", target])
+            .output()
+            .unwrap()
+    };
+    // A writer below the node that is copied.
+    let out = busctl("Backup", "filter", "c1");
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(message.contains("export 'disk'"), "{message}");
+    // Two mirrors: the second would see no writes after the first has pivoted.
+    for target in ["c1", "c2"] {
+        assert!(busctl("Mirror", "disk", target).status.success());
+    }
+    for id in ["c1", "c2"] {
+        wait_for_state(&daemon, id, "ready");
+    }
+    daemon.ctl(&["node", "remove", "filter"]);
+    let (_, message) = daemon.ctl_error(&["job", "complete", "c1"]);
+    assert!(message.contains("job 'c2'"), "{message}");
+    // What is written by a job cannot be snapshot.
+    let (_, message) = daemon.ctl_error(&["snapshot", "create", "c1", "s"]);
+    assert!(message.contains("job 'c1'"), "{message}");
+    daemon.ctl(&["job", "cancel", "c2", "--force"]);
+    wait_for("the mirror's end", || {
+        let jobs = daemon.ctl_json(&["job", "list"]);
+        (jobs.as_array()?.len() == 1).then_some(())
+    });
+    daemon.ctl(&["job", "complete", "c1"]);
+    wait_for("the pivot", || {
+        let jobs = daemon.ctl_json(&["job", "list"]);
+        jobs.as_array()?.is_empty().then_some(())
+    });
+    daemon.ctl(&["node", "remove", "disk"]);
+}
+
+/// What is written between the end of a mirror's work and its finalization is in the target, too.
+#[test]
+fn a_pending_mirror_catches_up() {
+    let daemon = Daemon::start(&[]);
+    add(&daemon, "disk", "raw");
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    let mut model = vec![0; SIZE as usize];
+    change(&mut client, &mut model, 1, 50);
+    let image = daemon.path("copy.qcow2");
+    let options = [
+        "--name",
+        "copy",
+        "--detach",
+        "auto-dismiss=false",
+        "auto-finalize=false",
+    ];
+    daemon.ctl(&[&["mirror", "disk", text(&image)][..], &options].concat());
+    wait_for_state(&daemon, "mirror-disk", "ready");
+    daemon.ctl(&["job", "complete", "mirror-disk"]);
+    wait_for_state(&daemon, "mirror-disk", "pending");
+    for at in (0..SIZE).step_by(1 << 20) {
+        let data = vec![(at >> 20) as u8 + 1; 1 << 20];
+        assert_eq!(client.write(at, &data), 0);
+        model[at as usize..][..1 << 20].copy_from_slice(&data);
+    }
+    daemon.ctl(&["job", "finalize", "mirror-disk"]);
+    let done = wait_for_state(&daemon, "mirror-disk", "concluded");
+    assert_eq!(done["Error"][1], "", "{done}");
+    change(&mut client, &mut model, 2, 50);
+    drop(client);
+    daemon.ctl(&["export", "remove", "disk"]);
+    daemon.ctl(&["node", "remove", "copy"]);
+    assert_same(&read(&image, "qcow2"), &model, 0, "the mirror");
+}
+
+/// The daemon stops in order whatever jobs wait for.
+#[test]
+fn jobs_that_wait_do_not_keep_the_daemon() {
+    let mut daemon = Daemon::start(&[]);
+    add(&daemon, "disk", "qcow2");
+    for (id, more) in [("p", "auto-finalize=false"), ("q", "--speed=1")] {
+        let image = daemon.path(&format!("{id}.qcow2"));
+        let (name, job) = (format!("copy-{id}"), format!("job-id={id}"));
+        daemon.ctl(&[
+            "backup",
+            "disk",
+            text(&image),
+            "--name",
+            &name,
+            "--detach",
+            &job,
+            more,
+        ]);
+    }
+    wait_for_state(&daemon, "p", "pending");
+    daemon.ctl(&["job", "pause", "q"]);
+    assert_eq!(daemon.terminate(), Some(0));
+}

@@ -134,18 +134,20 @@ pub struct DrainGuard {
 }
 
 /// As long as this lives, a node and those below it hold no request back: somebody waits for all of them.
-pub struct LetGo(Arc<Node>);
+pub struct LetGo(Vec<Arc<Node>>);
 
 impl LetGo {
     fn new(node: Arc<Node>) -> LetGo {
-        node.drain(true);
-        LetGo(node)
+        // The same ones in the end, whatever stands on what by then.
+        let nodes = node.with_all_below();
+        nodes.iter().for_each(|n| n.drain(true));
+        LetGo(nodes)
     }
 }
 
 impl Drop for LetGo {
     fn drop(&mut self) {
-        self.0.drain(false);
+        self.0.iter().for_each(|n| n.drain(false));
     }
 }
 

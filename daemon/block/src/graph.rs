@@ -42,6 +42,8 @@ struct Entry {
     users: Vec<User>,
     /// Made in place for its parent, and removed with it.
     implicit: bool,
+    /// The job that changes what it has, so that nobody else may use it from now on.
+    claimed: Option<String>,
     given: Map,
 }
 
@@ -114,6 +116,7 @@ impl Plan {
                 node,
                 users: Vec::new(),
                 implicit: step.implicit,
+                claimed: None,
                 given: step.options.given,
             };
             opened.entries.push((step.name, entry));
@@ -145,6 +148,17 @@ fn whole_blocks(file: &NodeRef) -> NodeRef {
         f.whole_blocks = true;
     }
     file
+}
+
+/// What a user does to nodes below its own: a job sees the writes to its node, and not those that come in further down.
+fn below_of(user: &Parent, wants: Use) -> Use {
+    match user {
+        Parent::Job(_) => Use {
+            shared: wants.shared.without(Permissions::WRITE),
+            ..wants
+        },
+        Parent::Node(_) | Parent::Export(_) => wants,
+    }
 }
 
 impl Graph {
@@ -281,7 +295,10 @@ impl Graph {
                 plan,
             )?)),
             NodeRef::Name(name) => match self.nodes.get(name) {
-                Some(e) => Ok(Child::Existing(e.node.clone())),
+                Some(e) => {
+                    self.check_claim(name)?;
+                    Ok(Child::Existing(e.node.clone()))
+                }
                 None => Err(Error::not_found(format!(
                     "node '{parent}': its child '{name}' does not exist: add it first, or give its options in place"
                 ))),
@@ -349,7 +366,7 @@ impl Graph {
         };
         let mut all = idle;
         for user in &entry.users {
-            all = all.merge(user.wants);
+            all = all.merge(below_of(&user.parent, user.wants));
         }
         for parent in self.parent_nodes(name) {
             all = all.merge(self.use_of_child(parent, name, extra));
@@ -391,6 +408,75 @@ impl Graph {
     fn is_image(&self, name: &str) -> bool {
         let entry = self.nodes.get(name);
         entry.is_some_and(|e| e.node.driver_name() == "qcow2")
+    }
+
+    /// Nobody but their present users may use nodes from now on: a job changes what they have.
+    pub fn claim(&mut self, names: &[String], job: &str) {
+        for name in names {
+            if let Some(entry) = self.nodes.get_mut(name) {
+                entry.claimed = Some(job.to_owned());
+            }
+        }
+    }
+
+    /// Ends all claims of a job.
+    pub fn end_claims(&mut self, job: &str) {
+        let claimed = self.nodes.values_mut();
+        for entry in claimed.filter(|e| e.claimed.as_deref() == Some(job)) {
+            entry.claimed = None;
+        }
+    }
+
+    fn check_claim(&self, name: &str) -> Result<()> {
+        match self.nodes.get(name).and_then(|e| e.claimed.as_ref()) {
+            None => Ok(()),
+            Some(job) => Err(Error::in_use(format!(
+                "node '{name}' is changed by job '{job}': wait for its end, or cancel it"
+            ))),
+        }
+    }
+
+    /// Checks that nobody else stands on the files of an image that is to be opened for writing.
+    pub fn check_sole(&self, name: &str) -> Result<()> {
+        for (role, child) in &self.entry(name)?.children {
+            let me = Parent::Node(name.to_owned());
+            if *role == "backing" {
+                continue;
+            }
+            if let Some(other) = self.parents(child).iter().find(|p| **p != me) {
+                return Err(Error::in_use(format!(
+                    "node '{child}' is used by {other}, too, for which it would change: remove that first"
+                )));
+            }
+            self.check_sole(child)?;
+        }
+        Ok(())
+    }
+
+    /// The image or file that a node shows as it is: filters are passed.
+    pub fn unfiltered(&self, name: &str) -> Result<Arc<Node>> {
+        let mut entry = self.entry(name)?;
+        while entry.node.driver_name() == "throttle"
+            && let Some((_, child)) = entry.children.first()
+        {
+            entry = self.entry(child)?;
+        }
+        Ok(entry.node.clone())
+    }
+
+    /// Refuses what must not be done while jobs write to a node.
+    pub fn check_not_written(&self, name: &str) -> Result<()> {
+        let write = Permissions::WRITE.and(Permissions::WRITE_UNCHANGED);
+        let mut users = self.entry(name)?.users.iter();
+        let writer = users
+            .find(|u| matches!(u.parent, Parent::Job(_)) && !u.wants.taken.both(write).is_empty());
+        match writer {
+            None => Ok(()),
+            Some(job) => Err(Error::in_use(format!(
+                "node '{name}' is written by {}: wait for its end, or cancel it",
+                job.parent
+            ))),
+        }
     }
 
     /// Checks that `user` may use `name` as it wants to, all the way down.
@@ -436,7 +522,8 @@ impl Graph {
                 "{parent} wants to write, but node '{name}' is read-only: set writable=false, or add the node without read-only"
             )));
         }
-        self.check(name, &parent, &wants, (name, &wants))?;
+        self.check_claim(name)?;
+        self.check(name, &parent, &wants, (name, &below_of(&parent, wants)))?;
         if let Some(entry) = self.nodes.get_mut(name) {
             entry.users.push(User {
                 parent,
@@ -598,6 +685,10 @@ impl Graph {
     /// Gives all users of a node, jobs excepted, to another. Everything above was drained.
     pub fn replace(&mut self, name: &str, with: &str) {
         self.move_users(name, with, &[]);
+        if let Some(entry) = self.nodes.get_mut(name) {
+            // What it was made for uses another now.
+            entry.implicit = false;
+        }
     }
 
     /// Refuses what jobs on a node could not follow.

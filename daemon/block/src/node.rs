@@ -53,6 +53,8 @@ pub struct Node {
     writes: RangeLock,
     /// Permits to have a bounce buffer, so that guests cannot make us take any amount of memory.
     bounces: Semaphore,
+    /// The same for copies of what is written twice; whoever has one may need a bounce buffer, too.
+    copies: Semaphore,
     /// There are taps.
     tapped: AtomicBool,
     taps: ArcSwapOption<Taps>,
@@ -97,6 +99,7 @@ impl Node {
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
             bounces: Semaphore::new(MAX_BOUNCES),
+            copies: Semaphore::new(MAX_BOUNCES),
             tapped: AtomicBool::new(false),
             taps: ArcSwapOption::empty(),
             bitmaps: Mutex::default(),
@@ -398,9 +401,32 @@ impl Node {
         if taps.is_none() {
             return self.write_data(offset, iov, flags).await;
         }
-        let held = Node::before(&taps, offset, len).await?;
+        let stable = taps.iter().flat_map(|t| t.iter()).any(|t| t.needs_stable());
+        if !stable {
+            return self.write_tapped(&taps, offset, iov, flags, false).await;
+        }
+        for (at, n) in chunks(offset, len) {
+            let _permit = self.copies.acquire().await;
+            let copy = self.bounce(n);
+            copy.copy_from(&iov.slice((at - offset) as usize, n as usize));
+            self.write_tapped(&taps, at, copy, flags, true).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_tapped(
+        &self,
+        taps: &Option<Arc<Taps>>,
+        offset: u64,
+        iov: IoVecs,
+        flags: WriteFlags,
+        stable: bool,
+    ) -> io::Result<()> {
+        let len = iov.len() as u64;
+        let held = Node::before(taps, offset, len).await?;
         self.write_data(offset, iov.clone(), flags).await?;
-        Node::after(&taps, offset, len, Written::Data(iov), held).await;
+        let written = Written::Data { iov, stable };
+        Node::after(taps, offset, len, written, held).await;
         Ok(())
     }
 
@@ -619,6 +645,18 @@ impl Node {
         self.driver.drain(on);
     }
 
+    /// The node and everything below it.
+    pub(crate) fn with_all_below(self: &Arc<Self>) -> Vec<Arc<Node>> {
+        let (mut all, mut todo): (Vec<Arc<Node>>, _) = (Vec::new(), vec![self.clone()]);
+        while let Some(node) = todo.pop() {
+            if !all.iter().any(|n| Arc::ptr_eq(n, &node)) {
+                todo.extend(node.driver.below());
+                all.push(node);
+            }
+        }
+        all
+    }
+
     /// Gives a filter another child. False if this is none. The caller has drained everything above.
     pub fn set_file(&self, node: Arc<Node>) -> bool {
         self.driver.set_file(node)
@@ -819,6 +857,7 @@ mod tests {
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
             bounces: Semaphore::new(2),
+            copies: Semaphore::new(2),
             tapped: AtomicBool::new(false),
             taps: ArcSwapOption::empty(),
             bitmaps: Mutex::default(),

@@ -10,8 +10,14 @@ use crate::drivers::{LocalFuture, SlowReason};
 /// What was written.
 #[derive(Clone)]
 pub(crate) enum Written {
-    Data(IoVecs),
-    Zeroes { may_unmap: bool },
+    Data {
+        iov: IoVecs,
+        /// Nobody else can have changed it since.
+        stable: bool,
+    },
+    Zeroes {
+        may_unmap: bool,
+    },
     Discarded,
 }
 
@@ -32,6 +38,11 @@ pub(crate) trait Tap: Send + Sync {
 
     /// Why writes take the slow path, if they do at the moment.
     fn slow_reason(&self) -> Option<SlowReason>;
+
+    /// It writes the data a second time: the guest must not be able to change it in between.
+    fn needs_stable(&self) -> bool {
+        false
+    }
 
     /// Before a write on the slow path; an error is that of the write.
     fn before(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<Held<'_>>>;

@@ -36,7 +36,7 @@ impl Bits {
     /// Sets what another has set, whatever its granularity.
     pub fn merge(&self, other: &Bits) {
         let mut at = 0;
-        while let Some(run) = other.next_run(at, u64::MAX >> 1) {
+        while let Some(run) = other.next_run(&(at..other.size), u64::MAX) {
             self.set(&run);
             at = run.end;
         }
@@ -102,10 +102,11 @@ impl Bits {
             .map_or(0, |w| w.load(Ordering::Relaxed))
     }
 
-    /// The first run of set pieces from byte `from` on, `most` bytes at most (whole pieces); None if there is none.
-    pub fn next_run(&self, from: u64, most: u64) -> Option<Range<u64>> {
-        let pieces = self.size.div_ceil(self.granularity());
-        let mut at = from.div_ceil(self.granularity());
+    /// The first run of set pieces that begins within a range, `most` bytes at most (whole pieces), and no further than the
+    /// pieces that the range touches; None if there is none.
+    pub fn next_run(&self, range: &Range<u64>, most: u64) -> Option<Range<u64>> {
+        let pieces = range.end.min(self.size).div_ceil(self.granularity());
+        let mut at = range.start.div_ceil(self.granularity());
         loop {
             if at >= pieces {
                 return None;
@@ -136,7 +137,7 @@ impl Bits {
         let whole = self.pieces_around(range);
         let (mut at, mut clear) = (whole.start, Vec::new());
         while at < whole.end {
-            let set = match self.next_run(at, u64::MAX >> 1) {
+            let set = match self.next_run(&(at..whole.end), u64::MAX) {
                 Some(run) if run.start < whole.end => run,
                 _ => whole.end..whole.end,
             };
@@ -201,7 +202,7 @@ mod tests {
                 .sum();
             prop_assert_eq!(bits.count(), count);
             let (mut at, mut seen) = (0, vec![false; pieces]);
-            while let Some(run) = bits.next_run(at, most) {
+            while let Some(run) = bits.next_run(&(at..size), most) {
                 prop_assert!(run.start >= at && run.start % 64 == 0 && run.end > run.start);
                 prop_assert!(run.end - run.start <= most.max(64));
                 for p in run.start / 64..run.end.div_ceil(64) {

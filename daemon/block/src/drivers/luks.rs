@@ -148,8 +148,8 @@ impl Driver for Luks {
         self.0.below.make_read_only();
     }
 
-    fn drain(&self, on: bool) {
-        self.0.below.drain(on);
+    fn below(&self) -> Vec<Arc<Node>> {
+        vec![self.0.below.clone()]
     }
 
     fn filename(&self) -> Option<String> {

@@ -220,7 +220,13 @@ pub trait Driver: Send + Sync {
     fn announce_block_size(&self, _block_size: u64) {}
 
     /// Somebody waits for all requests in flight, or does so no more: the driver lets go those that it holds back.
+    /// Each driver for itself.
     fn drain(&self, _on: bool) {}
+
+    /// The nodes that it stands on at the moment.
+    fn below(&self) -> Vec<Arc<Node>> {
+        Vec::new()
+    }
 
     /// Gives a filter another child. False if the driver cannot have one. No request is in flight.
     fn set_file(&self, _node: Arc<Node>) -> bool {

@@ -534,7 +534,11 @@ impl Driver for Qcow2 {
                 (Kind::Unallocated, below) => BlockStatus {
                     // If it is opened another time with the backing file that it names, it has other data.
                     zero: below.is_some() || !self.image.has_backing(),
-                    own: false,
+                    // Beyond the end of a backing file that is above the base.
+                    own: match (below, base) {
+                        (Some(below), Some(base)) => !Arc::ptr_eq(below, base),
+                        _ => false,
+                    },
                     ..own
                 },
             })
@@ -598,14 +602,10 @@ impl Driver for Qcow2 {
         }
     }
 
-    fn drain(&self, on: bool) {
-        self.file.drain(on);
-        if !Arc::ptr_eq(&self.data, &self.file) {
-            self.data.drain(on);
-        }
-        if let Some(backing) = &*self.backing.load() {
-            backing.drain(on);
-        }
+    fn below(&self) -> Vec<Arc<Node>> {
+        let mut below = vec![self.file.clone(), self.data.clone()];
+        below.extend(self.backing.load_full());
+        below
     }
 
     fn image(&self) -> Option<Arc<Image>> {

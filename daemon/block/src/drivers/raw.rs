@@ -187,8 +187,8 @@ impl Driver for Raw {
         self.file.make_read_only();
     }
 
-    fn drain(&self, on: bool) {
-        self.file.drain(on);
+    fn below(&self) -> Vec<Arc<Node>> {
+        vec![self.file.clone()]
     }
 
     fn filename(&self) -> Option<String> {

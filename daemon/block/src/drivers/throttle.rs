@@ -168,7 +168,10 @@ impl Driver for Throttle {
 
     fn drain(&self, on: bool) {
         self.group.drain(on);
-        self.file().drain(on);
+    }
+
+    fn below(&self) -> Vec<Arc<Node>> {
+        vec![self.file()]
     }
 
     fn set_file(&self, node: Arc<Node>) -> bool {

@@ -8,10 +8,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard};
 
-use vdisk_io::{Bits, IoVecs, RangeLock};
+use tokio::sync::Semaphore;
+use vdisk_io::{Bits, IoVecs, RangeLock, give_way};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, copy, each_piece, scratch};
+use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -49,9 +50,14 @@ pub struct Backup {
     on_copy_error: OnCopyError,
     todo: Bits,
     pieces: RangeLock,
+    /// Permits to have a buffer for a guest's write.
+    buffers: Semaphore,
     /// Why the target is not what the source was.
     broken: Mutex<Option<CopyError>>,
 }
+
+/// Guests' writes that copy at a time.
+const MAX_BUFFERS: usize = 16;
 
 fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
@@ -77,6 +83,7 @@ impl Backup {
             },
             on_copy_error,
             pieces: RangeLock::default(),
+            buffers: Semaphore::new(MAX_BUFFERS),
             broken: Mutex::default(),
         })
     }
@@ -102,10 +109,14 @@ impl Backup {
         self.source.remove_tap(&tap);
     }
 
+    fn chunk(&self) -> u64 {
+        CHUNK.max(self.todo.granularity())
+    }
+
     /// Copies what is left of a range of whole pieces, which the caller holds.
     async fn copy_held(&self, range: Range<u64>, scratch: &IoVecs) -> Result<(), CopyError> {
         let mut at = range.start;
-        while let Some(run) = self.todo.next_run(at, scratch.len() as u64) {
+        while let Some(run) = self.todo.next_run(&(at..range.end), scratch.len() as u64) {
             let run = run.start..run.end.min(range.end);
             if run.is_empty() {
                 break;
@@ -139,7 +150,7 @@ impl Backup {
             // A piece of which any part is the source's own is copied.
             let piece = self.todo.pieces_around(&(at..at + 1));
             let held = self.pieces.lock(piece.clone()).await;
-            let status = self.source.status(at, size - at, None).await;
+            let status = self.source.status(at, (size - at).min(LOOKUP), None).await;
             match status {
                 Ok(s) if s.own => at = piece.end.max(at + s.len).min(size),
                 Ok(s) => {
@@ -165,12 +176,14 @@ impl Backup {
                     state.failed(Side::Source, e).await?;
                 }
             }
+            give_way().await;
         }
         state.add_total(self.todo.count());
         Ok(())
     }
 
-    fn check(&self) -> Result<(), Stop> {
+    /// An error if the target is not what the source was.
+    pub fn check(&self) -> Result<(), Stop> {
         match locked(&self.broken).take() {
             None => Ok(()),
             Some(e) => Err(Stop::Failed {
@@ -197,7 +210,7 @@ impl Work for Backup {
                 }
             } else {
                 self.find(state, roots).await?;
-                let chunk = CHUNK.max(self.todo.granularity());
+                let chunk = self.chunk();
                 let mut from = 0;
                 each_piece(
                     state,
@@ -206,7 +219,7 @@ impl Work for Backup {
                         if locked(&self.broken).is_some() {
                             return None;
                         }
-                        let run = self.todo.next_run(from, chunk)?;
+                        let run = self.todo.next_run(&(from..self.todo.size()), chunk)?;
                         let end = run.end.min((run.start / chunk + 1) * chunk);
                         from = end;
                         Some(run.start..end)
@@ -259,21 +272,18 @@ impl Tap for Backup {
             if !self.todo.any(&range) || locked(&self.broken).is_some() {
                 return Ok(None);
             }
-            let buffer = scratch(CHUNK.max(self.todo.granularity()));
             // Piece by piece: a guest may zero terabytes with one request.
-            let mut at = range.start;
-            while let Some(run) = self.todo.next_run(
-                self.todo.pieces_around(&(at..at + 1)).start,
-                buffer.len() as u64,
-            ) {
-                if run.start >= range.end {
-                    break;
-                }
-                let run = self
-                    .todo
-                    .pieces_around(&(run.start.max(at)..run.end.min(range.end)));
+            let whole = self.todo.pieces_around(&range);
+            let mut at = whole.start;
+            while let Some(run) = self.todo.next_run(&(at..whole.end), self.chunk()) {
+                at = run.end;
                 let _held = self.pieces.lock(run.clone()).await;
-                if let Err(e) = self.copy_held(run.clone(), &buffer).await {
+                if !self.todo.any(&run) {
+                    continue;
+                }
+                let _permit = self.buffers.acquire().await;
+                let buffer = scratch(run.end - run.start);
+                if let Err(e) = self.copy_held(run, &buffer).await {
                     match self.on_copy_error {
                         OnCopyError::BreakGuestWrite => return Err(e.error),
                         OnCopyError::BreakSnapshot => {
@@ -281,10 +291,6 @@ impl Tap for Backup {
                             return Ok(None);
                         }
                     }
-                }
-                at = run.end;
-                if at >= range.end {
-                    break;
                 }
             }
             Ok(None)

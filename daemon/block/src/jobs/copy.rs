@@ -5,13 +5,16 @@ use std::io;
 use std::ops::Range;
 
 use futures_util::future::join_all;
-use vdisk_io::IoVecs;
+use vdisk_io::{IoVecs, give_way};
 
 use super::state::{JobState, Side, Stop};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 
 /// Bytes copied by one request.
 pub(crate) const CHUNK: u64 = 1 << 20;
+
+/// Bytes that are asked about at a time.
+pub(crate) const LOOKUP: u64 = 1 << 30;
 
 /// Requests of one job at a time.
 const WORKERS: usize = 8;
@@ -168,6 +171,8 @@ async fn one(
         let busy = state.checkpoint().await?;
         let result = work(piece.clone(), scratch).await;
         drop(busy);
+        // Holes take no time, and there may be very many of them.
+        give_way().await;
         match result {
             Ok(()) => {
                 state.add_done(piece.end - piece.start);

@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use futures_util::future::join;
-use vdisk_io::{Bits, IoVecs, RangeLock, quiesce};
+use vdisk_io::{Bits, IoVecs, RangeLock, give_way, quiesce};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, copy, each_piece, scratch};
+use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -60,6 +60,8 @@ pub struct Mirror {
     blocking: AtomicBool,
     /// No write is under way that began on the fast path.
     all_slow: AtomicBool,
+    /// What is to be copied has been found: it is run once more to catch up.
+    found: AtomicBool,
     /// It serves guests and may become the source: ends when it is told to. A copy ends when all is copied.
     stays: bool,
     how: How,
@@ -82,6 +84,7 @@ impl Mirror {
             pieces: RangeLock::default(),
             blocking: AtomicBool::new(blocking),
             all_slow: AtomicBool::new(false),
+            found: AtomicBool::new(false),
             stays: true,
             how: How::default(),
         })
@@ -104,6 +107,7 @@ impl Mirror {
             pieces: RangeLock::default(),
             blocking: AtomicBool::new(false),
             all_slow: AtomicBool::new(false),
+            found: AtomicBool::new(false),
             stays: false,
             how: How {
                 compress,
@@ -134,9 +138,9 @@ impl Mirror {
         self.blocking.load(SeqCst)
     }
 
-    /// Bytes in which the target may differ.
-    pub fn left(&self) -> u64 {
-        self.dirty.count()
+    /// There is more to copy than guests should wait for.
+    pub fn is_behind(&self) -> bool {
+        self.dirty.count() > LAST
     }
 
     /// Sets the bits of what is to be copied.
@@ -157,7 +161,7 @@ impl Mirror {
                 while at < size {
                     let busy = state.checkpoint().await?;
                     let counted = roots.enter().await;
-                    let status = self.source.status(at, size - at, base).await;
+                    let status = self.source.status(at, (size - at).min(LOOKUP), base).await;
                     drop((counted, busy));
                     match status {
                         Ok(s) => {
@@ -168,6 +172,7 @@ impl Mirror {
                         }
                         Err(e) => state.failed(Side::Source, e).await?,
                     }
+                    give_way().await;
                 }
                 state.add_total(self.dirty.count());
             }
@@ -196,7 +201,7 @@ impl Mirror {
         while let Some(at) = *from
             && bytes < BATCH
         {
-            let Some(run) = self.dirty.next_run(at, self.chunk()) else {
+            let Some(run) = self.dirty.next_run(&(at..self.dirty.size()), self.chunk()) else {
                 *from = None;
                 break;
             };
@@ -296,10 +301,14 @@ impl Work for Mirror {
         roots: &'a Roots,
     ) -> LocalFuture<'a, Result<(), Stop>> {
         Box::pin(async move {
-            self.find(state, roots).await?;
             if self.stays {
-                // Those that the tap did not see have ended after this.
+                // Those that the tap did not see have ended after this: what they wrote is found.
                 quiesce().await;
+            }
+            if !self.found.swap(true, SeqCst) {
+                self.find(state, roots).await?;
+            }
+            if self.stays {
                 return self.follow(state, roots).await;
             }
             self.pass(state, roots).await?;
@@ -312,7 +321,7 @@ impl Work for Mirror {
         Box::pin(async move {
             let failed = |side, error| Stop::Failed { side, error };
             let buffer = scratch(self.chunk());
-            while let Some(run) = self.dirty.next_run(0, self.chunk()) {
+            while let Some(run) = self.dirty.next_run(&(0..self.dirty.size()), self.chunk()) {
                 self.dirty.clear(&run);
                 self.copy_piece(run, &buffer)
                     .await
@@ -336,6 +345,10 @@ impl Tap for Mirror {
 
     fn slow_reason(&self) -> Option<SlowReason> {
         self.is_blocking().then_some(SlowReason::Mirrored)
+    }
+
+    fn needs_stable(&self) -> bool {
+        self.is_blocking()
     }
 
     fn before(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<Held<'_>>> {
@@ -371,7 +384,11 @@ impl Tap for Mirror {
                 return;
             };
             let result = match written {
-                Written::Data(iov) => self.target.write(offset, iov, WriteFlags::default()).await,
+                Written::Data { iov, stable: true } => {
+                    self.target.write(offset, iov, WriteFlags::default()).await
+                }
+                // The guest may have changed it since.
+                Written::Data { .. } => Err(io::ErrorKind::Unsupported.into()),
                 Written::Zeroes { may_unmap } => {
                     let flags = ZeroFlags {
                         may_unmap,

@@ -566,6 +566,7 @@ impl Control {
                 "node '{name}' is read-only and its snapshots cannot be changed: add it without read-only"
             )));
         }
+        self.world().graph.check_not_written(name)?;
         if action == SnapshotAction::Apply {
             self.world().graph.check_no_job(name)?;
             let (_, above) = self.world().graph.above(name);

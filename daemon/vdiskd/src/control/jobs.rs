@@ -229,6 +229,10 @@ struct Parts {
 
 struct Life {
     status: Status,
+    /// It has been finalized, and catches up before that.
+    finalizing: bool,
+    /// What its work runs with, to run it again.
+    running: Option<(Vec<Arc<Backend>>, IoThread)>,
     parts: Option<Parts>,
     error: Option<Error>,
     ended: Option<SystemTime>,
@@ -316,7 +320,12 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
                 JobSync::None | JobSync::Bitmap => MirrorSync::None,
             };
             let cluster = target.limits().zero_alignment.max(65536);
-            let granularity = granularity.unwrap_or(cluster);
+            // Two pieces must not share a block of the storage.
+            let block = target
+                .limits()
+                .request_alignment
+                .max(target.storage_block_size());
+            let granularity = granularity.unwrap_or(cluster).max(block);
             let blocking = copy_mode == CopyMode::WriteBlocking;
             Task::Mirror(Mirror::new(source, target, sync, granularity, blocking))
         }
@@ -477,6 +486,8 @@ impl Control {
             group,
             life: Mutex::new(Life {
                 status: Status::Created,
+                finalizing: false,
+                running: None,
                 parts: Some(parts.clone()),
                 error: None,
                 ended: None,
@@ -502,13 +513,8 @@ impl Control {
             thread,
         } = prepared;
         let id = job.id().to_owned();
-        job.life().status = Status::Running;
-        let (work, state) = (parts.task.work(), job.state.clone());
-        let (events, of) = (self.job_events.clone(), id.clone());
-        tokio::spawn(async move {
-            let result = jobs::run(work, state, roots, thread).await;
-            let _ = events.send(JobEvent::Ended { id: of, result });
-        });
+        job.life().running = Some((roots, thread));
+        self.work(&job, &parts.task);
         tracing::info!(
             job = id,
             operation = job.options.kind.name(),
@@ -519,6 +525,32 @@ impl Control {
         self.world().jobs.insert(id.clone(), job.clone());
         self.events.push(Event::JobAdded(id));
         self.nodes_changed(&job);
+    }
+
+    fn work(&self, job: &Arc<Job>, task: &Task) {
+        let mut life = job.life();
+        let Some((roots, thread)) = life.running.clone() else {
+            return;
+        };
+        life.status = Status::Running;
+        drop(life);
+        let (work, state) = (task.work(), job.state.clone());
+        let (events, id) = (self.job_events.clone(), job.id().to_owned());
+        tokio::spawn(async move {
+            let result = jobs::run(work, state, roots, thread).await;
+            let _ = events.send(JobEvent::Ended { id, result });
+        });
+    }
+
+    fn work_again(&self, job: &Arc<Job>) {
+        let task = {
+            let mut life = job.life();
+            life.finalizing = true;
+            life.parts.as_ref().map(|p| p.task.clone())
+        };
+        if let Some(task) = task {
+            self.work(job, &task);
+        }
     }
 
     /// Refuses a job on nodes that another changes, and one that changes what another uses.
@@ -554,7 +586,10 @@ impl Control {
     async fn begin(&self, prepared: &PreparedJob) -> Result<()> {
         let PreparedJob { job, parts, .. } = prepared;
         match &parts.task {
-            Task::Mirror(m) => m.start(),
+            Task::Mirror(m) => {
+                self.announce(parts);
+                m.start();
+            }
             Task::Convert(_) | Task::Stream(..) => {}
             Task::Backup(..) => {
                 let (start, drained) = self.hold(&job.source).await;
@@ -566,11 +601,24 @@ impl Control {
             Task::Commit(c) => {
                 self.open_base(&parts.source, &parts.target).await?;
                 if c.active {
+                    self.announce(parts);
                     c.mirror.start();
                 }
             }
         }
         Ok(())
+    }
+
+    /// Tells the target of a mirror what blocks the source's guests write: while writes are blocking it gets them, too.
+    fn announce(&self, parts: &Parts) {
+        let world = self.world();
+        let (_, above) = world.graph.above(parts.source.name());
+        let exports = world.exports.values();
+        let exports = exports.filter(|e| above.iter().any(|n| n.name() == e.node()));
+        let blocks = exports.map(|e| e.server.device().options.logical_block_size);
+        if let Some(block) = blocks.min() {
+            parts.target.announce_block_size(block.into());
+        }
     }
 
     /// Has the base of a commit written, with at least the size of what is committed.
@@ -624,6 +672,8 @@ impl Control {
         }
         let chain = world.graph.chain(top.name(), base.name());
         let chain = chain.map_err(|e| e.context(what))?;
+        let sole = world.graph.check_sole(base.name());
+        sole.map_err(|e| e.context(what))?;
         if base.size() > top.size() {
             return Err(Error::invalid(format!(
                 "{what}: base '{}' has {} bytes, more than node '{}' with {}, whose users would see the rest: resize one of them",
@@ -645,7 +695,8 @@ impl Control {
         if active {
             world.graph.check_moves(top.name())?;
         }
-        let named = name_of(what, &base, backing_file, !overlays.is_empty())?;
+        let shown = world.graph.unfiltered(base.name())?;
+        let named = name_of(what, &shown, backing_file, !overlays.is_empty())?;
         let above = MirrorSync::Above(base.clone());
         let mirror = match active {
             true => {
@@ -708,7 +759,10 @@ impl Control {
         }
         let named = match &base {
             None => None,
-            Some(base) => name_of(what, base, backing_file, true)?,
+            Some(base) => {
+                let shown = world.graph.unfiltered(base.name())?;
+                name_of(what, &shown, backing_file, true)?
+            }
         };
         let stream = Stream::new(node.clone(), backing, base.clone());
         Ok(Parts {
@@ -780,6 +834,10 @@ impl Control {
             }
             roots.push(root);
         }
+        if let Task::Commit(c) = &parts.task {
+            // The top one stays what it is.
+            world.graph.claim(&c.chain[1..], job.id());
+        }
         Ok(roots)
     }
 
@@ -789,6 +847,7 @@ impl Control {
         for node in [&job.source, &job.target] {
             world.graph.detach(node, &job.parent());
         }
+        world.graph.end_claims(job.id());
     }
 
     /// What users of the job's nodes may see has changed.
@@ -832,6 +891,8 @@ impl Control {
                     return;
                 };
                 match result {
+                    // It was asked for too late for its work, and not for its effect.
+                    Ok(()) if job.state.is_cancelled() => self.abort(&job, Stop::Cancelled).await,
                     Ok(()) => self.work_done(&job).await,
                     Err(stop) => self.abort(&job, stop).await,
                 }
@@ -861,7 +922,7 @@ impl Control {
     }
 
     async fn pend(&mut self, job: &Arc<Job>) {
-        if job.options.auto_finalize {
+        if job.options.auto_finalize || job.life().finalizing {
             return self.finalize(job).await;
         }
         job.life().status = Status::Pending;
@@ -882,11 +943,12 @@ impl Control {
             (Task::Commit(c), _) if c.active => self.last_part(job, &c.mirror).await,
             (Task::Commit(c), _) => self.stand_on_base(job, c).await,
             (Task::Stream(_, base), _) => self.end_stream(job, &parts.source, base).await,
-            (Task::Backup(..) | Task::Convert(_), _) => Ok(()),
+            (Task::Backup(backup, _), _) => backup.check(),
+            (Task::Convert(_), _) => Ok(()),
         };
         match result {
             Ok(()) => {
-                self.end(job, true);
+                self.end(job, true).await;
                 self.after(job, parts).await;
                 self.conclude(job, None);
             }
@@ -930,14 +992,9 @@ impl Control {
         {
             let world = self.world();
             check_pivot(&world, job, &parts.task).map_err(refused)?;
-            let (_, above) = world.graph.above(from);
-            let exports = world.exports.values();
-            let exports = exports.filter(|e| above.iter().any(|n| n.name() == e.node()));
-            let blocks = exports.map(|e| e.server.device().options.logical_block_size);
-            if let Some(block) = blocks.min() {
-                parts.target.announce_block_size(block.into());
-            }
         }
+        // There may be exports that were not there when it began.
+        self.announce(parts);
         let (start, drained) = self.hold(from).await;
         finish(thread, mirror.clone()).await?;
         mirror.stop();
@@ -1151,7 +1208,7 @@ impl Control {
                 image_failed(&what, &error)
             }
         };
-        if let Some(parts) = self.end(job, false)
+        if let Some(parts) = self.end(job, false).await
             && matches!(parts.task, Task::Commit(_))
         {
             self.make_read_only(&parts.target).await;
@@ -1160,14 +1217,20 @@ impl Control {
     }
 
     /// Nothing of a job is under way any more: it lets go of its nodes.
-    fn end(&self, job: &Job, success: bool) -> Option<Parts> {
+    async fn end(&self, job: &Job, success: bool) -> Option<Parts> {
         // Whoever looks at a job that is over must not keep its nodes.
-        let parts = job.life().parts.take();
+        let parts = {
+            let mut life = job.life();
+            life.running = None;
+            life.parts.take()
+        };
         if let Some(parts) = &parts {
             if let Task::Backup(backup, Some(increment)) = &parts.task {
                 increment.end(backup, success);
             }
             parts.task.stop();
+            // Guests' writes may still be at work on the target.
+            drop(self.hold(&job.source).await);
         }
         self.let_go(job);
         parts
@@ -1218,7 +1281,14 @@ impl Control {
             (_, Status::Concluded | Status::Aborting) => {
                 return refuse("it has ended; dismiss it");
             }
-            (JobAction::Finalize, Status::Pending) => self.finalize(&job).await,
+            (JobAction::Finalize, Status::Pending) => {
+                let behind = task.as_ref().and_then(Task::mirror);
+                match behind.is_some_and(|m| m.is_behind()) {
+                    // Guests have written since: that is copied before they have to wait for the rest.
+                    true => self.work_again(&job),
+                    false => self.finalize(&job).await,
+                }
+            }
             (JobAction::Finalize, _) => {
                 return refuse(
                     "only a pending job can be finalized (auto-finalize=false makes it wait)",
@@ -1294,6 +1364,18 @@ impl Control {
 
 /// Whether the target of a mirror may take the place of its source.
 fn check_pivot(world: &World, job: &Job, task: &Task) -> Result<()> {
+    for other in world.jobs.values().filter(|o| o.id() != job.id()) {
+        let life = other.life();
+        let mirror = life.parts.as_ref().and_then(|p| p.task.mirror());
+        if mirror.is_some() && other.source == job.source {
+            return Err(Error::in_use(format!(
+                "job '{}': node '{}' is mirrored by job '{}', too, which would see no writes any more: end that first",
+                job.id(),
+                job.source,
+                other.id()
+            )));
+        }
+    }
     match task {
         Task::Commit(_) => world.graph.check_moves(&job.source),
         _ => world
