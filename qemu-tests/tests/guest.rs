@@ -596,7 +596,7 @@ fn work_of_all_kinds_under_load() {
         // The first few are one of each kind, from the overlays that they need.
         let dice = match step {
             0..3 => 6,
-            3..9 => [1, 0, 2, 3, 4, 5][step as usize - 3] | (x & 8) * 7,
+            3..9 => [1, 0, 2, 3, 4, 5][step as usize - 3] | ((x & 8) * 7),
             _ => x >> 8,
         };
         println!("{step}: {}", changing.step(dice));

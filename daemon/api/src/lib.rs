@@ -36,8 +36,9 @@ pub use job::{
     JobSync, cancel_from_map, change_from_map,
 };
 pub use node::{
-    BackingRef, CacheOptions, DRIVERS, DetectZeroes, Discard, DriverOptions, FileOptions, Locking,
-    LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions, ThrottleOptions,
+    BackingRef, BlkdebugOptions, CacheOptions, CopyOnReadOptions, DRIVERS, DetectZeroes, Discard,
+    DriverOptions, FileOptions, InjectError, InjectWhen, Locking, LuksOptions, NodeOptions,
+    NodeRef, NullOptions, Qcow2Options, RawOptions, ThrottleOptions,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

@@ -4,7 +4,9 @@ use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
 
 /// The drivers, by name.
-pub const DRIVERS: [&str; 7] = [
+pub const DRIVERS: [&str; 9] = [
+    "blkdebug",
+    "copy-on-read",
     "file",
     "host_device",
     "luks",
@@ -126,6 +128,42 @@ pub struct ThrottleOptions {
     pub throttle_group: String,
 }
 
+#[derive(Clone, Debug, PartialEq)]
+pub struct CopyOnReadOptions {
+    pub file: NodeRef,
+}
+
+/// Which requests fail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum InjectWhen {
+    #[default]
+    Any,
+    Read,
+    Write,
+    WriteZeroes,
+    Discard,
+    Flush,
+}
+
+/// Requests that fail (QAPI `BlkdebugInjectErrorOptions`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InjectError {
+    pub when: InjectWhen,
+    pub errno: i32,
+    /// Only those that touch the byte at this offset.
+    pub offset: Option<u64>,
+    /// Only one of them.
+    pub once: bool,
+    /// So many of them succeed before. (Not one of QEMU's.)
+    pub after: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlkdebugOptions {
+    pub file: NodeRef,
+    pub inject_error: Vec<InjectError>,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NullOptions {
     pub size: u64,
@@ -142,6 +180,8 @@ pub enum DriverOptions {
     Qcow2(Qcow2Options),
     Luks(LuksOptions),
     Throttle(ThrottleOptions),
+    CopyOnRead(CopyOnReadOptions),
+    Blkdebug(BlkdebugOptions),
     NullCo(NullOptions),
 }
 
@@ -154,6 +194,8 @@ impl DriverOptions {
             DriverOptions::Qcow2(_) => "qcow2",
             DriverOptions::Luks(_) => "luks",
             DriverOptions::Throttle(_) => "throttle",
+            DriverOptions::CopyOnRead(_) => "copy-on-read",
+            DriverOptions::Blkdebug(_) => "blkdebug",
             DriverOptions::NullCo(_) => "null-co",
         }
     }
@@ -316,6 +358,13 @@ impl NodeOptions {
                 throttle_group: f.required_string("throttle-group")?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
+            "copy-on-read" => DriverOptions::CopyOnRead(CopyOnReadOptions {
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
+            "blkdebug" => DriverOptions::Blkdebug(BlkdebugOptions {
+                inject_error: inject_errors(&mut f)?,
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
             "null-co" => DriverOptions::NullCo(NullOptions {
                 size: f.size("size")?.unwrap_or(1 << 30),
                 latency_ns: f.integer("latency-ns", 0..=60_000_000_000)?.unwrap_or(0),
@@ -346,6 +395,54 @@ impl NodeOptions {
             given,
         })
     }
+}
+
+const WHENS: [(&str, InjectWhen); 5] = [
+    ("read", InjectWhen::Read),
+    ("write", InjectWhen::Write),
+    ("write-zeroes", InjectWhen::WriteZeroes),
+    ("discard", InjectWhen::Discard),
+    ("flush", InjectWhen::Flush),
+];
+
+/// One rule, or a list of them.
+fn inject_errors(f: &mut Fields) -> Result<Vec<InjectError>> {
+    let maps = match f.value("inject-error") {
+        None => Vec::new(),
+        Some(Value::Object(map)) => vec![map],
+        Some(Value::Array(items)) => {
+            let maps = items.into_iter().map(|item| match item {
+                Value::Object(map) => Ok(map),
+                other => Err(f.error(
+                    "inject-error",
+                    format_args!("has {other} in it: give dictionaries"),
+                )),
+            });
+            maps.collect::<Result<_>>()?
+        }
+        Some(other) => {
+            return Err(f.error(
+                "inject-error",
+                format_args!("is {other}: give a dictionary, or a list of them"),
+            ));
+        }
+    };
+    let what = format!("{}, inject-error", f.what());
+    let rule = |map| {
+        let mut r = Fields::new(what.clone(), map);
+        // Steps inside drivers have no names here.
+        r.choice("event", &[("none", ())])?;
+        let rule = InjectError {
+            when: r.choice("iotype", &WHENS)?.unwrap_or_default(),
+            errno: r.integer("errno", 1..=4095)?.unwrap_or(5) as i32,
+            offset: r.integer("sector", 0..=u64::MAX >> 10)?.map(|s| s * 512),
+            once: r.boolean("once")?.unwrap_or(false),
+            after: r.integer("after", 0..=u64::MAX >> 1)?.unwrap_or(0),
+        };
+        r.finish()?;
+        Ok(rule)
+    };
+    maps.into_iter().map(rule).collect()
 }
 
 fn file_options(f: &mut Fields) -> Result<FileOptions> {

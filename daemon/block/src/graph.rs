@@ -235,14 +235,19 @@ impl Graph {
             )));
         }
         let mut children = Vec::new();
-        if let DriverOptions::Raw(raw) = &options.driver {
-            children.push(("file", self.plan_child(&name, &raw.file, plan)?));
-        }
-        if let DriverOptions::Luks(luks) = &options.driver {
-            children.push(("file", self.plan_child(&name, &luks.file, plan)?));
-        }
-        if let DriverOptions::Throttle(throttle) = &options.driver {
-            children.push(("file", self.plan_child(&name, &throttle.file, plan)?));
+        let file = match &options.driver {
+            DriverOptions::Raw(o) => Some(&o.file),
+            DriverOptions::Luks(o) => Some(&o.file),
+            DriverOptions::Throttle(o) => Some(&o.file),
+            DriverOptions::CopyOnRead(o) => Some(&o.file),
+            DriverOptions::Blkdebug(o) => Some(&o.file),
+            DriverOptions::Qcow2(_)
+            | DriverOptions::File(_)
+            | DriverOptions::HostDevice(_)
+            | DriverOptions::NullCo(_) => None,
+        };
+        if let Some(file) = file {
+            children.push(("file", self.plan_child(&name, file, plan)?));
         }
         if let DriverOptions::Qcow2(qcow2) = &options.driver {
             let file = whole_blocks(&qcow2.file);
@@ -456,7 +461,7 @@ impl Graph {
     /// The image or file that a node shows as it is: filters are passed.
     pub fn unfiltered(&self, name: &str) -> Result<Arc<Node>> {
         let mut entry = self.entry(name)?;
-        while entry.node.driver_name() == "throttle"
+        while entry.node.is_filter()
             && let Some((_, child)) = entry.children.first()
         {
             entry = self.entry(child)?;
@@ -544,7 +549,7 @@ impl Graph {
     pub fn check_moves(&self, name: &str) -> Result<()> {
         self.entry(name)?;
         for parent in self.parent_nodes(name) {
-            let is_filter = self.nodes[parent].node.driver_name() == "throttle";
+            let is_filter = self.nodes[parent].node.is_filter();
             if !is_filter {
                 return Err(Error::in_use(format!(
                     "node '{name}' is below node '{parent}', which cannot get another child while it is in use"
@@ -717,10 +722,10 @@ impl Graph {
     pub fn take_out(&mut self, name: &str) -> Result<(Arc<Node>, Arc<Node>)> {
         let entry = self.entry(name)?;
         let child = match entry.children.first() {
-            Some((_, child)) if entry.node.driver_name() == "throttle" => child.clone(),
+            Some((_, child)) if entry.node.is_filter() => child.clone(),
             _ => {
                 return Err(Error::not_supported(format!(
-                    "node '{name}' has driver '{}': only filters (throttle) can be taken out",
+                    "node '{name}' has driver '{}': only filters (throttle, copy-on-read, blkdebug) can be taken out",
                     entry.node.driver_name()
                 )));
             }

@@ -689,6 +689,11 @@ impl Node {
         self.driver.make_read_only();
     }
 
+    /// It shows its child as it is.
+    pub fn is_filter(&self) -> bool {
+        self.driver.is_filter()
+    }
+
     /// The qcow2 image that the node serves. What changes its size is followed by [`Node::follow_image`].
     pub fn image(&self) -> Option<Arc<vdisk_qcow2::Image>> {
         self.driver.image()

@@ -138,6 +138,19 @@ pub enum Node {
         #[arg(long)]
         shrink: bool,
     },
+    /// Put a filter over a node, while guests use it
+    ///
+    /// Example: vdiskctl node insert disk0 disk0-cor driver=copy-on-read
+    Insert {
+        node: String,
+        /// The filter's name
+        name: String,
+        /// Options: driver=throttle, copy-on-read or blkdebug, and what the driver takes
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        options: Vec<String>,
+    },
+    /// Take a filter out again, while guests use it
+    TakeOut { name: String },
     /// Make everything durable that was written
     Flush { name: String },
     /// Check the qcow2 image of a node; guests wait meanwhile

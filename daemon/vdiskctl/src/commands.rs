@@ -13,9 +13,11 @@ use zbus::{Connection, Variant};
 
 use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
 use crate::error::{Error, Result};
-use crate::objects::{Objects, Properties, to_json};
+use crate::objects::{Objects, Properties, properties, to_json};
 use crate::options::{Options, options};
-use crate::output::{Rows, flag, format_ns, names, number, print_json, print_properties, text};
+use crate::output::{
+    Rows, flag, format_ns, names, number, print_json, print_pause, print_properties, text,
+};
 use crate::{bitmaps, images, jobs, secrets, stats, throttle, tree};
 
 async fn connect(args: &Args) -> Result<Connection> {
@@ -261,6 +263,26 @@ async fn node(
             }
             let node = proxy(&name).build().await?;
             node.resize(new.ok_or_else(bad)?, options).await?;
+        }
+        Node::Insert {
+            node,
+            name,
+            options: words,
+        } => {
+            Objects::load(connection).await?.find("node", &node)?;
+            let mut options = options(&words)?;
+            options.insert("node-name", Variant::from(name.as_str()));
+            let (_, report) = proxy(&node).build().await?.insert_filter(options).await?;
+            print_pause(
+                &format!("'{name}' is over '{node}' now"),
+                properties(report),
+                json,
+            );
+        }
+        Node::TakeOut { name } => {
+            Objects::load(connection).await?.find("node", &name)?;
+            let report = proxy(&name).build().await?.take_out(Options::new()).await?;
+            print_pause(&format!("'{name}' is gone"), properties(report), json);
         }
         Node::Flush { name } => {
             Objects::load(connection).await?.find("node", &name)?;

@@ -1,6 +1,9 @@
 //! The drivers: what a node can be made of.
 
+mod blkdebug;
+mod copy_on_read;
 mod file;
+mod filter;
 mod locks;
 mod luks;
 mod null;
@@ -76,6 +79,10 @@ pub enum SlowReason {
     BackedUp,
     /// A mirror writes it to its target, too.
     Mirrored,
+    /// What is read from a backing file is kept.
+    CopiedOnRead,
+    /// It may be made to fail.
+    Debugged,
 }
 
 impl fmt::Display for SlowReason {
@@ -94,6 +101,8 @@ impl fmt::Display for SlowReason {
             SlowReason::Metadata => "the table of the image must be read first",
             SlowReason::Scattered => "the data is in several places",
             SlowReason::BackedUp => "a backup copies what is there before it is overwritten",
+            SlowReason::CopiedOnRead => "copy-on-read keeps what is read from a backing file",
+            SlowReason::Debugged => "blkdebug may make requests fail",
             SlowReason::Mirrored => "a mirror writes to its target, too",
             SlowReason::Latency => "latency-ns delays requests",
         })
@@ -228,6 +237,11 @@ pub trait Driver: Send + Sync {
         Vec::new()
     }
 
+    /// It shows its child as it is.
+    fn is_filter(&self) -> bool {
+        false
+    }
+
     /// Gives a filter another child. False if the driver cannot have one. No request is in flight.
     fn set_file(&self, _node: Arc<Node>) -> bool {
         false
@@ -307,6 +321,8 @@ pub(crate) fn open(
         DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children, runtime),
         DriverOptions::Luks(o) => luks::open(name, options, o, children, runtime),
         DriverOptions::Throttle(o) => throttle::open(name, options, o, children, runtime),
+        DriverOptions::CopyOnRead(o) => copy_on_read::open(name, options, o, children),
+        DriverOptions::Blkdebug(o) => blkdebug::open(name, options, o, children),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }
 }

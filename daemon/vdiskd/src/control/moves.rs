@@ -117,9 +117,13 @@ impl Control {
     ) -> Result<Reply> {
         let filter = options.node_name.clone().unwrap_or_default();
         let what = format!("filter '{filter}' over node '{name}'");
-        if !matches!(options.driver, DriverOptions::Throttle(_)) {
+        let is_filter = matches!(
+            options.driver,
+            DriverOptions::Throttle(_) | DriverOptions::CopyOnRead(_) | DriverOptions::Blkdebug(_)
+        );
+        if !is_filter {
             return Err(Error::not_supported(format!(
-                "{what} has driver '{}': only throttle is a filter",
+                "{what} has driver '{}': only throttle, copy-on-read and blkdebug are filters",
                 options.driver.name()
             )));
         }
