@@ -418,3 +418,87 @@ fn the_end_of_the_storage_is_an_error_and_nothing_else() {
         clean(&image).await;
     });
 }
+
+/// What a guest writes while the image gets what its backing file has stays, and the rest is the backing file's.
+#[test]
+fn writes_beside_populate_stay() {
+    const SIZE: usize = 1 << 18;
+    for seed in 0..60 {
+        let mut random = Random::new(seed);
+        let options = CreateOptions {
+            cluster_size: [4096, 16384, 65536][seed as usize % 3],
+            extended_l2: seed % 3 > 0 && seed % 2 == 0,
+            backing: Some(("base".into(), "raw".into())),
+            ..CreateOptions::new(SIZE as u64)
+        };
+        let empty = Memory::new(Vec::new(), None, false);
+        let below: Vec<u8> = (0..SIZE).map(|i| (i / 512) as u8 | 1).collect();
+        let base = Memory::new(below.clone(), Some(seed), false);
+        block_on(Image::create(Children::new(empty.clone()), &options)).unwrap();
+        let file = Memory::new(empty.data(), Some(seed + 1), false);
+        let image = open(&file, Some(base), Options::default()).unwrap();
+        let mut model = below.clone();
+        block_on(async {
+            image.activate(None).await.unwrap();
+            for round in 0..4 {
+                let mut all: Vec<std::pin::Pin<Box<dyn Future<Output = ()> + '_>>> = Vec::new();
+                let at = random.below(SIZE as u64 / 2) as usize / 512 * 512;
+                let zero = random.below(4) == 0;
+                // Twice the same, as two workers of a job would not, and one that is shorter.
+                for len in [SIZE - at, SIZE / 4] {
+                    let piece = IoVecs::from_slice(&below[at..at + len]);
+                    let image = &image;
+                    all.push(Box::pin(async move {
+                        let data = (!zero).then_some(piece);
+                        image.populate(at as u64, len as u64, data).await.unwrap();
+                    }));
+                }
+                let mut taken: Vec<std::ops::Range<usize>> = Vec::new();
+                for i in 0..12 {
+                    let len = (random.below(40) as usize + 1) * 512;
+                    let at = random.below((SIZE - len) as u64) as usize / 512 * 512;
+                    let range = at..at + len;
+                    if taken
+                        .iter()
+                        .any(|t| t.start < range.end && range.start < t.end)
+                    {
+                        continue;
+                    }
+                    let byte = 100 + i * 2 + round;
+                    model[range.clone()].fill(byte);
+                    taken.push(range);
+                    let image = &image;
+                    all.push(Box::pin(async move {
+                        image.write(at as u64, data(byte, len)).await.unwrap();
+                    }));
+                }
+                let mut left: Vec<_> = all.into_iter().map(Some).collect();
+                poll_fn(|cx| {
+                    for slot in &mut left {
+                        if let Some(f) = slot
+                            && f.as_mut().poll(cx).is_ready()
+                        {
+                            *slot = None;
+                        }
+                    }
+                    match left.iter().all(Option::is_none) {
+                        true => Poll::Ready(()),
+                        false => Poll::Pending,
+                    }
+                })
+                .await;
+                let got = read(&image, 0, SIZE).await;
+                for (i, (got, want)) in got.iter().zip(&model).enumerate() {
+                    // Zeroes were put where nothing had been written, by this round or one before.
+                    let hidden = *want == below[i] && *got == 0;
+                    assert!(
+                        got == want || hidden,
+                        "seed {seed}, round {round}, byte {i}: {got} {want}"
+                    );
+                }
+                model = got;
+            }
+            clean(&image).await;
+        });
+    }
+}
