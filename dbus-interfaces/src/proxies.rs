@@ -199,6 +199,8 @@ pub trait Bitmap {
     fn node(&self) -> zbus::Result<OwnedObjectPath>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn granularity(&self) -> zbus::Result<u64>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn persistent(&self) -> zbus::Result<bool>;
     #[zbus(property)]
     fn recording(&self) -> zbus::Result<bool>;
     #[zbus(property(emits_changed_signal = "false"))]

@@ -375,3 +375,121 @@ fn a_group_of_jobs_ends_as_one() {
     // Nothing was lost for the next one.
     assert_eq!(bitmap(&daemon, "b")["Count"], 65536);
 }
+
+/// Bitmaps that the image keeps: they go on where they were when the node comes back, and QEMU knows them.
+#[test]
+fn persistent_bitmaps_are_kept_by_the_image() {
+    let (mut daemon, image) = start();
+    let open = |daemon: &Daemon| {
+        let filename = format!("file.filename={}", image.display());
+        daemon.ctl(&[
+            "node",
+            "add",
+            "disk",
+            "driver=qcow2",
+            "file.driver=file",
+            &filename,
+        ]);
+        daemon.export_node("disk", "disk", &[]);
+    };
+    let close = |daemon: &Daemon| {
+        daemon.ctl(&["export", "remove", "disk"]);
+        daemon.ctl(&["node", "remove", "disk"]);
+        tool("qemu-img", &["check", "-q", text(&image)]);
+    };
+    let known = || {
+        let info = tool("qemu-img", &["info", "--output=json", text(&image)]);
+        let info: Value = serde_json::from_str(&info).unwrap();
+        let all = info["format-specific"]["data"]["bitmaps"].clone();
+        let all = all.as_array().cloned().unwrap_or_default();
+        let mut all: Vec<(String, String)> = all
+            .iter()
+            .map(|b| {
+                (
+                    b["name"].as_str().unwrap().to_owned(),
+                    b["flags"].to_string(),
+                )
+            })
+            .collect();
+        all.sort();
+        all
+    };
+    let write = |daemon: &Daemon, at: u64| {
+        let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+        assert_eq!(client.write(at, &[7; 4096]), 0);
+        assert_eq!(client.flush(), 0);
+    };
+    tool("qemu-img", &["--version"]);
+    for name in ["keep", "off", "gone"] {
+        daemon.ctl(&[
+            "bitmap",
+            "add",
+            "disk",
+            name,
+            "--persistent",
+            "--granularity",
+            "4096",
+        ]);
+    }
+    daemon.ctl(&["bitmap", "add", "disk", "memory"]);
+    daemon.ctl(&["bitmap", "disable", "disk", "off"]);
+    write(&daemon, 0);
+    let count = |daemon: &Daemon, name: &str| bitmap(daemon, name)["Count"].as_u64().unwrap();
+    assert_eq!((count(&daemon, "keep"), count(&daemon, "off")), (4096, 0));
+    close(&daemon);
+    assert_eq!(daemon.ctl_json(&["bitmap", "list"]), Value::Array(vec![]));
+    let names = |all: &[(String, String)]| all.iter().map(|b| b.0.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&known()), ["gone", "keep", "off"]);
+    // One that QEMU makes is there, too.
+    tool(
+        "qemu-img",
+        &["bitmap", "--add", "-g", "65536", text(&image), "theirs"],
+    );
+    open(&daemon);
+    assert_eq!(bitmap(&daemon, "keep")["Persistent"], true);
+    assert_eq!(bitmap(&daemon, "off")["Recording"], false);
+    write(&daemon, 1 << 20);
+    daemon.ctl(&["bitmap", "enable", "disk", "off"]);
+    daemon.ctl(&["bitmap", "remove", "disk", "gone"]);
+    write(&daemon, 2 << 20);
+    assert_eq!(count(&daemon, "keep"), 3 * 4096);
+    assert_eq!(count(&daemon, "off"), 4096);
+    assert_eq!(count(&daemon, "theirs"), 2 * 65536);
+    daemon.ctl(&["node", "resize", "disk", "24M"]);
+    write(&daemon, 20 << 20);
+    close(&daemon);
+    let all = known();
+    assert_eq!(names(&all), ["keep", "off", "theirs"]);
+    assert!(all.iter().all(|b| b.1.contains("auto")), "{all:?}");
+    open(&daemon);
+    assert_eq!(count(&daemon, "keep"), 4 * 4096);
+    assert_eq!(count(&daemon, "off"), 2 * 4096);
+    // An overlay comes: the image below keeps them, and they are not there for now.
+    let over = daemon.path("over.qcow2");
+    daemon.ctl(&["snapshot", "overlay", "disk", "over", text(&over)]);
+    assert_eq!(daemon.ctl_json(&["bitmap", "list"]), Value::Array(vec![]));
+    write(&daemon, 3 << 20);
+    // They record what is put back.
+    daemon.ctl(&["commit", "over"]);
+    assert!(count(&daemon, "keep") >= 5 * 4096);
+    // A daemon that is killed leaves them as saying nothing, and one of that name may come again.
+    daemon.kill();
+    daemon.start_again();
+    let inconsistent = |b: &(String, String)| b.1.contains("in-use");
+    wait_for("the locks to be gone", || {
+        known().iter().all(inconsistent).then_some(())
+    });
+    open(&daemon);
+    assert_eq!(daemon.ctl_json(&["bitmap", "list"]), Value::Array(vec![]));
+    daemon.ctl(&["bitmap", "add", "disk", "keep", "--persistent"]);
+    close(&daemon);
+    let all = known();
+    assert_eq!(names(&all), ["keep", "off", "theirs"]);
+    assert!(!all[0].1.contains("in-use"), "{all:?}");
+    // What cannot keep them is told.
+    let raw = daemon.image("raw.img", 1 << 20);
+    let filename = format!("filename={}", raw.display());
+    daemon.ctl(&["node", "add", "raw", "driver=file", &filename]);
+    let (code, message) = daemon.ctl_error(&["bitmap", "add", "raw", "b", "--persistent"]);
+    assert!(code == 2 && message.contains("qcow2"), "{code} {message}");
+}

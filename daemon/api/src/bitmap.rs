@@ -1,6 +1,6 @@
 //! Dirty bitmaps (QAPI `BlockDirtyBitmapAdd` and its like).
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fields::{Fields, Map};
 use crate::node::check_name;
 
@@ -12,6 +12,8 @@ pub struct BitmapOptions {
     pub granularity: u64,
     /// It does not record writes until it is enabled.
     pub disabled: bool,
+    /// The image keeps it.
+    pub persistent: bool,
 }
 
 const MIN_GRANULARITY: u64 = 512;
@@ -22,7 +24,7 @@ impl BitmapOptions {
     pub fn from_map(node: &str, name: &str, map: Map) -> Result<BitmapOptions> {
         let what = format!("bitmap '{name}' of node '{node}'");
         check_name(&format!("node '{node}': bitmap"), name)?;
-        let mut f = Fields::new(what.clone(), map);
+        let mut f = Fields::new(what, map);
         let granularity = f.size("granularity")?.unwrap_or(DEFAULT_GRANULARITY);
         if !granularity.is_power_of_two()
             || !(MIN_GRANULARITY..=MAX_GRANULARITY).contains(&granularity)
@@ -35,15 +37,11 @@ impl BitmapOptions {
         let persistent = f.boolean("persistent")?.unwrap_or(false);
         let disabled = f.boolean("disabled")?.unwrap_or(false);
         f.finish()?;
-        if persistent {
-            return Err(Error::not_supported(format!(
-                "{what}: bitmaps that are added here last as long as the node; persistent ones that the image has already are kept and recorded"
-            )));
-        }
         Ok(BitmapOptions {
             name: name.to_owned(),
             granularity,
             disabled,
+            persistent,
         })
     }
 }

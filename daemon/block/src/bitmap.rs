@@ -4,11 +4,9 @@
 //! therefore an exact cut: it has all writes before, and none after.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use arc_swap::ArcSwap;
-use vdisk_io::Bits;
+use vdisk_io::{Bits, Recorder};
 
 use crate::drivers::{LocalFuture, SlowReason};
 use crate::tap::{Held, Tap, Written};
@@ -16,19 +14,19 @@ use crate::tap::{Held, Tap, Written};
 /// See the module.
 pub struct Bitmap {
     name: String,
-    bits: ArcSwap<Bits>,
-    recording: AtomicBool,
+    recorder: Arc<Recorder>,
+    /// The image of the node keeps it, and records writes itself.
+    persistent: bool,
     /// The job that has taken bits out, and may put them back.
     user: Mutex<Option<String>>,
 }
 
 impl Bitmap {
-    /// For a node of `size` bytes; `granularity` is in bytes, a power of two.
-    pub(crate) fn new(name: &str, size: u64, granularity: u64, recording: bool) -> Arc<Bitmap> {
+    pub(crate) fn new(name: &str, recorder: Arc<Recorder>, persistent: bool) -> Arc<Bitmap> {
         Arc::new(Bitmap {
             name: name.to_owned(),
-            bits: ArcSwap::from_pointee(Bits::new(size, granularity)),
-            recording: AtomicBool::new(recording),
+            recorder,
+            persistent,
             user: Mutex::default(),
         })
     }
@@ -37,22 +35,27 @@ impl Bitmap {
         &self.name
     }
 
+    /// It outlives the node, in the image.
+    pub fn is_persistent(&self) -> bool {
+        self.persistent
+    }
+
     /// Bytes that one bit stands for.
     pub fn granularity(&self) -> u64 {
-        self.bits.load().granularity()
+        self.recorder.bits().granularity()
     }
 
     /// Bytes that are dirty.
     pub fn count(&self) -> u64 {
-        self.bits.load().count()
+        self.recorder.bits().count()
     }
 
     pub fn is_recording(&self) -> bool {
-        self.recording.load(Relaxed)
+        self.recorder.is_recording()
     }
 
     pub fn set_recording(&self, on: bool) {
-        self.recording.store(on, Relaxed);
+        self.recorder.set_recording(on);
     }
 
     fn user_slot(&self) -> MutexGuard<'_, Option<String>> {
@@ -70,36 +73,32 @@ impl Bitmap {
 
     /// Takes all bits out; what is recorded from now on is kept beside them. Everything above is drained.
     pub fn take(&self) -> Arc<Bits> {
-        let size = self.bits.load().size();
-        self.bits
-            .swap(Arc::new(Bits::new(size, self.granularity())))
+        self.recorder.take()
     }
 
     /// Sets what `bits` has set.
     pub fn merge(&self, bits: &Bits) {
-        self.bits.load().merge(bits);
+        self.recorder.bits().merge(bits);
     }
 
     /// What it has at the moment.
     pub fn bits(&self) -> Arc<Bits> {
-        self.bits.load_full()
+        self.recorder.bits()
     }
 
     /// The node has another size. Everything above is drained.
     pub(crate) fn fit(&self, size: u64) {
-        let old = self.bits();
-        let new = Bits::new(size, old.granularity());
-        new.merge(&old);
-        self.bits.store(Arc::new(new));
+        // The image does so itself.
+        if !self.persistent {
+            self.recorder.fit(size);
+        }
     }
 }
 
 impl Tap for Bitmap {
     #[inline]
     fn fast_write(&self, offset: u64, len: u64) -> Option<SlowReason> {
-        if self.is_recording() {
-            self.bits.load().set(&(offset..offset + len));
-        }
+        self.recorder.record(&(offset..offset + len));
         None
     }
 

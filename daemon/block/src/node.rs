@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
-use vdisk_io::{IoVecs, RangeLock, segments_aligned};
+use vdisk_io::{Bits, IoVecs, RangeLock, Recorder, segments_aligned};
 
 use crate::bitmap::Bitmap;
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
@@ -220,16 +220,50 @@ impl Node {
 
     /// Adds a bitmap under a new name. Exact if everything above is drained.
     pub fn add_bitmap(&self, name: &str, granularity: u64, recording: bool) {
-        let bitmap = Bitmap::new(name, self.size(), granularity, recording);
+        let recorder = Recorder::new(Bits::new(self.size(), granularity), recording);
+        let bitmap = Bitmap::new(name, recorder, false);
         self.add_tap(bitmap.clone());
         self.all_bitmaps().insert(name.to_owned(), bitmap);
     }
 
+    /// As [`Node::add_bitmap`], in the node's image, which keeps it.
+    pub fn add_persistent_bitmap(
+        &self,
+        name: &str,
+        granularity: u64,
+        recording: bool,
+    ) -> io::Result<()> {
+        let image = self.image().ok_or(io::ErrorKind::Unsupported)?;
+        image.add_bitmap(name, granularity, recording)?;
+        self.find_bitmaps();
+        Ok(())
+    }
+
     pub fn remove_bitmap(&self, name: &str) {
         let removed = self.all_bitmaps().remove(name);
-        if let Some(bitmap) = removed {
-            let tap: Arc<dyn Tap> = bitmap;
-            self.remove_tap(&tap);
+        let Some(bitmap) = removed else {
+            return;
+        };
+        match (bitmap.is_persistent(), self.image()) {
+            (true, Some(image)) => image.remove_bitmap(name),
+            _ => {
+                let tap: Arc<dyn Tap> = bitmap;
+                self.remove_tap(&tap);
+            }
+        }
+    }
+
+    /// Takes over the bitmaps of the image: those that it has in memory.
+    fn find_bitmaps(&self) {
+        let Some(image) = self.image() else {
+            return;
+        };
+        let mut all = self.all_bitmaps();
+        let live = image.live_bitmaps();
+        all.retain(|name, b| !b.is_persistent() || live.iter().any(|(n, _)| n == name));
+        for (name, recorder) in live {
+            all.entry(name.clone())
+                .or_insert_with(|| Bitmap::new(&name, recorder, true));
         }
     }
 
@@ -713,13 +747,17 @@ impl Node {
 
     /// Makes ready for requests. On an I/O thread, after everything below.
     pub async fn activate(&self) -> io::Result<()> {
-        self.driver.activate().await
+        self.driver.activate().await?;
+        self.find_bitmaps();
+        Ok(())
     }
 
     /// Brings what is kept in memory to the storage. On an I/O thread, before anything below; no request is in
     /// flight, and none may come any more.
     pub async fn deactivate(&self) -> io::Result<()> {
-        self.driver.deactivate().await
+        let result = self.driver.deactivate().await;
+        self.find_bitmaps();
+        result
     }
 
     /// Lets go of the storage. No request is in flight, and none may come any more.

@@ -1,7 +1,10 @@
 //! Bits for the pieces of a disk, set and cleared by any number of threads at once.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use arc_swap::ArcSwap;
 
 /// One bit for each piece of `1 << shift` bytes. A range of bytes stands for all pieces that it touches.
 pub struct Bits {
@@ -21,6 +24,25 @@ impl Bits {
             size,
             words: (0..words).map(|_| AtomicU64::new(0)).collect(),
         }
+    }
+
+    /// With these words of 64 bits, as far as they go.
+    pub fn from_words(size: u64, granularity: u64, words: impl Iterator<Item = u64>) -> Bits {
+        let bits = Bits::new(size, granularity);
+        for (have, word) in bits.words.iter().zip(words) {
+            have.store(word, Ordering::Relaxed);
+        }
+        // Nothing is said of what is beyond the end.
+        let pieces = size.div_ceil(granularity) % 64;
+        if let (Some(last), true) = (bits.words.last(), pieces > 0) {
+            last.fetch_and(u64::MAX >> (64 - pieces), Ordering::Relaxed);
+        }
+        bits
+    }
+
+    /// The words of 64 bits, the first piece in the lowest bit of the first.
+    pub fn words(&self) -> impl Iterator<Item = u64> + '_ {
+        self.words.iter().map(|w| w.load(Ordering::Relaxed))
     }
 
     /// Bytes that a bit stands for.
@@ -164,6 +186,57 @@ impl Bits {
             true => bytes - (whole - self.size),
             false => bytes,
         }
+    }
+}
+
+/// Bits that record what is written, if they are told to.
+pub struct Recorder {
+    bits: ArcSwap<Bits>,
+    recording: AtomicBool,
+}
+
+impl Recorder {
+    pub fn new(bits: Bits, recording: bool) -> Arc<Recorder> {
+        Arc::new(Recorder {
+            bits: ArcSwap::from_pointee(bits),
+            recording: AtomicBool::new(recording),
+        })
+    }
+
+    /// A range is about to be written.
+    #[inline]
+    pub fn record(&self, range: &Range<u64>) {
+        if self.is_recording() {
+            self.bits.load().set(range);
+        }
+    }
+
+    pub fn is_recording(&self) -> bool {
+        self.recording.load(Ordering::Relaxed)
+    }
+
+    pub fn set_recording(&self, on: bool) {
+        self.recording.store(on, Ordering::Relaxed);
+    }
+
+    /// What it has at the moment.
+    pub fn bits(&self) -> Arc<Bits> {
+        self.bits.load_full()
+    }
+
+    /// Takes all bits out; what is recorded from now on is kept beside them. Exact if nothing is being written.
+    pub fn take(&self) -> Arc<Bits> {
+        let old = self.bits();
+        self.bits
+            .swap(Arc::new(Bits::new(old.size(), old.granularity())))
+    }
+
+    /// The disk has another size. Nothing is being written.
+    pub fn fit(&self, size: u64) {
+        let old = self.bits();
+        let new = Bits::new(size, old.granularity());
+        new.merge(&old);
+        self.bits.store(Arc::new(new));
     }
 }
 

@@ -28,7 +28,7 @@ mod stats;
 mod thread;
 mod timer;
 
-pub use bits::Bits;
+pub use bits::{Bits, Recorder};
 pub use buffer::{AlignedBuf, IoVecs, segments_aligned};
 pub use engine::{EngineChoice, EngineError, EngineKind};
 pub use file::{IoFile, block_device_size, direct_read_works};

@@ -5,11 +5,12 @@
 //! the bitmap is stored anew, and only then is the mark taken away.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use vdisk_io::{Bits, Recorder};
 
 use crate::error::{Error, Result};
+use crate::header::AUTOCLEAR_BITMAPS;
 use crate::image::{Image, words};
 use crate::mapping::OFFSET_MASK;
 use crate::meta::{Reason, Unref};
@@ -82,44 +83,29 @@ fn too_much(info: &BitmapInfo, memory: u64) -> io::Result<()> {
     ))
 }
 
-/// A bitmap in memory. Some record writes.
+/// A bitmap in memory.
 pub(crate) struct Active {
     info: BitmapInfo,
-    shift: u32,
-    /// What its table is to have when it is stored.
-    entries: u32,
-    bits: Box<[AtomicU64]>,
+    recorder: Arc<Recorder>,
 }
 
-impl Active {
-    /// Sets the bits of a range of the disk.
-    #[inline]
-    fn mark(&self, range: &Range<u64>) {
-        let (first, last) = (range.start >> self.shift, (range.end - 1) >> self.shift);
-        // Word by word: a guest may zero terabytes with one request.
-        for index in first / 64..=last / 64 {
-            if let Some(word) = self.bits.get(index as usize) {
-                let from = first.max(index * 64) % 64;
-                let to = last.min(index * 64 + 63) % 64;
-                let mask = u64::MAX << from & u64::MAX >> (63 - to);
-                // Mostly it is set already: reading does not take the cache line from others.
-                if word.load(Ordering::Relaxed) & mask != mask {
-                    word.fetch_or(mask, Ordering::Relaxed);
-                }
-            }
-        }
-    }
+/// The bitmaps in memory.
+#[derive(Default)]
+pub(crate) struct Live {
+    all: Vec<Arc<Active>>,
+    /// Some are there that the directory does not have, or the other way round.
+    changed: bool,
+    /// Those of the directory that are not wanted any more.
+    removed: Vec<String>,
+}
 
-    /// The bytes of one cluster of the bitmap.
-    fn bytes(&self, cluster: usize, index: usize) -> Vec<u8> {
-        let per = cluster / 8;
-        let words = self.bits.iter().skip(index * per).take(per);
-        let mut out: Vec<u8> = words
-            .flat_map(|w| w.load(Ordering::Relaxed).to_le_bytes())
-            .collect();
-        out.resize(cluster, 0);
-        out
-    }
+/// The bytes of one cluster of a bitmap.
+fn cluster_bytes(bits: &Bits, cluster: usize, index: usize) -> Vec<u8> {
+    let per = cluster / 8;
+    let words = bits.words().skip(index * per).take(per);
+    let mut out: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+    out.resize(cluster, 0);
+    out
 }
 
 /// Something that takes clusters: what it is, where, and how many bytes.
@@ -241,26 +227,42 @@ impl Image {
         Ok(Some(places))
     }
 
-    /// Loads the bitmaps that record writes, and marks them as in use in the file.
+    /// Loads the bitmaps that record writes, and the others if there is room for them, and marks them as in use in the file.
     pub(crate) async fn load_bitmaps(&self) -> io::Result<()> {
-        self.load_bitmaps_if(|b| b.auto).await
+        self.load_bitmaps_if(false).await
     }
 
-    /// Takes those into memory that are not there yet, and `wanted`.
-    async fn load_bitmaps_if(&self, wanted: impl Fn(&BitmapInfo) -> bool) -> io::Result<()> {
-        let cluster = self.cluster() as usize;
-        let mut active: Vec<Arc<Active>> = match &*self.active_bitmaps.load() {
-            Some(all) => all.to_vec(),
-            None => Vec::new(),
-        };
+    fn live(&self) -> Arc<Live> {
+        self.active_bitmaps.load_full().unwrap_or_default()
+    }
+
+    fn memory(live: &Live) -> u64 {
+        live.all
+            .iter()
+            .map(|b| b.info.words(b.recorder.bits().size()) * 8)
+            .sum()
+    }
+
+    /// Takes those into memory that are not there yet, `all` of them or those that record and what fits beside them.
+    async fn load_bitmaps_if(&self, all: bool) -> io::Result<()> {
+        let live = self.live();
+        let mut active = live.all.clone();
         let have = active.len();
-        let mut memory: u64 = active.iter().map(|b| b.bits.len() as u64 * 8).sum();
-        for info in self.bitmaps().await? {
+        let mut memory = Image::memory(&live);
+        let mut wanted = self.bitmaps().await?;
+        // Those that must be there first.
+        wanted.sort_by_key(|b| !b.auto);
+        for info in wanted {
+            let is_here = active.iter().any(|b| b.info.name == info.name);
             // What nobody stored says nothing, now and later.
-            if info.in_use || !wanted(&info) {
+            if info.in_use || is_here || live.removed.contains(&info.name) {
                 continue;
             }
+            let must = all || info.auto;
             if info.has_unknown_data {
+                if !must {
+                    continue;
+                }
                 return Err(io::Error::new(
                     io::ErrorKind::Unsupported,
                     format!(
@@ -269,38 +271,15 @@ impl Image {
                     ),
                 ));
             }
-            let words_needed = info.words(self.size());
-            memory += words_needed * 8;
+            let more = memory + info.words(self.size()) * 8;
+            if !must && more > MAX_MEMORY {
+                continue;
+            }
+            memory = more;
             too_much(&info, memory)?;
-            let table = self.bitmap_table(&info).await?;
-            if table.len() as u64 != (words_needed * 8).div_ceil(cluster as u64) {
-                return Err(Error::Field {
-                    what: "the number of entries of a bitmap table",
-                    value: table.len() as u64,
-                    allowed: "it does not fit the size of the disk",
-                }
-                .into());
-            }
-            let per = cluster / 8;
-            let mut all = Vec::with_capacity(words_needed as usize);
-            for entry in &table {
-                let want = (words_needed as usize - all.len()).min(per);
-                let offset = entry & OFFSET_MASK;
-                if offset == 0 {
-                    let fill = if entry & ALL_ONES != 0 { u64::MAX } else { 0 };
-                    all.extend(std::iter::repeat_n(fill, want));
-                    continue;
-                }
-                let bytes = self
-                    .read_metadata(offset, cluster as u64, "a bitmap")
-                    .await?;
-                let (chunks, _) = bytes.as_chunks::<8>();
-                all.extend(chunks.iter().take(want).map(|c| u64::from_le_bytes(*c)));
-            }
+            let bits = self.read_bits(&info).await?;
             active.push(Arc::new(Active {
-                shift: info.granularity.trailing_zeros(),
-                entries: info.table.1,
-                bits: all.into_iter().map(AtomicU64::new).collect(),
+                recorder: Recorder::new(bits, info.auto),
                 info,
             }));
         }
@@ -312,16 +291,121 @@ impl Image {
                 .await?;
         }
         self.file.flush().await?;
-        self.active_bitmaps.store(Some(Arc::new(active)));
+        self.active_bitmaps.store(Some(Arc::new(Live {
+            all: active,
+            changed: live.changed,
+            removed: live.removed.clone(),
+        })));
         Ok(())
+    }
+
+    async fn read_bits(&self, info: &BitmapInfo) -> io::Result<Bits> {
+        let cluster = self.cluster() as usize;
+        let words_needed = info.words(self.size());
+        let table = self.bitmap_table(info).await?;
+        if table.len() as u64 != (words_needed * 8).div_ceil(cluster as u64) {
+            return Err(Error::Field {
+                what: "the number of entries of a bitmap table",
+                value: table.len() as u64,
+                allowed: "it does not fit the size of the disk",
+            }
+            .into());
+        }
+        let per = cluster / 8;
+        let mut all = Vec::with_capacity(words_needed as usize);
+        for entry in &table {
+            let want = (words_needed as usize - all.len()).min(per);
+            let offset = entry & OFFSET_MASK;
+            if offset == 0 {
+                let fill = if entry & ALL_ONES != 0 { u64::MAX } else { 0 };
+                all.extend(std::iter::repeat_n(fill, want));
+                continue;
+            }
+            let bytes = self
+                .read_metadata(offset, cluster as u64, "a bitmap")
+                .await?;
+            let (chunks, _) = bytes.as_chunks::<8>();
+            all.extend(chunks.iter().take(want).map(|c| u64::from_le_bytes(*c)));
+        }
+        Ok(Bits::from_words(
+            self.size(),
+            info.granularity,
+            all.into_iter(),
+        ))
+    }
+
+    /// The bitmaps in memory, by name.
+    pub fn live_bitmaps(&self) -> Vec<(String, Arc<Recorder>)> {
+        let live = self.live();
+        let all = live.all.iter();
+        all.map(|b| (b.info.name.clone(), b.recorder.clone()))
+            .collect()
+    }
+
+    /// Adds a bitmap, which is stored when the image is closed. `granularity` is in bytes, a power of two.
+    pub fn add_bitmap(&self, name: &str, granularity: u64, recording: bool) -> io::Result<()> {
+        let unsupported = |why: &str| Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        let header = self.header();
+        if self.version < 3 {
+            return unsupported(
+                "images of version 2 have no bitmaps: make it version 3 with 'vdiskctl image amend'",
+            );
+        }
+        if header.unknown_extensions > 0 {
+            return unsupported(
+                "the header has extensions of an unknown kind, which would be lost",
+            );
+        }
+        if self.meta().writing.is_none() {
+            return Err(crate::write::read_only());
+        }
+        let live = self.live();
+        let info = BitmapInfo {
+            name: name.to_owned(),
+            granularity,
+            in_use: false,
+            auto: recording,
+            table: (0, 0),
+            at: 0,
+            flags: 0,
+            has_unknown_data: false,
+        };
+        too_much(&info, Image::memory(&live) + info.words(self.size()) * 8)?;
+        let mut all = live.all.clone();
+        all.push(Arc::new(Active {
+            recorder: Recorder::new(Bits::new(self.size(), granularity), recording),
+            info,
+        }));
+        // One of that name that nobody stored says nothing.
+        let mut removed = live.removed.clone();
+        removed.push(name.to_owned());
+        self.active_bitmaps.store(Some(Arc::new(Live {
+            all,
+            changed: true,
+            removed,
+        })));
+        Ok(())
+    }
+
+    /// Removes a bitmap that is in memory; the file follows when the image is closed.
+    pub fn remove_bitmap(&self, name: &str) {
+        let live = self.live();
+        let mut removed = live.removed.clone();
+        removed.push(name.to_owned());
+        let all = live.all.iter().filter(|b| b.info.name != name);
+        self.active_bitmaps.store(Some(Arc::new(Live {
+            all: all.cloned().collect(),
+            changed: true,
+            removed,
+        })));
     }
 
     /// Before the size of the disk changes: the file says of all bitmaps that they are in use, until they are stored as
     /// they are then.
     pub(crate) async fn prepare_bitmaps(&self, size: u64) -> io::Result<()> {
-        self.load_bitmaps_if(|_| true).await?;
+        self.load_bitmaps_if(true).await?;
         let mut memory = 0;
-        for b in self.active_bitmaps.load().iter().flat_map(|all| all.iter()) {
+        for b in &self.live().all {
             memory += b.info.words(size) * 8;
             too_much(&b.info, memory)?;
         }
@@ -330,29 +414,9 @@ impl Image {
 
     /// Makes the bitmaps fit a disk of `size` bytes: what is new is clean. No request is in flight.
     pub(crate) fn fit_bitmaps(&self, size: u64) {
-        let Some(old) = self.active_bitmaps.load_full() else {
-            return;
-        };
-        let fit = |b: &Arc<Active>| {
-            let words = b.info.words(size);
-            let bits = (0..words as usize)
-                .map(|i| b.bits.get(i).map_or(0, |w| w.load(Ordering::Relaxed)))
-                .map(AtomicU64::new)
-                .collect::<Box<[_]>>();
-            // Nothing of what is cut off may come back.
-            let last = size.div_ceil(b.info.granularity) % 64;
-            if let (Some(word), true) = (bits.last(), last > 0) {
-                word.fetch_and(u64::MAX >> (64 - last), Ordering::Relaxed);
-            }
-            Arc::new(Active {
-                info: b.info.clone(),
-                shift: b.shift,
-                entries: (words * 8).div_ceil(self.cluster()) as u32,
-                bits,
-            })
-        };
-        let new = old.iter().map(fit).collect();
-        self.active_bitmaps.store(Some(Arc::new(new)));
+        for b in &self.live().all {
+            b.recorder.fit(size);
+        }
     }
 
     fn bitmap_at(&self, b: &BitmapInfo) -> u64 {
@@ -367,65 +431,71 @@ impl Image {
     /// Records that a range of the disk is about to be written.
     #[inline]
     pub fn mark_dirty(&self, offset: u64, len: u64) {
-        if let (Some(all), true) = (&*self.active_bitmaps.load(), len > 0) {
-            for b in all.iter().filter(|b| b.info.auto) {
-                b.mark(&(offset..offset + len));
+        if let (Some(live), true) = (&*self.active_bitmaps.load(), len > 0) {
+            for b in &live.all {
+                b.recorder.record(&(offset..offset + len));
             }
         }
     }
 
+    /// Writes the bits of a bitmap to new places; the place of its table, and its entries.
+    async fn write_bits(&self, bits: &Bits) -> io::Result<(u64, u32)> {
+        let cluster = self.cluster() as usize;
+        let words = bits.size().div_ceil(bits.granularity()).div_ceil(64);
+        let entries = (words * 8).div_ceil(cluster as u64) as u32;
+        let mut table = Vec::new();
+        for index in 0..entries as usize {
+            let bytes = cluster_bytes(bits, cluster, index);
+            if bytes.iter().all(|b| *b == 0) {
+                table.push(0);
+                continue;
+            }
+            let run = self.allocate(1).await?;
+            let offset = run.first << self.layout.cluster_bits;
+            self.file.write(offset, buffer_of(&bytes)).await?;
+            table.push(offset);
+        }
+        let bytes = table.iter().flat_map(|w: &u64| w.to_be_bytes()).collect();
+        let table = self.write_table(bytes).await? << self.layout.cluster_bits;
+        Ok((table, entries))
+    }
+
+    /// The clusters that a bitmap of the directory has.
+    async fn clusters_of(&self, info: &BitmapInfo) -> io::Result<Vec<u64>> {
+        let (offset, entries) = info.table;
+        let cluster = self.cluster();
+        let words = self.bitmap_table(info).await?;
+        let mut all: Vec<u64> = words
+            .iter()
+            .map(|w| w & OFFSET_MASK)
+            .filter(|w| *w != 0)
+            .collect();
+        let table = (0..(u64::from(entries) * 8).div_ceil(cluster)).map(|i| offset + i * cluster);
+        all.extend(table);
+        Ok(all)
+    }
+
     /// Stores the bitmaps that were in use. No request is in flight, and none follows.
     pub(crate) async fn store_bitmaps(&self) -> io::Result<()> {
-        let Some(all) = self.active_bitmaps.load_full() else {
+        let Some(live) = self.active_bitmaps.load_full() else {
             return Ok(());
         };
-        let bits = self.layout.cluster_bits;
-        let cluster = self.cluster() as usize;
         let mut old = Vec::new();
         let mut new = Vec::new();
-        for b in all.iter() {
-            let (offset, entries) = b.info.table;
-            let before = self.bitmap_table(&b.info).await?;
-            old.extend(before.iter().map(|w| w & OFFSET_MASK).filter(|w| *w != 0));
-            old.extend(
-                (0..(u64::from(entries) * 8).div_ceil(cluster as u64))
-                    .map(|i| offset + i * cluster as u64),
-            );
-            let mut table = Vec::new();
-            for index in 0..b.entries as usize {
-                let bytes = b.bytes(cluster, index);
-                if bytes.iter().all(|b| *b == 0) {
-                    table.push(0);
-                    continue;
-                }
-                let run = self.allocate(1).await?;
-                self.file
-                    .write(run.first << bits, buffer_of(&bytes))
-                    .await?;
-                table.push(run.first << bits);
+        for b in &live.all {
+            if b.info.table.1 > 0 {
+                old.extend(self.clusters_of(&b.info).await?);
             }
-            let bytes = table.iter().flat_map(|w: &u64| w.to_be_bytes()).collect();
-            new.push(self.write_table(bytes).await? << bits);
+            new.push(self.write_bits(&b.recorder.bits()).await?);
         }
-        // The counts of the new places, and what is there, before anything refers to it; the places before it is said
-        // that they are right.
-        self.flush().await?;
-        for (b, table) in all.iter().zip(&new) {
-            let mut place = table.to_be_bytes().to_vec();
-            place.extend(b.entries.to_be_bytes());
-            let at = self.bitmap_at(&b.info);
-            self.file.write(at, buffer_of(&place)).await?;
+        match live.changed {
+            true => self.store_directory(&live, &new, &mut old).await?,
+            false => self.store_in_place(&live.all, &new).await?,
         }
-        self.file.flush().await?;
-        for b in all.iter() {
-            self.write_bitmap_flags(&b.info, b.info.flags & !IN_USE)
-                .await?;
-        }
-        self.file.flush().await?;
         self.active_bitmaps.store(None);
         for offset in old {
             self.unref(Unref {
-                first: offset >> bits,
+                first: offset >> self.layout.cluster_bits,
                 clusters: 1,
                 reason: Reason::Other,
             })
@@ -433,37 +503,117 @@ impl Image {
         }
         Ok(())
     }
+
+    fn flags_of(b: &Active) -> u32 {
+        let flags = b.info.flags & !(IN_USE | AUTO);
+        match b.recorder.is_recording() {
+            true => flags | AUTO,
+            false => flags,
+        }
+    }
+
+    /// The directory stays where it is.
+    async fn store_in_place(&self, all: &[Arc<Active>], new: &[(u64, u32)]) -> io::Result<()> {
+        // The counts of the new places, and what is there, before anything refers to it; the places before it is said
+        // that they are right.
+        self.flush().await?;
+        for (b, (table, entries)) in all.iter().zip(new) {
+            let mut place = table.to_be_bytes().to_vec();
+            place.extend(entries.to_be_bytes());
+            let at = self.bitmap_at(&b.info);
+            self.file.write(at, buffer_of(&place)).await?;
+        }
+        self.file.flush().await?;
+        for b in all {
+            self.write_bitmap_flags(&b.info, Image::flags_of(b)).await?;
+        }
+        self.file.flush().await
+    }
+
+    /// Writes a new directory, with those of the old one that are not in memory.
+    async fn store_directory(
+        &self,
+        live: &Live,
+        new: &[(u64, u32)],
+        old: &mut Vec<u64>,
+    ) -> io::Result<()> {
+        let header = self.header();
+        let mut bytes = Vec::new();
+        let mut count = 0;
+        if let Some(dir) = header.bitmaps {
+            let before = self
+                .read_metadata(dir.offset, dir.size, "the directory of bitmaps")
+                .await?;
+            let all = self.bitmaps().await?;
+            for (i, info) in all.iter().enumerate() {
+                if live.removed.contains(&info.name) {
+                    old.extend(self.clusters_of(info).await?);
+                } else if !live.all.iter().any(|b| b.info.name == info.name) {
+                    let end = all.get(i + 1).map_or(before.len(), |next| next.at);
+                    bytes.extend(&before[info.at..end]);
+                    count += 1;
+                }
+            }
+            let clusters = dir.size.div_ceil(self.cluster());
+            old.extend((0..clusters).map(|i| dir.offset + i * self.cluster()));
+        }
+        for (b, (table, entries)) in live.all.iter().zip(new) {
+            bytes.extend(table.to_be_bytes());
+            bytes.extend(entries.to_be_bytes());
+            // Data of an unknown kind was not loaded.
+            let flags = Image::flags_of(b) & AUTO;
+            bytes.extend(flags.to_be_bytes());
+            bytes.extend([1, b.info.granularity.trailing_zeros() as u8]);
+            bytes.extend((b.info.name.len() as u16).to_be_bytes());
+            bytes.extend(0u32.to_be_bytes());
+            bytes.extend(b.info.name.as_bytes());
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            count += 1;
+        }
+        let size = bytes.len() as u64;
+        let directory = match count {
+            0 => None,
+            _ => Some(BitmapDirectory {
+                bitmaps: count,
+                size,
+                offset: self.write_table(bytes).await? << self.layout.cluster_bits,
+            }),
+        };
+        self.flush().await?;
+        // While the header is written anew nobody takes its bitmaps for the truth.
+        let set_header = |valid: bool| {
+            let mut meta = self.meta();
+            meta.header.autoclear &= !AUTOCLEAR_BITMAPS;
+            if valid && directory.is_some() {
+                meta.header.autoclear |= AUTOCLEAR_BITMAPS;
+            }
+        };
+        set_header(false);
+        self.write_header().await?;
+        self.file.flush().await?;
+        self.meta().header.bitmaps = directory;
+        let bytes = self.header().encode()?;
+        self.file.write(0, buffer_of(&bytes)).await?;
+        self.file.flush().await?;
+        set_header(true);
+        self.write_header().await?;
+        self.file.flush().await
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
-    proptest! {
-        #[test]
-        fn marks_are_the_bits_of_the_range(start in 0u64..5000, len in 1u64..5000) {
-            let info = BitmapInfo {
-                name: String::new(),
-                granularity: 8,
-                in_use: false,
-                auto: true,
-                table: (0, 0),
-                at: 0,
-                flags: 0,
-                has_unknown_data: false,
-            };
-            let b = Active {
-                info,
-                shift: 3,
-                entries: 1,
-                bits: (0..16).map(|_| AtomicU64::new(0)).collect(),
-            };
-            b.mark(&(start..start + len));
-            for bit in 0..1024u64 {
-                let set = b.bits[bit as usize / 64].load(Ordering::Relaxed) >> (bit % 64) & 1 != 0;
-                prop_assert_eq!(set, bit * 8 < start + len && start < (bit + 1) * 8);
-            }
-        }
+    #[test]
+    fn clusters_of_bits_are_little_endian_words() {
+        let bits = Bits::new(1 << 20, 512);
+        bits.set(&(0..512));
+        bits.set(&(9 * 512..10 * 512));
+        let bytes = cluster_bytes(&bits, 64, 0);
+        assert_eq!(bytes[..3], [1, 2, 0]);
+        bits.set(&(512 * 512..513 * 512));
+        assert_eq!(cluster_bytes(&bits, 64, 1)[0], 1);
+        assert_eq!(cluster_bytes(&bits, 512, 0).len(), 512);
     }
 }

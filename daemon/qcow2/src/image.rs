@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 use vdisk_io::{IoVecs, RangeLock};
 
 use crate::amend::Amend;
-use crate::bitmap::Active;
+use crate::bitmap::Live;
 use crate::compress::Compression;
 use crate::error::{Error, Result};
 use crate::header::{Header, MAX_L1};
@@ -133,7 +133,7 @@ pub struct Image {
     /// The last change that could not be noted for the next process.
     pub(crate) unnoted: AtomicU64,
     /// Bitmaps that record writes.
-    pub(crate) active_bitmaps: ArcSwapOption<Vec<Arc<Active>>>,
+    pub(crate) active_bitmaps: ArcSwapOption<Live>,
     decompressing: Semaphore,
     /// The cluster that was decompressed last: its descriptor and its data.
     decompressed: Mutex<Option<(u64, Arc<Vec<u8>>)>>,

@@ -432,6 +432,9 @@ pub enum BitmapCommand {
         /// Do not record yet
         #[arg(long)]
         disabled: bool,
+        /// Have the image keep it (qcow2)
+        #[arg(long)]
+        persistent: bool,
     },
     /// Forget a bitmap
     Remove(Bitmap),

@@ -21,7 +21,11 @@ fn rows(objects: &Objects) -> Rows {
                 true => "recording",
                 false => "disabled",
             }
-            .into(),
+            .to_owned()
+                + match flag(p, "Persistent") {
+                    true => ", persistent",
+                    false => "",
+                },
             format_size(number(p, "Count")),
             format_size(number(p, "Granularity")),
             match text(p, "Job").as_str() {
@@ -57,10 +61,14 @@ pub async fn bitmap(connection: &Connection, command: BitmapCommand, json: bool)
     if let BitmapCommand::Add {
         granularity,
         disabled,
+        persistent,
         ..
     } = &command
     {
-        let mut options = Options::from([("disabled", Variant::from(*disabled))]);
+        let mut options = Options::from([
+            ("disabled", Variant::from(*disabled)),
+            ("persistent", Variant::from(*persistent)),
+        ]);
         if let Some(size) = granularity {
             let bytes = parse_size(size);
             let bytes = bytes.ok_or_else(|| {

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use vdisk_api::{BitmapAction, Error, Reply, Result};
-use vdisk_block::{Bitmap, Node};
+use vdisk_api::{BitmapAction, BitmapOptions, Error, Reply, Result};
+use vdisk_block::{Bitmap, Node, image_failed};
 
 use super::{Control, Event};
 
@@ -29,6 +29,24 @@ pub(super) fn free(node: &Node, name: &str) -> Result<Arc<Bitmap>> {
     }
 }
 
+/// Whether the image of a node can keep a bitmap.
+fn check_persistent(node: &Node, options: &BitmapOptions) -> Result<()> {
+    let what = format!("bitmap '{}' of node '{}'", options.name, node.name());
+    let header = node.image().map(|image| image.header());
+    let problem = match header {
+        None => "only qcow2 images keep bitmaps: leave out 'persistent'",
+        Some(_) if node.is_read_only() => "the node is read-only: leave out 'persistent'",
+        Some(h) if h.version < 3 => {
+            "images of version 2 keep no bitmaps: make it version 3 with 'vdiskctl image amend'"
+        }
+        Some(h) if h.unknown_extensions > 0 => {
+            "the image's header has extensions of an unknown kind, which would be lost: leave out 'persistent'"
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(Error::not_supported(format!("{what}: {problem}")))
+}
+
 /// Whether an action can be done, when bitmaps that `is_new` knows have been added.
 pub(super) fn check_with(
     node: &Node,
@@ -45,6 +63,7 @@ pub(super) fn check_with(
                 options.name
             )))
         }
+        BitmapAction::Add(options) if options.persistent => check_persistent(node, options),
         BitmapAction::Add(_) => Ok(()),
         BitmapAction::Merge { name, sources } => {
             if !is_new(name) {
@@ -61,6 +80,11 @@ pub(super) fn check_with(
 /// Does it. Everything above is drained.
 pub(super) fn apply(node: &Node, action: &BitmapAction) -> Result<()> {
     match action {
+        BitmapAction::Add(o) if o.persistent => {
+            let added = node.add_persistent_bitmap(&o.name, o.granularity, !o.disabled);
+            let what = format!("bitmap '{}' of node '{}'", o.name, node.name());
+            added.map_err(|e| image_failed(&what, &e))?;
+        }
         BitmapAction::Add(o) => node.add_bitmap(&o.name, o.granularity, !o.disabled),
         BitmapAction::Remove { name } => node.remove_bitmap(name),
         BitmapAction::Clear { name } => {

@@ -1158,12 +1158,17 @@ impl Control {
             }
             _ => return,
         };
+        if base.is_none() && matches!(parts.task, Task::Commit(_)) {
+            let base = parts.target.name().to_owned();
+            self.bitmaps_added(&base);
+        }
         drop(parts);
         if let Some(base) = base {
             self.make_read_only(&base).await;
             self.events.push(Event::NodeChanged(base.name().to_owned()));
         }
         for node in removed {
+            self.removed(&node);
             if let Err(error) = self.close(&node).await {
                 tracing::error!(node = node.name(), %error, "the last changes cannot be written");
             }
@@ -1171,7 +1176,6 @@ impl Control {
                 node = node.name(),
                 "node removed: it is not needed any more"
             );
-            self.removed(&node);
         }
     }
 

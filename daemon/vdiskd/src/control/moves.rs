@@ -53,7 +53,12 @@ impl Control {
     }
 
     /// Stores what a node has in memory that is only read from now on.
-    pub(super) async fn settle_below(&self, node: &Arc<Node>) {
+    pub(super) async fn settle_below(&mut self, node: &Arc<Node>) {
+        // The image keeps its bitmaps for whoever writes to it again.
+        for bitmap in node.bitmaps().iter().filter(|b| b.is_persistent()) {
+            let (node, name) = (node.name().to_owned(), bitmap.name().to_owned());
+            self.events.push(Event::BitmapRemoved(node, name));
+        }
         if let Err(error) = self.settle(node).await {
             tracing::warn!(node = node.name(), %error, "what it has in memory beyond what was flushed cannot be stored");
         }
@@ -252,8 +257,9 @@ impl Control {
         names: Vec<String>,
         paused: Duration,
     ) -> Reply {
-        let added = names.iter().rev().cloned().map(Event::NodeAdded);
-        self.events.extend(added);
+        for name in names.iter().rev() {
+            self.added(name);
+        }
         let (nodes, exports): (Vec<String>, Vec<String>) = {
             let world = self.world();
             let (_, above) = world.graph.above(name);

@@ -27,7 +27,7 @@ impl Control {
                 read_only = info.node.is_read_only(),
                 "node added"
             );
-            self.events.push(Event::NodeAdded(name.clone()));
+            self.added(name);
             changed.extend(info.children.into_iter().map(|(_, child)| child));
         }
         changed.retain(|child| !names.contains(child));
@@ -105,6 +105,7 @@ impl Control {
         };
         let mut failed = None;
         for node in removed {
+            self.removed(&node);
             if let Err(e) = self.close(&node).await {
                 tracing::error!(node = node.name(), error = %e, "the last changes cannot be written");
                 failed.get_or_insert(Error::io(
@@ -116,7 +117,6 @@ impl Control {
                 ));
             }
             tracing::info!(node = node.name(), "node removed");
-            self.removed(&node);
         }
         for (_, child) in children {
             if self.world().graph.node(&child).is_ok() {
@@ -126,7 +126,22 @@ impl Control {
         failed.map_or(Ok(Reply::Done), Err)
     }
 
-    /// Tells that a node, and what belonged to it, is gone.
+    /// Tells of a new node, and of what belongs to it.
+    pub(super) fn added(&mut self, name: &str) {
+        self.events.push(Event::NodeAdded(name.to_owned()));
+        self.bitmaps_added(name);
+    }
+
+    /// Tells of the bitmaps of a node.
+    pub(super) fn bitmaps_added(&mut self, name: &str) {
+        let node = self.world().graph.node(name);
+        for bitmap in node.iter().flat_map(|n| n.bitmaps()) {
+            let event = Event::BitmapAdded(name.to_owned(), bitmap.name().to_owned());
+            self.events.push(event);
+        }
+    }
+
+    /// Tells that a node, and what belongs to it, goes: before it is closed.
     pub(super) fn removed(&mut self, node: &Node) {
         for bitmap in node.bitmaps() {
             let (node, name) = (node.name().to_owned(), bitmap.name().to_owned());

@@ -77,6 +77,11 @@ impl BitmapObject {
         Ok(self.bitmap()?.granularity())
     }
 
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn persistent(&self) -> zbus::fdo::Result<bool> {
+        Ok(self.bitmap()?.is_persistent())
+    }
+
     #[zbus(property)]
     fn recording(&self) -> zbus::fdo::Result<bool> {
         Ok(self.bitmap()?.is_recording())
