@@ -57,6 +57,8 @@ enum Between {
     Resizes,
     /// As `Nothing`; the image has a bitmap that records writes.
     Bitmap,
+    /// As `Bitmap`; it gets another one, and the first is removed.
+    NewBitmap,
 }
 
 /// What of the disk one bit of the bitmap stands for.
@@ -354,7 +356,7 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
     };
     block_on(Image::create(children, create)).unwrap();
     let base = match between {
-        Between::Bitmap => add_bitmap(empty.data(), create.cluster_size),
+        Between::Bitmap | Between::NewBitmap => add_bitmap(empty.data(), create.cluster_size),
         _ => empty.data(),
     };
     let base_data = empty_data.map(|d| d.data());
@@ -377,7 +379,11 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
     };
     block_on(async {
         guest.image.activate(None).await.unwrap();
-        let one_phase = matches!(between, Between::Nothing | Between::Bitmap);
+        if between == Between::NewBitmap {
+            guest.image.add_bitmap("new", GRANULARITY, true).unwrap();
+            guest.image.remove_bitmap("b");
+        }
+        let one_phase = !matches!(between, Between::Snapshots | Between::Resizes);
         let phases = if one_phase { 1 } else { 4 };
         for phase in 0..phases {
             join_all((0..4).map(|_| {
@@ -463,6 +469,17 @@ fn run(seed: u64, create: &CreateOptions, options: Options, cuts: usize, between
             // A snapshot that was being made or deleted leaves the image marked, to be repaired by whoever opens it.
             if !image.header().dirty {
                 sound(&image, &what).await;
+            }
+            if between == Between::NewBitmap {
+                let all = image.bitmaps().await.unwrap();
+                let valid = all.iter().filter(|b| !b.in_use);
+                // The new one comes when the old one goes, with everything that was written until the end.
+                for b in valid.clone().filter(|b| b.name == "new") {
+                    assert!(all.len() == 1 && b.auto, "{what}: {all:?}");
+                }
+                if cut == cuts {
+                    assert_eq!(valid.count(), 1, "{what}: {all:?}");
+                }
             }
             image.activate(None).await.unwrap();
             sound(&image, &what).await;
@@ -622,6 +639,19 @@ fn sizes_that_change() {
 fn bitmaps() {
     for seed in 90..96 {
         run(seed, &small(), Options::default(), cuts(), Between::Bitmap);
+    }
+}
+
+#[test]
+fn bitmaps_that_come_and_go() {
+    for seed in 100..104 {
+        run(
+            seed,
+            &small(),
+            Options::default(),
+            cuts(),
+            Between::NewBitmap,
+        );
     }
 }
 
