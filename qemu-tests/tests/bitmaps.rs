@@ -475,10 +475,17 @@ fn persistent_bitmaps_are_kept_by_the_image() {
     // A daemon that is killed leaves them as saying nothing, and one of that name may come again.
     daemon.kill();
     daemon.start_again();
-    let inconsistent = |b: &(String, String)| b.1.contains("in-use");
+    // The kernel gives the files of a killed process back a little later.
     wait_for("the locks to be gone", || {
-        known().iter().all(inconsistent).then_some(())
+        let info = ["info", text(&image)];
+        let out = std::process::Command::new("qemu-img").args(info).output();
+        out.unwrap().status.success().then_some(())
     });
+    assert!(
+        known().iter().all(|b| b.1.contains("in-use")),
+        "{:?}",
+        known()
+    );
     open(&daemon);
     assert_eq!(daemon.ctl_json(&["bitmap", "list"]), Value::Array(vec![]));
     daemon.ctl(&["bitmap", "add", "disk", "keep", "--persistent"]);

@@ -72,8 +72,9 @@ fn the_daemon_introspects_to_the_documented_xml() {
     let daemon = Daemon::start(&[]);
     daemon.export("d0", 4 * MIB, &[], &[]);
     let copy = daemon.path("copy.qcow2");
+    daemon.ctl(&["node", "add", "n0", "driver=null-co", "size=4M"]);
     let slow = ["--speed", "1", "--detach", "job-id=j0"];
-    daemon.ctl(&[&["backup", "d0", copy.to_str().unwrap()][..], &slow].concat());
+    daemon.ctl(&[&["backup", "n0", copy.to_str().unwrap()][..], &slow].concat());
     daemon.ctl(&["bitmap", "add", "d0", "b0"]);
     for (interface, xml) in vdisk_dbus::INTERFACES {
         let path = match interface {

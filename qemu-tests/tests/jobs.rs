@@ -364,6 +364,12 @@ fn conversions_are_what_qemu_reads() {
 fn jobs_live_as_qemu_has_them_live() {
     let daemon = Daemon::start(&[]);
     add(&daemon, "disk", "qcow2");
+    // Something to copy: zeroes take no time.
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    for at in (0..4 << 20).step_by(1 << 20) {
+        assert_eq!(client.write(at, &vec![1; 1 << 20]), 0);
+    }
+    drop(client);
     let image = daemon.path("copy.qcow2");
     let start = |more: &[&str]| {
         let _ = std::fs::remove_file(&image);
@@ -692,6 +698,12 @@ fn a_pending_mirror_catches_up() {
 fn jobs_that_wait_do_not_keep_the_daemon() {
     let mut daemon = Daemon::start(&[]);
     add(&daemon, "disk", "qcow2");
+    // Something to copy: zeroes take no time.
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    for at in (0..4 << 20).step_by(1 << 20) {
+        assert_eq!(client.write(at, &vec![1; 1 << 20]), 0);
+    }
+    drop(client);
     for (id, more) in [("p", "auto-finalize=false"), ("q", "--speed=1")] {
         let image = daemon.path(&format!("{id}.qcow2"));
         let (name, job) = (format!("copy-{id}"), format!("job-id={id}"));
@@ -709,4 +721,42 @@ fn jobs_that_wait_do_not_keep_the_daemon() {
     wait_for_state(&daemon, "p", "pending");
     daemon.ctl(&["job", "pause", "q"]);
     assert_eq!(daemon.terminate(), Some(0));
+}
+
+/// Who cancels while the last bytes are made durable gets what was asked for.
+#[test]
+fn a_cancel_in_the_last_moment_counts() {
+    let daemon = Daemon::start(&[]);
+    daemon.ctl(&[
+        "node",
+        "add",
+        "disk",
+        "driver=null-co",
+        "size=4M",
+        "read-zeroes=off",
+    ]);
+    let latency = "latency-ns=1000000000";
+    daemon.ctl(&["node", "add", "slow", "driver=null-co", "size=4M", latency]);
+    let address = format!("--address={}", daemon.bus_address());
+    let start = [
+        "call",
+        "org.vdisk1",
+        "/org/vdisk1/node/disk",
+        "org.vdisk1.Node",
+        "Backup",
+    ];
+    let options = ["a{sv}", "3", "target", "s", "slow", "job-id", "s", "j"];
+    let out = std::process::Command::new("busctl")
+        .arg(&address)
+        .args([&start[..], &options, &["auto-dismiss", "b", "false"]].concat())
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{out:?}");
+    wait_for("all to be copied", || {
+        let job = job(&daemon, "j");
+        (job["ProgressDone"] == 4 << 20).then_some(())
+    });
+    daemon.ctl(&["job", "cancel", "j"]);
+    let job = wait_for_state(&daemon, "j", "concluded");
+    assert!(job["Error"][1].to_string().contains("cancelled"), "{job}");
 }

@@ -251,6 +251,56 @@ fn job_options<'a>(copy: &'a Copy, target: &'a str) -> Result<Options<'a>> {
     Ok(all)
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Backup,
+    Mirror,
+    Convert,
+}
+
+/// Makes the image that is copied to, with its node `name`, and starts a job; its id. Nothing stays of what cannot be started.
+async fn start(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    kind: Kind,
+    node: &str,
+    copy: &Copy,
+    name: String,
+    more: Options<'_>,
+) -> Result<(String, Target)> {
+    let objects = Objects::load(connection).await?;
+    let size = number(objects.find("node", node)?, "Size");
+    let target = Target::add(connection, manager, copy, size, name).await?;
+    let started = async {
+        let name = target.node.clone();
+        let mut options = job_options(copy, &name)?;
+        for (key, value) in more {
+            options.entry(key).or_insert(value);
+        }
+        let proxy = NodeProxy::builder(connection).path(node_path(node));
+        let proxy = proxy.build().await?;
+        let path = match kind {
+            Kind::Backup => proxy.backup(options).await?,
+            Kind::Mirror => proxy.mirror(options).await?,
+            Kind::Convert => proxy.convert(options).await?,
+        };
+        Ok(name_of(path.as_str()))
+    };
+    match started.await {
+        Ok(id) => Ok((id, target)),
+        Err(e) => {
+            target.remove(connection, false).await;
+            Err(e)
+        }
+    }
+}
+
+/// The name of the copy's node.
+fn copy_name(copy: &Copy, node: &str, suffix: &str) -> String {
+    let name = copy.name.clone();
+    name.unwrap_or_else(|| format!("{}-{suffix}", node.trim_start_matches('#')))
+}
+
 pub async fn backup(
     connection: &Connection,
     manager: &ManagerProxy<'_>,
@@ -258,31 +308,11 @@ pub async fn backup(
     copy: &Copy,
     json: bool,
 ) -> Result<()> {
-    let objects = Objects::load(connection).await?;
-    let size = number(objects.find("node", node)?, "Size");
-    let name = copy.name.clone();
-    let name = name.unwrap_or_else(|| format!("{}-backup", node.trim_start_matches('#')));
-    let target = Target::add(connection, manager, copy, size, name).await?;
-    let name = target.node.clone();
-    let proxy = NodeProxy::builder(connection).path(node_path(node));
-    let started = match job_options(copy, &name) {
-        Ok(options) => proxy
-            .build()
-            .await?
-            .backup(options)
-            .await
-            .map_err(Error::from),
-        Err(e) => Err(e),
-    };
-    let id = match started {
-        Ok(path) => name_of(path.as_str()),
-        Err(e) => {
-            target.remove(connection, false).await;
-            return Err(e);
-        }
-    };
+    let name = copy_name(copy, node, "backup");
+    let none = Options::new();
+    let (id, target) = start(connection, manager, Kind::Backup, node, copy, name, none).await?;
     if copy.detach {
-        return started_in_background(&id, &name, json);
+        return started_in_background(&id, &target.node, json);
     }
     let p = watch(connection, &id, &[End::Concluded], true).await?;
     let failed = !trouble(&p).is_empty();
@@ -308,34 +338,13 @@ pub async fn mirror(
     json: bool,
 ) -> Result<()> {
     let (node, copy) = (&mirror.node, &mirror.copy);
-    let objects = Objects::load(connection).await?;
-    let size = number(objects.find("node", node)?, "Size");
-    let name = copy.name.clone();
-    let name = name.unwrap_or_else(|| format!("{}-mirror", node.trim_start_matches('#')));
-    let target = Target::add(connection, manager, copy, size, name).await?;
+    let name = copy_name(copy, node, "mirror");
+    let mut more = Options::new();
+    if mirror.write_blocking {
+        more.insert("copy-mode", Variant::from("write-blocking"));
+    }
+    let (id, target) = start(connection, manager, Kind::Mirror, node, copy, name, more).await?;
     let name = target.node.clone();
-    let proxy = NodeProxy::builder(connection).path(node_path(node));
-    let started = match job_options(copy, &name) {
-        Ok(mut options) => {
-            if mirror.write_blocking {
-                options.insert("copy-mode", Variant::from("write-blocking"));
-            }
-            proxy
-                .build()
-                .await?
-                .mirror(options)
-                .await
-                .map_err(Error::from)
-        }
-        Err(e) => Err(e),
-    };
-    let id = match started {
-        Ok(path) => name_of(path.as_str()),
-        Err(e) => {
-            target.remove(connection, false).await;
-            return Err(e);
-        }
-    };
     if copy.detach {
         return started_in_background(&id, &name, json);
     }
@@ -410,6 +419,11 @@ pub async fn convert(
     json: bool,
 ) -> Result<()> {
     let copy = &convert.copy;
+    if copy.detach {
+        return Err(Error::invalid(
+            "--detach: convert closes its nodes when it has ended, and waits for that; leave it out",
+        ));
+    }
     let is_file = convert.source.contains('/');
     let source = match is_file {
         false => convert.source.clone(),
@@ -444,34 +458,13 @@ async fn convert_node(
     copy: &Copy,
     json: bool,
 ) -> Result<()> {
-    let objects = Objects::load(connection).await?;
-    let size = number(objects.find("node", source)?, "Size");
+    let me = std::process::id();
     let name = copy.name.clone();
-    let name = name.unwrap_or_else(|| format!("convert-target-{}", std::process::id()));
-    let target = Target::add(connection, manager, copy, size, name).await?;
-    let proxy = NodeProxy::builder(connection).path(node_path(source));
-    let node = target.node.clone();
-    let started = match job_options(copy, &node) {
-        Ok(mut options) => {
-            let id = format!("convert-{}", std::process::id());
-            options.entry("job-id").or_insert_with(|| Variant::from(id));
-            proxy
-                .build()
-                .await?
-                .convert(options)
-                .await
-                .map_err(Error::from)
-        }
-        Err(e) => Err(e),
-    };
-    let result = match started {
-        Err(e) => Err(e),
-        Ok(path) => {
-            let id = name_of(path.as_str());
-            let p = watch(connection, &id, &[End::Concluded], true).await?;
-            conclude(connection, &p, "converted", json).await
-        }
-    };
+    let name = name.unwrap_or_else(|| format!("convert-target-{me}"));
+    let more = Options::from([("job-id", Variant::from(format!("convert-{me}")))]);
+    let (id, target) = start(connection, manager, Kind::Convert, source, copy, name, more).await?;
+    let p = watch(connection, &id, &[End::Concluded], true).await?;
+    let result = conclude(connection, &p, "converted", json).await;
     target.remove(connection, result.is_ok()).await;
     result
 }

@@ -3,8 +3,10 @@
 //! One core for the client, one for the server. A client reads or writes 4 KiB at depth 32 while the graph below it changes; the
 //! figure is the longest time that a request took, beside that of an equal run without changes.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use serde_json::json;
@@ -122,6 +124,23 @@ fn snapshots(name: &str, socket: &Path, op: Op, mut snapshot: impl FnMut() + Sen
     );
 }
 
+/// Random writes while a backup runs at a limited speed, and in equal runs without one.
+fn backups(name: &str, socket: &Path, mut begin: impl FnMut(), mut end: impl FnMut()) {
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let load = load(Op::Write, 2.0);
+        without.push(under_load(socket, &load, || {}).iops());
+        begin();
+        with.push(under_load(socket, &load, || {}).iops());
+        end();
+    }
+    let (with, without) = (median(with), median(without));
+    println!("{name:<34} {with:>9.0} IOPS of random writes, {without:>9.0} in runs without");
+}
+
+/// What a backup may read per second.
+const BACKUP_SPEED: u64 = 64 << 20;
+
 fn main() {
     pin(std::process::id(), "0");
     let daemon = Daemon::start(&["--io-threads", "1"]);
@@ -215,12 +234,33 @@ fn main() {
         );
     }
 
-    // Snapshots.
-    let mut n = 0;
-    let mut overlay = || {
-        let below = format!("disk{n}");
-        n += 1;
+    // Backups, snapshots, commits.
+    let copy = dir.join("copy.qcow2");
+    let speed = BACKUP_SPEED.to_string();
+    backups(
+        "full backup, vdiskd",
+        &socket,
+        || {
+            let start = ["backup", "disk0", text(&copy), "--name", "copy"];
+            let how = ["--detach", "--speed", &speed, "job-id=b"];
+            daemon.ctl(&[&start[..], &how].concat());
+        },
+        || {
+            daemon.ctl(&["job", "cancel", "b"]);
+            wait_for("the backup's end", || {
+                let jobs = daemon.ctl_json(&["job", "list"]);
+                jobs.as_array()?.is_empty().then_some(())
+            });
+            daemon.ctl(&["node", "remove", "copy"]);
+            let _ = std::fs::remove_file(&copy);
+        },
+    );
+    let n = AtomicUsize::new(0);
+    let overlay = || {
+        let below = format!("disk{}", n.fetch_add(1, SeqCst));
+        let n = n.load(SeqCst);
         let (name, file) = (format!("disk{n}"), dir.join(format!("over{n}.qcow2")));
+        let _ = std::fs::remove_file(&file);
         daemon.ctl(&["snapshot", "overlay", &below, &name, text(&file)]);
     };
     for op in [Op::Read, Op::Write] {
@@ -228,29 +268,59 @@ fn main() {
             &format!("live snapshot, vdiskd ({op:?})"),
             &socket,
             op,
-            &mut overlay,
+            overlay,
         );
+    }
+    for op in [Op::Read, Op::Write] {
+        let name = format!("overlay and commit, vdiskd ({op:?})");
+        snapshots(&name, &socket, op, || {
+            overlay();
+            daemon.ctl(&["commit", &format!("disk{}", n.fetch_sub(1, SeqCst))]);
+        });
     }
     let Some((mut child, socket, mut qmp)) = start_qsd(&dir) else {
         println!("qemu-storage-daemon is not here: run 'make lab'");
         return;
     };
-    let mut n = 0;
-    let mut overlay = || {
-        let below = format!("disk{n}");
-        n += 1;
-        let (name, file) = (format!("disk{n}"), dir.join(format!("qsd-over{n}.qcow2")));
+    let size = SIZE.to_string();
+    let create = |file: &Path| {
+        let _ = std::fs::remove_file(file);
         tool(
             "qemu-img",
-            &[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                text(&file),
-                &SIZE.to_string(),
-            ],
+            &["create", "-q", "-f", "qcow2", text(file), &size],
         );
+    };
+    let copy = dir.join("qsd-copy.qcow2");
+    let qmp = RefCell::new(&mut qmp);
+    backups(
+        "full backup, qsd",
+        &socket,
+        || {
+            create(&copy);
+            let file = json!({"driver": "file", "filename": text(&copy), "aio": "io_uring"});
+            let node = json!({"driver": "qcow2", "node-name": "copy", "file": file});
+            let job = json!({"job-id": "b", "device": "disk0", "target": "copy", "sync": "full", "speed": BACKUP_SPEED});
+            let mut qmp = qmp.borrow_mut();
+            qmp.run("blockdev-add", node);
+            qmp.run("blockdev-backup", job);
+        },
+        || {
+            let mut qmp = qmp.borrow_mut();
+            qmp.run("job-cancel", json!({"id": "b"}));
+            wait_for("the backup's end", || {
+                let jobs = qmp.run("query-jobs", json!({}));
+                jobs.as_array()?.is_empty().then_some(())
+            });
+            qmp.run("blockdev-del", json!({"node-name": "copy"}));
+        },
+    );
+    let qmp = qmp.into_inner();
+    let mut n = 0;
+    let overlay = |qmp: &mut Qmp, n: &mut usize| {
+        let below = format!("disk{n}");
+        *n += 1;
+        let (name, file) = (format!("disk{n}"), dir.join(format!("qsd-over{n}.qcow2")));
+        create(&file);
         qmp.run(
             "blockdev-add",
             json!({
@@ -261,12 +331,28 @@ fn main() {
         qmp.run("blockdev-snapshot", json!({"node": below, "overlay": name}));
     };
     for op in [Op::Read, Op::Write] {
-        snapshots(
-            &format!("live snapshot, qsd ({op:?})"),
-            &socket,
-            op,
-            &mut overlay,
-        );
+        let name = format!("live snapshot, qsd ({op:?})");
+        snapshots(&name, &socket, op, || overlay(qmp, &mut n));
+    }
+    for op in [Op::Read, Op::Write] {
+        let name = format!("overlay and commit, qsd ({op:?})");
+        snapshots(&name, &socket, op, || {
+            overlay(qmp, &mut n);
+            let (top, base) = (format!("disk{n}"), format!("disk{}", n - 1));
+            qmp.run(
+                "block-commit",
+                json!({"job-id": "c", "device": top, "base-node": base}),
+            );
+            qmp.wait_event("BLOCK_JOB_READY");
+            qmp.run("job-complete", json!({"id": "c"}));
+            qmp.wait_event("BLOCK_JOB_COMPLETED");
+            wait_for("the commit's end", || {
+                let jobs = qmp.run("query-jobs", json!({}));
+                jobs.as_array()?.is_empty().then_some(())
+            });
+            qmp.run("blockdev-del", json!({"node-name": top}));
+            n -= 1;
+        });
     }
     let _ = child.kill();
     let _ = child.wait();

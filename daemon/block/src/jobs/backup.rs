@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, scratch};
+use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, is_zero, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -72,8 +72,13 @@ impl Backup {
         on_copy_error: OnCopyError,
     ) -> Arc<Backup> {
         let granularity = target.limits().zero_alignment.max(65536);
+        let todo = Bits::new(source.size(), granularity);
+        if sync != BackupSync::Bits {
+            // Guests do not have to wait for that.
+            todo.set(&(0..source.size()));
+        }
         Arc::new(Backup {
-            todo: Bits::new(source.size(), granularity),
+            todo,
             source,
             target,
             sync,
@@ -90,9 +95,8 @@ impl Backup {
 
     /// From now on the target gets what the source has at this moment, `bits` of it or all. The source is drained.
     pub fn start(self: &Arc<Self>, bits: Option<&Bits>) {
-        match bits {
-            Some(bits) => self.todo.merge(bits),
-            None => self.todo.set(&(0..self.source.size())),
+        if let Some(bits) = bits {
+            self.todo.merge(bits);
         }
         self.source.add_tap(self.clone());
     }
@@ -140,46 +144,52 @@ impl Backup {
         Ok(())
     }
 
-    /// Leaves out what is not to be copied.
+    /// Leaves out what is not to be copied, and what is zeroes on both sides.
     async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
         let size = self.source.size();
         let mut at = 0;
-        while self.sync == BackupSync::Top && at < size {
+        while let Some(run) = self.todo.next_run(&(at..size), LOOKUP) {
+            at = at.max(run.start);
             let busy = state.checkpoint().await?;
             let counted = roots.enter().await;
-            // A piece of which any part is the source's own is copied.
-            let piece = self.todo.pieces_around(&(at..at + 1));
-            let held = self.pieces.lock(piece.clone()).await;
-            let status = self.source.status(at, (size - at).min(LOOKUP), None).await;
-            match status {
-                Ok(s) if s.own => at = piece.end.max(at + s.len).min(size),
-                Ok(s) => {
+            let looked = self.look(at..run.end).await;
+            drop((counted, busy));
+            match looked {
+                Ok((len, skip)) => {
+                    let end = at + len;
                     let whole = self.todo.granularity();
-                    let end = at + s.len;
-                    let end = if end == size {
+                    // Pieces of which any part is to be copied are copied.
+                    let from = at.next_multiple_of(whole);
+                    let to = if end == size {
                         end
                     } else {
                         end / whole * whole
                     };
-                    if at.is_multiple_of(whole) && end > at {
-                        drop(held);
-                        let _all = self.pieces.lock(at..end).await;
-                        self.todo.clear(&(at..end));
-                        at = end;
-                    } else {
-                        // Its piece has a part of its own further on.
-                        at = piece.end;
+                    if skip && from < to {
+                        let _held = self.pieces.lock(from..to).await;
+                        self.todo.clear(&(from..to));
                     }
+                    at = end;
                 }
-                Err(e) => {
-                    drop((held, counted, busy));
-                    state.failed(Side::Source, e).await?;
-                }
+                Err(e) => state.failed(e.side, e.error).await?,
             }
             give_way().await;
         }
         state.add_total(self.todo.count());
         Ok(())
+    }
+
+    /// Looks at the beginning of a range: how much of it is of one kind, and whether that needs no copy.
+    async fn look(&self, range: Range<u64>) -> Result<(u64, bool), CopyError> {
+        let (at, len) = (range.start, range.end - range.start);
+        let status = self.source.status(at, len, None).await;
+        let status = status.map_err(|error| CopyError {
+            side: Side::Source,
+            error,
+        })?;
+        let other = self.sync == BackupSync::Top && !status.own;
+        let skip = other || status.zero && is_zero(&self.target, at, status.len).await?;
+        Ok((status.len, skip))
     }
 
     /// An error if the target is not what the source was.

@@ -95,9 +95,14 @@ pub(crate) async fn copy(
     copy_data(from, to, data, scratch, how).await
 }
 
+/// Whether a range of the target is known to read as zeroes.
+pub(crate) async fn is_zero(to: &Node, at: u64, len: u64) -> Result<bool, CopyError> {
+    to.is_zero(at, len).await.map_err(target)
+}
+
 async fn zero(to: &Node, range: Range<u64>) -> Result<(), CopyError> {
     let (at, len) = (range.start, range.end - range.start);
-    if len == 0 || to.is_zero(at, len).await.map_err(target)? {
+    if len == 0 || is_zero(to, at, len).await? {
         return Ok(());
     }
     let flags = ZeroFlags {

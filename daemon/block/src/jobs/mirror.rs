@@ -18,7 +18,7 @@ use futures_util::future::join;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way, quiesce};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, scratch};
+use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, is_zero, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -146,38 +146,46 @@ impl Mirror {
     /// Sets the bits of what is to be copied.
     async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
         let size = self.source.size();
+        if matches!(self.sync, MirrorSync::None) {
+            return Ok(());
+        }
+        let mut at = 0;
+        while at < size {
+            let busy = state.checkpoint().await?;
+            let counted = roots.enter().await;
+            let looked = self.look(at..size.min(at + LOOKUP)).await;
+            drop((counted, busy));
+            match looked {
+                Ok((len, wanted)) => {
+                    // Bits are only set here: guests set some, too.
+                    if wanted {
+                        self.dirty.set(&(at..at + len));
+                    }
+                    at += len;
+                }
+                Err(e) => state.failed(e.side, e.error).await?,
+            }
+            give_way().await;
+        }
+        state.add_total(self.dirty.count());
+        Ok(())
+    }
+
+    /// Looks at the beginning of a range: how much of it is of one kind, and whether that is to be copied.
+    async fn look(&self, range: Range<u64>) -> Result<(u64, bool), CopyError> {
         let base = match &self.sync {
             MirrorSync::Above(base) => Some(base),
             _ => None,
         };
-        match &self.sync {
-            MirrorSync::Full => {
-                self.dirty.set(&(0..size));
-                state.add_total(size);
-            }
-            MirrorSync::None => {}
-            MirrorSync::Top | MirrorSync::Above(_) => {
-                let mut at = 0;
-                while at < size {
-                    let busy = state.checkpoint().await?;
-                    let counted = roots.enter().await;
-                    let status = self.source.status(at, (size - at).min(LOOKUP), base).await;
-                    drop((counted, busy));
-                    match status {
-                        Ok(s) => {
-                            if s.own {
-                                self.dirty.set(&(at..at + s.len));
-                            }
-                            at += s.len;
-                        }
-                        Err(e) => state.failed(Side::Source, e).await?,
-                    }
-                    give_way().await;
-                }
-                state.add_total(self.dirty.count());
-            }
-        }
-        Ok(())
+        let (at, len) = (range.start, range.end - range.start);
+        let status = self.source.status(at, len, base).await;
+        let status = status.map_err(|error| CopyError {
+            side: Side::Source,
+            error,
+        })?;
+        let wanted = status.own || matches!(self.sync, MirrorSync::Full);
+        let skip = !wanted || status.zero && is_zero(&self.target, at, status.len).await?;
+        Ok((status.len, !skip))
     }
 
     /// Copies a piece, or says again that it is dirty.
