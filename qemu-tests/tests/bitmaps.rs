@@ -464,7 +464,7 @@ fn persistent_bitmaps_are_kept_by_the_image() {
     open(&daemon);
     assert_eq!(count(&daemon, "keep"), 4 * 4096);
     assert_eq!(count(&daemon, "off"), 2 * 4096);
-    // An overlay comes: the image below keeps them, and they are not there for now.
+    // An overlay comes: the image below keeps them, and they are gone from the graph.
     let over = daemon.path("over.qcow2");
     daemon.ctl(&["snapshot", "overlay", "disk", "over", text(&over)]);
     assert_eq!(daemon.ctl_json(&["bitmap", "list"]), Value::Array(vec![]));
@@ -499,4 +499,35 @@ fn persistent_bitmaps_are_kept_by_the_image() {
     daemon.ctl(&["node", "add", "raw", "driver=file", &filename]);
     let (code, message) = daemon.ctl_error(&["bitmap", "add", "raw", "b", "--persistent"]);
     assert!(code == 2 && message.contains("qcow2"), "{code} {message}");
+}
+
+/// Nobody makes the daemon take gigabytes of memory by asking for fine bits of a large disk.
+#[test]
+fn bits_that_take_too_much_memory_are_refused() {
+    let daemon = Daemon::start(&[]);
+    for name in ["a", "b"] {
+        daemon.ctl(&["node", "add", name, "driver=null-co", "size=16T"]);
+    }
+    let (code, message) = daemon.ctl_error(&["bitmap", "add", "a", "fine", "--granularity", "512"]);
+    assert!(code == 2 && message.contains("8192"), "{code} {message}");
+    daemon.ctl(&["bitmap", "add", "a", "coarse", "--granularity", "8192"]);
+    let address = format!("--address={}", daemon.bus_address());
+    let call = [
+        "call",
+        "org.vdisk1",
+        "/org/vdisk1/node/a",
+        "org.vdisk1.Node",
+        "Mirror",
+    ];
+    let options = ["a{sv}", "2", "target", "s", "b", "granularity", "t", "512"];
+    let out = std::process::Command::new("busctl")
+        .arg(&address)
+        .args([&call[..], &options].concat())
+        .output()
+        .unwrap();
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        message.contains("mirror-a") && message.contains("8192"),
+        "{message}"
+    );
 }

@@ -29,6 +29,25 @@ pub(super) fn free(node: &Node, name: &str) -> Result<Arc<Bitmap>> {
     }
 }
 
+/// Bytes of memory that the bits of one bitmap, or of one job, may take. (The images have the same limit.)
+const MAX_MEMORY: u64 = 256 << 20;
+
+/// Refuses bits that would take too much memory: whoever asks for a granularity must not decide about the daemon's.
+pub(super) fn check_memory(what: &str, size: u64, granularity: u64) -> Result<()> {
+    let memory = |granularity: u64| size.div_ceil(granularity) / 8;
+    if memory(granularity) <= MAX_MEMORY {
+        return Ok(());
+    }
+    let mut enough = granularity;
+    while memory(enough) > MAX_MEMORY {
+        enough *= 2;
+    }
+    Err(Error::invalid(format!(
+        "{what}: a granularity of {granularity} takes {} bytes of memory for a disk of {size} bytes, more than {MAX_MEMORY}: give at least {enough}",
+        memory(granularity)
+    )))
+}
+
 /// Whether the image of a node can keep a bitmap.
 fn check_persistent(node: &Node, options: &BitmapOptions) -> Result<()> {
     let what = format!("bitmap '{}' of node '{}'", options.name, node.name());
@@ -63,8 +82,14 @@ pub(super) fn check_with(
                 options.name
             )))
         }
-        BitmapAction::Add(options) if options.persistent => check_persistent(node, options),
-        BitmapAction::Add(_) => Ok(()),
+        BitmapAction::Add(options) => {
+            let what = format!("bitmap '{}' of node '{}'", options.name, node.name());
+            check_memory(&what, node.size(), options.granularity)?;
+            match options.persistent {
+                true => check_persistent(node, options),
+                false => Ok(()),
+            }
+        }
         BitmapAction::Merge { name, sources } => {
             if !is_new(name) {
                 free(node, name)?;

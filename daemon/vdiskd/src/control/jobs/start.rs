@@ -63,6 +63,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
                 .request_alignment
                 .max(target.storage_block_size());
             let granularity = granularity.unwrap_or(cluster).max(block);
+            bitmaps::check_memory("its bits", source.size(), granularity)?;
             let blocking = copy_mode == CopyMode::WriteBlocking;
             Task::Mirror(Mirror::new(source, target, sync, granularity, blocking))
         }
