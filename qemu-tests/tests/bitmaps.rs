@@ -530,4 +530,31 @@ fn bits_that_take_too_much_memory_are_refused() {
         message.contains("mirror-a") && message.contains("8192"),
         "{message}"
     );
+    // A disk that no job could keep account of.
+    for name in ["huge", "copy"] {
+        daemon.ctl(&[
+            "node",
+            "add",
+            name,
+            "driver=null-co",
+            "size=4611686018427387904",
+        ]);
+    }
+    for method in ["Backup", "Convert", "Mirror"] {
+        let out = std::process::Command::new("busctl")
+            .args([&address, "call", "org.vdisk1", "/org/vdisk1/node/huge"])
+            .args([
+                "org.vdisk1.Node",
+                method,
+                "a{sv}",
+                "1",
+                "target",
+                "s",
+                "copy",
+            ])
+            .output()
+            .unwrap();
+        let message = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(message.contains("memory"), "{method}: {message}");
+    }
 }

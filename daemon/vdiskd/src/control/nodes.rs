@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdisk_api::{Error, NodeOptions, Reply, Result};
 use vdisk_block::{Node, Opened, Plan};
 
-use super::{Control, Event};
+use super::{Control, Event, bitmaps};
 
 impl Control {
     pub(super) async fn add_node(&mut self, options: NodeOptions) -> Result<Reply> {
@@ -180,6 +180,10 @@ impl Control {
             let world = self.world();
             for node in &above {
                 world.graph.check_no_job(node.name())?;
+                for bitmap in node.bitmaps() {
+                    let what = format!("bitmap '{}' of node '{}'", bitmap.name(), node.name());
+                    bitmaps::check_memory(&what, size, bitmap.granularity())?;
+                }
             }
             world.graph.check_resize(name)?;
         }

@@ -44,6 +44,11 @@ fn policy(p: ErrorPolicy) -> OnError {
 
 /// The task of a job that copies one node to another.
 fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<Task> {
+    // Whatever its granularity is, it is not finer than this.
+    let finest = target.limits().zero_alignment.max(65536);
+    if !matches!(o.kind, JobKind::Mirror { .. }) {
+        bitmaps::check_memory("its bits", source.size(), finest)?;
+    }
     let (source, target) = (source.clone(), target.clone());
     Ok(match &o.kind {
         &JobKind::Mirror {
@@ -422,6 +427,8 @@ impl Control {
                 top.size()
             )));
         }
+        let finest = base.limits().zero_alignment.max(65536);
+        bitmaps::check_memory(what, top.size(), finest)?;
         let active = world.graph.is_active(top.name());
         let overlays = world.graph.overlays(top.name());
         if let (true, Some(overlay)) = (active, overlays.first()) {
