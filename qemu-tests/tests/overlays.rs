@@ -67,6 +67,59 @@ fn each_snapshot_is_one_moment() {
     }
 }
 
+/// Writes that were answered and not flushed are there when the daemon was killed, even if the image is only read then.
+#[test]
+fn a_killed_daemons_writes_are_in_a_backing_file() {
+    let mut daemon = Daemon::start(&[]);
+    let base = daemon.path("base.qcow2");
+    daemon.ctl(&["image", "create", text(&base), "16M"]);
+    add(&daemon, "disk", "qcow2", &base);
+    let mut model = vec![0; SIZE as usize];
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    change(&mut client, &mut model, 1, 40);
+    daemon.kill();
+    drop(client);
+    daemon.start_again();
+    let over = daemon.path("over.qcow2");
+    tool(
+        "qemu-img",
+        &[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            text(&base),
+            text(&over),
+        ],
+    );
+    let over = format!("file.filename={}", text(&over));
+    let below = format!("backing.file.filename={}", text(&base));
+    let mut args = vec![
+        "node",
+        "add",
+        "top",
+        "driver=qcow2",
+        "file.driver=file",
+        &over,
+    ];
+    args.extend(["backing.driver=qcow2", "backing.read-only=on"]);
+    args.extend([
+        "backing.file.driver=file",
+        "backing.file.read-only=on",
+        &below,
+    ]);
+    daemon.ctl(&args);
+    daemon.export_node("top", "top", &[]);
+    compare(&daemon, "top", &model);
+    daemon.ctl(&["export", "remove", "top"]);
+    daemon.ctl(&["node", "remove", "top"]);
+    assert_sound(&base);
+    assert_same(&read_with_qemu(&base), &model, 0, "base");
+}
+
 #[test]
 fn overlays_over_all_kinds_of_nodes() {
     let daemon = Daemon::start(&[]);

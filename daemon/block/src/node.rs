@@ -59,6 +59,8 @@ pub struct Node {
     tapped: AtomicBool,
     taps: ArcSwapOption<Taps>,
     bitmaps: Mutex<BTreeMap<String, Arc<Bitmap>>>,
+    /// What was written in its place before, and may not be durable yet.
+    predecessor: ArcSwapOption<Node>,
 }
 
 type Taps = Vec<Arc<dyn Tap>>;
@@ -103,6 +105,7 @@ impl Node {
             tapped: AtomicBool::new(false),
             taps: ArcSwapOption::empty(),
             bitmaps: Mutex::default(),
+            predecessor: ArcSwapOption::empty(),
         }))
     }
 
@@ -511,7 +514,19 @@ impl Node {
     }
 
     pub async fn flush(&self) -> io::Result<()> {
+        if let Some(old) = self.predecessor.load_full() {
+            // It may have one itself.
+            Box::pin(old.flush()).await?;
+            self.predecessor
+                .compare_and_swap(&old, Option::<Arc<Node>>::None);
+        }
         self.driver.flush().await
+    }
+
+    /// This node takes the place of another, to which nothing is written any more: its next flush makes durable what was
+    /// written there, too.
+    pub fn succeed(&self, old: &Arc<Node>) {
+        self.predecessor.store(Some(old.clone()));
     }
 
     /// Frees what can be freed of the range; a node that ignores discards does nothing.
@@ -790,6 +805,8 @@ mod tests {
         data: Mutex<Vec<u8>>,
         zeroes: bool,
         writes: AtomicU32,
+        flushes: AtomicU32,
+        cannot_flush: AtomicBool,
     }
 
     const BLOCK: u64 = 4096;
@@ -855,7 +872,13 @@ mod tests {
         }
 
         fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
-            Box::pin(async { Ok(()) })
+            self.flushes.fetch_add(1, Relaxed);
+            Box::pin(async {
+                match self.cannot_flush.load(Relaxed) {
+                    true => Err(io::Error::from_raw_os_error(libc::EIO)),
+                    false => Ok(()),
+                }
+            })
         }
 
         fn discard(&self, _: u64, _: u64) -> LocalFuture<'_, io::Result<()>> {
@@ -888,6 +911,8 @@ mod tests {
             data: Mutex::new(vec![0xee; size]),
             zeroes,
             writes: AtomicU32::new(0),
+            flushes: AtomicU32::new(0),
+            cannot_flush: AtomicBool::new(false),
         });
         let node = Node {
             name: "n".into(),
@@ -904,6 +929,7 @@ mod tests {
             tapped: AtomicBool::new(false),
             taps: ArcSwapOption::empty(),
             bitmaps: Mutex::default(),
+            predecessor: ArcSwapOption::empty(),
         };
         node.announce_block_size(512);
         (Arc::new(node), blocks)
@@ -988,6 +1014,25 @@ mod tests {
             }
             thread.stop();
         }
+    }
+
+    #[test]
+    fn a_flush_makes_durable_what_was_written_in_its_place_before() {
+        let (oldest, at_bottom) = node(BLOCK as usize, true);
+        let (old, between) = node(BLOCK as usize, true);
+        let (new, on_top) = node(BLOCK as usize, true);
+        let flushes = || [&at_bottom, &between, &on_top].map(|b| b.flushes.load(Relaxed));
+        old.succeed(&oldest);
+        new.succeed(&old);
+        at_bottom.cannot_flush.store(true, Relaxed);
+        assert!(block_on(new.flush()).is_err());
+        assert!(block_on(new.flush()).is_err());
+        assert_eq!(flushes(), [2, 0, 0]);
+        at_bottom.cannot_flush.store(false, Relaxed);
+        assert!(block_on(new.flush()).is_ok());
+        assert_eq!(flushes(), [3, 1, 1]);
+        assert!(block_on(new.flush()).is_ok());
+        assert_eq!(flushes(), [3, 1, 2]);
     }
 
     #[test]

@@ -67,6 +67,10 @@ impl Image {
             return self.file.flush().await;
         }
         let _turn = self.committing.lock().await;
+        if self.meta().writing.is_none() {
+            // It was closed meanwhile, and everything was written.
+            return self.file.flush().await;
+        }
         self.commit().await
     }
 

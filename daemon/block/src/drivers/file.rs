@@ -329,6 +329,11 @@ impl Driver for File {
 
     fn make_writable(&self) -> Result<()> {
         let what = format!("'{}'", self.filename);
+        let Some(locking) = self.locking else {
+            return Err(Error::invalid(format!(
+                "{what} was added with force-share and may be written by others: add it without that"
+            )));
+        };
         let file = match self.writable.get() {
             Some(file) => file.clone(),
             None => {
@@ -339,10 +344,6 @@ impl Driver for File {
                     self.file.is_direct(),
                 )
             }
-        };
-        let Some(locking) = self.locking else {
-            let _ = self.writable.set(file);
-            return Ok(());
         };
         // A reader does not share what a writer needs, not even its own.
         locks::unlock(self.file());

@@ -284,12 +284,6 @@ pub(super) fn open(
             "the image is marked as corrupt; repair it with 'vdiskctl image repair'"
         );
     }
-    if header.has_unfinished_changes() && read_only {
-        tracing::warn!(
-            node = name,
-            "the daemon was killed while it wrote to this image: what was answered and not flushed is missing until the image is added for writing"
-        );
-    }
     Ok(OpenedDriver {
         size: image.size(),
         read_only,
@@ -356,6 +350,18 @@ impl Qcow2 {
                 tracing::warn!(image = file, %error, "clusters cannot be given back");
             }
         });
+    }
+
+    /// Brings what an earlier daemon has noted into an image that is opened for reading.
+    async fn redo(&self, redo: &Path) -> io::Result<()> {
+        self.make_writable()
+            .map_err(|e| io::Error::other(e.message))?;
+        let mut done = self.image.activate(Some(redo)).await;
+        if done.is_ok() {
+            done = self.image.close().await;
+        }
+        self.make_read_only();
+        done
     }
 
     async fn write_clusters(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
@@ -618,11 +624,24 @@ impl Driver for Qcow2 {
 
     fn activate(&self) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
-            if self.read_only.load(Ordering::Relaxed) {
+            let unfinished = self.image.header().has_unfinished_changes();
+            if self.read_only.load(Ordering::Relaxed) && !unfinished {
                 return Ok(());
             }
             let redo = redo_path(&self.name, &self.file, self.runtime_dir.as_deref());
-            self.image.activate(redo.as_deref()).await
+            if !self.read_only.load(Ordering::Relaxed) {
+                return self.image.activate(redo.as_deref()).await;
+            }
+            if let Some(redo) = redo.filter(|r| r.exists())
+                && let Err(error) = self.redo(&redo).await
+            {
+                tracing::warn!(
+                    node = self.name,
+                    %error,
+                    "the daemon was killed while it wrote to this image, which cannot be written now: what was answered and not flushed is missing until the image is added for writing"
+                );
+            }
+            Ok(())
         })
     }
 

@@ -1,8 +1,8 @@
 //! Changes of the graph under guests: overlays and filters that come, and filters that go.
 //!
 //! Everything that may take long is done while guests go on: what is new is opened and made ready, and what will only be
-//! read is flushed. They wait for what was written meanwhile, and for the change itself. What a node has in memory
-//! beyond that is stored when they go on again.
+//! read is flushed. They wait for the change itself. What was written meanwhile is flushed when they go on again, and no
+//! flush of theirs is answered before that (see [`Node::succeed`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,8 +18,6 @@ const MAX_FLUSHES: usize = 6;
 
 /// An overlay that may take the place of its node.
 pub(super) struct PreparedOverlay {
-    /// For messages.
-    pub what: String,
     pub name: String,
     pub node: Arc<Node>,
     pub opened: Opened,
@@ -28,36 +26,54 @@ pub(super) struct PreparedOverlay {
 impl Control {
     pub(super) async fn add_overlay(&mut self, name: &str, options: NodeOptions) -> Result<Reply> {
         let PreparedOverlay {
-            what,
             name: overlay,
             node,
             opened,
         } = self.prepare_overlay(name, options).await?;
         let (start, drained) = self.hold(name).await;
-        if let Err(e) = self.flush(&node).await {
-            drop(drained);
-            self.give_up(opened).await;
-            return Err(Error::io(
-                format_args!("{what}: the node cannot be flushed, and stays as it is"),
-                &e,
-            ));
-        }
-        node.set_read_only();
-        let names = self.put_in_place(name, opened, &drained);
+        let names = self.overlay_in_place(&node, opened, &drained);
         drop(drained);
         let paused = start.elapsed();
-        self.settle_below(&node).await;
+        self.settle_below(&node, &overlay).await;
         let paused_us = paused.as_micros() as u64;
         tracing::info!(node = name, overlay, paused_us, "overlay added");
         Ok(self.moved(name, &overlay, names, paused))
     }
 
-    /// Stores what a node has in memory that is only read from now on.
-    pub(super) async fn settle_below(&mut self, node: &Arc<Node>) {
+    /// Puts an overlay in the place of its node, which everybody above was drained for.
+    pub(super) fn overlay_in_place(
+        &self,
+        node: &Arc<Node>,
+        opened: Opened,
+        drained: &[DrainGuard],
+    ) -> Vec<String> {
+        node.set_read_only();
+        if let Some(overlay) = opened.nodes().last() {
+            overlay.succeed(node);
+        }
+        self.put_in_place(node.name(), opened, drained)
+    }
+
+    /// Flushes and stores what a node has in memory that is only read from now on, below its overlay.
+    pub(super) async fn settle_below(&mut self, node: &Arc<Node>, overlay: &str) {
         // The image keeps its bitmaps for whoever writes to it again.
         for bitmap in node.bitmaps().iter().filter(|b| b.is_persistent()) {
             let (node, name) = (node.name().to_owned(), bitmap.name().to_owned());
             self.events.push(Event::BitmapRemoved(node, name));
+        }
+        let flushed = match self.world().graph.node(overlay) {
+            Ok(overlay) => Some(overlay),
+            Err(_) => None,
+        };
+        if let Some(overlay) = flushed
+            && let Err(error) = self.flush(&overlay).await
+        {
+            tracing::error!(
+                node = node.name(),
+                %error,
+                "the last writes to it cannot be made durable: flushes of its overlay fail until they are"
+            );
+            return;
         }
         if let Err(error) = self.settle(node).await {
             tracing::warn!(node = node.name(), %error, "what it has in memory beyond what was flushed cannot be stored");
@@ -108,7 +124,6 @@ impl Control {
             ));
         }
         Ok(PreparedOverlay {
-            what,
             name: overlay,
             node,
             opened,

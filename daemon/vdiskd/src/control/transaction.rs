@@ -33,18 +33,6 @@ impl Control {
         for node in &prepared.nodes {
             drained.extend(self.hold(node).await.1);
         }
-        for overlay in &prepared.overlays {
-            if let Err(e) = self.flush(&overlay.node).await {
-                drop(drained);
-                let what = &overlay.what;
-                let e = Error::io(
-                    format_args!("{what}: the node cannot be flushed, and stays as it is"),
-                    &e,
-                );
-                self.undo(prepared).await;
-                return Err(e);
-            }
-        }
         // Nothing fails from here on.
         for (node, action) in &prepared.bitmaps {
             if let Err(error) = bitmaps::apply(node, action) {
@@ -56,15 +44,14 @@ impl Control {
         }
         let mut moved = Vec::new();
         for overlay in prepared.overlays {
-            overlay.node.set_read_only();
-            let names = self.put_in_place(overlay.node.name(), overlay.opened, &drained);
+            let names = self.overlay_in_place(&overlay.node, overlay.opened, &drained);
             moved.push((overlay.node, overlay.name, names));
         }
         drop(drained);
         let paused = start.elapsed();
         let mut names = Vec::new();
         for (node, overlay, new) in moved {
-            self.settle_below(&node).await;
+            self.settle_below(&node, &overlay).await;
             tracing::info!(node = node.name(), overlay, "overlay added");
             self.moved(node.name(), &overlay, new, paused);
         }
