@@ -514,13 +514,19 @@ impl Node {
     }
 
     pub async fn flush(&self) -> io::Result<()> {
+        self.flush_predecessor().await?;
+        self.driver.flush().await
+    }
+
+    /// Makes durable what was written in this node's place before: see [`Node::succeed`].
+    pub async fn flush_predecessor(&self) -> io::Result<()> {
         if let Some(old) = self.predecessor.load_full() {
             // It may have one itself.
             Box::pin(old.flush()).await?;
             self.predecessor
                 .compare_and_swap(&old, Option::<Arc<Node>>::None);
         }
-        self.driver.flush().await
+        Ok(())
     }
 
     /// This node takes the place of another, to which nothing is written any more: its next flush makes durable what was

@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
@@ -276,12 +277,16 @@ fn main() {
         },
     );
     let n = AtomicUsize::new(0);
+    // Nanoseconds for which requests waited at the door.
+    let drained = Mutex::new(Vec::new());
     let overlay = || {
         let below = format!("disk{}", n.fetch_add(1, SeqCst));
         let n = n.load(SeqCst);
         let (name, file) = (format!("disk{n}"), dir.join(format!("over{n}.qcow2")));
         let _ = std::fs::remove_file(&file);
-        daemon.ctl(&["snapshot", "overlay", &below, &name, text(&file)]);
+        let report = daemon.ctl_json(&["snapshot", "overlay", &below, &name, text(&file)]);
+        let paused = report["paused-ns"].as_f64().unwrap_or(f64::NAN);
+        drained.lock().expect("lock").push(paused / 1e6);
     };
     for op in [Op::Read, Op::Write] {
         snapshots(
@@ -290,6 +295,8 @@ fn main() {
             op,
             overlay,
         );
+        let drained = std::mem::take(&mut *drained.lock().expect("lock"));
+        println!("{:<34} drained for {:>11.2} ms", "", median(drained));
     }
     for op in [Op::Read, Op::Write] {
         let name = format!("overlay and commit, vdiskd ({op:?})");

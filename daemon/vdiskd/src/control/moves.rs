@@ -54,6 +54,20 @@ impl Control {
         self.put_in_place(node.name(), opened, drained)
     }
 
+    /// Makes durable what was written in the place of an overlay before.
+    async fn flush_below(&self, overlay: &str) -> std::io::Result<()> {
+        let (overlay, thread) = {
+            let mut world = self.world();
+            let overlay = world.graph.node(overlay).map_err(std::io::Error::other)?;
+            (overlay, world.any_thread().map_err(std::io::Error::other)?)
+        };
+        thread
+            .run_async(move |_| async move { overlay.flush_predecessor().await })
+            .await
+            .map_err(std::io::Error::other)
+            .flatten()
+    }
+
     /// Flushes and stores what a node has in memory that is only read from now on, below its overlay.
     pub(super) async fn settle_below(&mut self, node: &Arc<Node>, overlay: &str) {
         // The image keeps its bitmaps for whoever writes to it again.
@@ -61,13 +75,7 @@ impl Control {
             let (node, name) = (node.name().to_owned(), bitmap.name().to_owned());
             self.events.push(Event::BitmapRemoved(node, name));
         }
-        let flushed = match self.world().graph.node(overlay) {
-            Ok(overlay) => Some(overlay),
-            Err(_) => None,
-        };
-        if let Some(overlay) = flushed
-            && let Err(error) = self.flush(&overlay).await
-        {
+        if let Err(error) = self.flush_below(overlay).await {
             tracing::error!(
                 node = node.name(),
                 %error,
