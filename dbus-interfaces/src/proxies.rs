@@ -32,6 +32,11 @@ pub trait Manager {
         options: Options<'_>,
     ) -> zbus::Result<HashMap<String, Statistics>>;
     fn create_image(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn start_image_job(
+        &self,
+        operation: &str,
+        options: Options<'_>,
+    ) -> zbus::Result<OwnedObjectPath>;
     fn measure_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn check_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
@@ -65,6 +70,8 @@ pub trait Node {
     fn convert(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn commit(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn stream(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn discard(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    fn start_check(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
     fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
@@ -182,6 +189,8 @@ pub trait Job {
     fn cancelable(&self) -> zbus::Result<bool>;
     #[zbus(property)]
     fn error(&self) -> zbus::Result<(String, String)>;
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn result(&self) -> zbus::Result<Statistics>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn objects(&self) -> zbus::Result<Vec<OwnedObjectPath>>;
 }

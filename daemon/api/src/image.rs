@@ -266,7 +266,7 @@ impl ImageFile {
 }
 
 impl RepairWhat {
-    fn read(f: &mut Fields) -> Result<RepairWhat> {
+    pub(crate) fn read(f: &mut Fields) -> Result<RepairWhat> {
         let words = [
             ("none", RepairWhat::Nothing),
             ("leaks", RepairWhat::Leaks),

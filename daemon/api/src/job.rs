@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, expand_dotted};
+use crate::image::{CreateImage, ImageFile, RepairWhat, check_from_map};
 use crate::node::check_name;
 
 /// What is copied.
@@ -95,9 +96,25 @@ pub enum JobKind {
         /// What the image is to call the base.
         backing_file: Option<String>,
     },
+    /// Space that has nothing but zeroes is given back.
+    Discard,
+    /// The image of a node is checked, and repaired if that is said; guests wait meanwhile.
+    Check { repair: RepairWhat },
+    /// The same with an image that no node uses.
+    CheckFile { file: ImageFile, repair: RepairWhat },
+    /// A new image.
+    Create(Box<CreateImage>),
 }
 
 impl JobKind {
+    /// It is about a whole image, and no copy: it cannot be paused, and takes effect at once.
+    pub fn is_of_image(&self) -> bool {
+        matches!(
+            self,
+            JobKind::Check { .. } | JobKind::CheckFile { .. } | JobKind::Create(_)
+        )
+    }
+
     pub fn name(&self) -> &'static str {
         match self {
             JobKind::Mirror { .. } => "mirror",
@@ -105,6 +122,12 @@ impl JobKind {
             JobKind::Convert { .. } => "convert",
             JobKind::Commit { .. } => "commit",
             JobKind::Stream { .. } => "stream",
+            JobKind::Discard => "discard",
+            JobKind::Check { repair } | JobKind::CheckFile { repair, .. } => match repair {
+                RepairWhat::Nothing => "check",
+                RepairWhat::Leaks | RepairWhat::All => "repair",
+            },
+            JobKind::Create(_) => "create",
         }
     }
 }
@@ -114,7 +137,7 @@ impl JobKind {
 pub struct JobOptions {
     pub id: String,
     pub kind: JobKind,
-    /// The node that it is about.
+    /// The node that it is about; empty for an image in a file.
     pub node: String,
     /// The node that is written, where that is not said otherwise.
     pub target: Option<String>,
@@ -228,7 +251,7 @@ impl JobOptions {
         check_name(&format!("{}: job-id", f.what()), &id)?;
         f.set_what(format!("job '{id}'"));
         let target = match kind {
-            "commit" | "stream" => None,
+            "commit" | "stream" | "discard" | "check" => None,
             _ => Some(f.required_string("target")?),
         };
         if target.as_deref() == Some(node) {
@@ -257,10 +280,24 @@ impl JobOptions {
                 base: f.string("base-node")?,
                 backing_file: f.string("backing-file")?,
             },
+            "discard" => JobKind::Discard,
+            "check" => JobKind::Check {
+                repair: RepairWhat::read(&mut f)?,
+            },
             other => {
                 return Err(Error::not_supported(format!("there is no job '{other}'")));
             }
         };
+        if kind.is_of_image() {
+            let auto_dismiss = f.boolean("auto-dismiss")?.unwrap_or(true);
+            f.finish()?;
+            return Ok(JobOptions::of_image(
+                id,
+                kind,
+                node.to_owned(),
+                auto_dismiss,
+            ));
+        }
         let options = JobOptions {
             id,
             kind,
@@ -275,6 +312,71 @@ impl JobOptions {
         };
         f.finish()?;
         Ok(options)
+    }
+}
+
+/// Jobs on images in files.
+const IMAGE_JOBS: [&str; 3] = ["create", "check", "repair"];
+
+impl JobOptions {
+    fn of_image(id: String, kind: JobKind, node: String, auto_dismiss: bool) -> JobOptions {
+        JobOptions {
+            id,
+            kind,
+            node,
+            target: None,
+            speed: 0,
+            on_source_error: ErrorPolicy::default(),
+            on_target_error: ErrorPolicy::default(),
+            auto_finalize: true,
+            auto_dismiss,
+            iothread: None,
+        }
+    }
+
+    /// Options of a job on an image in a file: those of the operation ([`CreateImage::from_map`], [`check_from_map`]), and
+    /// "job-id" and "auto-dismiss".
+    pub fn from_image_map(operation: &str, mut map: Map) -> Result<JobOptions> {
+        let mut own = Map::new();
+        for key in ["job-id", "auto-dismiss"] {
+            own.extend(map.remove_entry(key));
+        }
+        let filename = map.get("filename").and_then(|f| f.as_str());
+        let base = filename.unwrap_or_default().rsplit('/').next();
+        let base: String = base
+            .unwrap_or_default()
+            .chars()
+            .filter(|c| c.is_ascii_alphanumeric() || "-._".contains(*c))
+            .take(40)
+            .collect();
+        let mut f = Fields::new(format!("job '{operation}'"), own);
+        let id = f.string("job-id")?;
+        let id = id.unwrap_or_else(|| format!("{operation}-{base}"));
+        check_name(&format!("{}: job-id", f.what()), &id)?;
+        let auto_dismiss = f.boolean("auto-dismiss")?.unwrap_or(true);
+        f.finish()?;
+        let kind = match operation {
+            "create" => JobKind::Create(Box::new(CreateImage::from_map(map)?)),
+            "check" | "repair" => {
+                if operation == "repair" {
+                    map.entry("repair").or_insert_with(|| "all".into());
+                }
+                let (file, repair) = check_from_map(map)?;
+                if (operation == "check") != (repair == RepairWhat::Nothing) {
+                    return Err(Error::invalid(format!(
+                        "job '{id}': option 'repair' does not fit a {operation}: start a 'check' without it, or a 'repair'"
+                    )));
+                }
+                JobKind::CheckFile { file, repair }
+            }
+            other => {
+                return Err(Error::not_supported(format!(
+                    "there is no job '{other}' for images in files: use one of {}",
+                    IMAGE_JOBS.join(", ")
+                )));
+            }
+        };
+        Ok(JobOptions::of_image(id, kind, String::new(), auto_dismiss))
     }
 }
 

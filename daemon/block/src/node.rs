@@ -576,6 +576,17 @@ impl Node {
         Ok(())
     }
 
+    /// Gives back the space of a range of zeroes, of whole units of [`Limits::zero_alignment`], to which the caller lets nobody
+    /// write meanwhile. Nobody is told: what the node has does not change.
+    pub(crate) async fn free_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check(Direction::Write, offset, len)?;
+        let flags = ZeroFlags {
+            may_unmap: true,
+            ..ZeroFlags::default()
+        };
+        self.driver.write_zeroes(offset, len, flags).await
+    }
+
     async fn write_zero_range(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
         let blocks = self.blocks_around(offset, len);
         let _serial = self.serialise(&blocks).await;

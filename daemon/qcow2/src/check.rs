@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use crate::image::{Image, words};
+use crate::image::{Image, Progress, silent, words};
 use crate::mapping::{COPIED, Entry, Kind, OFFSET_MASK};
 use crate::refcount::{MAX_TABLE, read_entry};
 
@@ -109,6 +109,9 @@ struct Check<'a> {
     counts_of_data: Option<Counts>,
     /// Tables that may still be read: an image may refer to the same one again and again.
     budget: u64,
+    progress: Progress<'a>,
+    /// Bytes of the guest's disk of which the tables were looked at.
+    done: u64,
 }
 
 /// Tables that a check reads at least, and for each cluster of the file, before it gives up.
@@ -122,9 +125,19 @@ impl Image {
     /// Counts all references and compares. `memory` bounds what is needed for counting, in bytes. No request may be in
     /// flight; the image may be ready to be written, or not.
     pub async fn check(&self, repair: Repair, memory: u64) -> io::Result<Report> {
+        self.check_watched(repair, memory, &silent).await
+    }
+
+    /// As [`Image::check`]. `progress` can end it as long as nothing is repaired.
+    pub async fn check_watched(
+        &self,
+        repair: Repair,
+        memory: u64,
+        progress: Progress<'_>,
+    ) -> io::Result<Report> {
         self.settle().await?;
         let max_pages = usize::try_from(memory / (4 * PAGE as u64)).unwrap_or(usize::MAX);
-        let mut check = Check::new(self, max_pages);
+        let mut check = Check::new(self, max_pages, progress);
         check.count_all(repair).await?;
         check.compare().await?;
         check.flags().await?;
@@ -227,7 +240,7 @@ impl Image {
         })
         .await?;
         // What is still wrong is what cannot be repaired.
-        let mut again = Check::new(self, counts.max_pages);
+        let mut again = Check::new(self, counts.max_pages, &silent);
         again.count_all(Repair::Nothing).await?;
         again.compare().await?;
         again.flags().await?;
@@ -324,7 +337,7 @@ impl Image {
 }
 
 impl<'a> Check<'a> {
-    fn new(image: &'a Image, max_pages: usize) -> Check<'a> {
+    fn new(image: &'a Image, max_pages: usize, progress: Progress<'a>) -> Check<'a> {
         let file_end = image.file.size().div_ceil(image.cluster());
         Check {
             image,
@@ -338,6 +351,8 @@ impl<'a> Check<'a> {
             blocks: Vec::new(),
             counts_of_data: None,
             budget: MIN_BUDGET + BUDGET_PER_CLUSTER * file_end,
+            progress,
+            done: 0,
         }
     }
 
@@ -467,6 +482,10 @@ impl<'a> Check<'a> {
         let mut expected_host = None;
         for (index, entry) in l1.iter().enumerate() {
             let at = index as u64 * layout.span();
+            if active {
+                self.done = at;
+            }
+            (self.progress)(self.done)?;
             let table = entry & OFFSET_MASK;
             if table == 0 || !self.add_aligned("an L2 table", table, cluster)? {
                 continue;
@@ -629,6 +648,7 @@ impl<'a> Check<'a> {
                     });
                 }
             }
+            (self.progress)(self.done)?;
             vdisk_io::give_way().await;
         }
         self.blocks = blocks;

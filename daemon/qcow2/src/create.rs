@@ -7,7 +7,7 @@ use crate::allocator::Run;
 use crate::compress::Compression;
 use crate::error::{Error, Result};
 use crate::header::{AUTOCLEAR_RAW_DATA, Header, LuksPlace, MAX_L1};
-use crate::image::{Children, Image, Options};
+use crate::image::{Children, Image, Options, Progress, silent};
 use crate::mapping::Entry;
 use crate::meta::Reason;
 use crate::storage::{buffer, buffer_of};
@@ -191,6 +191,15 @@ impl Image {
     /// Makes a new image in `children.file`, over what was there, and leaves it durable and closed. An external data
     /// file loses what it had, too.
     pub async fn create(children: Children, options: &CreateOptions) -> io::Result<()> {
+        Image::create_watched(children, options, &silent).await
+    }
+
+    /// As [`Image::create`]. There is no image if `progress` ends it.
+    pub async fn create_watched(
+        children: Children,
+        options: &CreateOptions,
+        progress: Progress<'_>,
+    ) -> io::Result<()> {
         let header = options.header()?;
         // Whether it fits is to be known before anything is lost.
         header.encode()?;
@@ -249,7 +258,7 @@ impl Image {
         if preallocation != Preallocation::Off {
             let is_dirty = !data_grows && !options.data_file_raw;
             image
-                .preallocate(0..options.size, preallocation, is_dirty)
+                .preallocate(0..options.size, preallocation, is_dirty, progress)
                 .await?;
         }
         image.close().await?;
@@ -264,6 +273,7 @@ impl Image {
         range: Range<u64>,
         how: Preallocation,
         dirty: bool,
+        progress: Progress<'_>,
     ) -> io::Result<()> {
         let cluster = self.cluster();
         let layout = self.layout;
@@ -295,6 +305,7 @@ impl Image {
                 for done in (0..len).step_by(PIECE as usize) {
                     let n = PIECE.min(len - done) as usize;
                     self.data.write(host + done, zeroes.slice(0, n)).await?;
+                    progress(at + done)?;
                 }
             }
             self.change_entries(at, run.clusters as usize, Reason::Other, |i, _| {
@@ -302,6 +313,7 @@ impl Image {
             })
             .await?;
             at += len;
+            progress(at.min(range.end))?;
             self.commit_if_full().await?;
         }
         Ok(())

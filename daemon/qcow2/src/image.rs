@@ -81,6 +81,13 @@ impl Children {
     }
 }
 
+/// Told how many bytes of the guest's disk were dealt with so far. Its error ends what is done.
+pub type Progress<'a> = &'a dyn Fn(u64) -> io::Result<()>;
+
+pub(crate) fn silent(_: u64) -> io::Result<()> {
+    Ok(())
+}
+
 /// Where the bytes of a range are, or what must be known first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {

@@ -36,7 +36,7 @@ pub use compress::Compression;
 pub use create::{CreateOptions, Preallocation};
 pub use error::{Error, Result};
 pub use header::{Header, LuksPlace, MAX_HEADER};
-pub use image::{Children, Image, Lookup, Options};
+pub use image::{Children, Image, Lookup, Options, Progress};
 pub use mapping::{Kind, Mapping};
 pub use measure::Measure;
 pub use snapshot::Snapshot;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::create::Preallocation;
 use crate::error::Error;
 use crate::header::MAX_L1;
-use crate::image::Image;
+use crate::image::{Image, silent};
 use crate::meta::{Reason, Unref};
 use crate::storage::buffer_of;
 use crate::write::read_only;
@@ -117,7 +117,7 @@ impl Image {
         }
         if self.raw_data {
             // A write there must be in the disk if it is in the data file, power cut or not.
-            self.preallocate(new, Preallocation::Metadata, false)
+            self.preallocate(new, Preallocation::Metadata, false, &silent)
                 .await?;
         }
         Ok(())

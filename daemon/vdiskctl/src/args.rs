@@ -72,6 +72,12 @@ pub enum Command {
     ///
     /// Example: vdiskctl stream disk0-monday
     Stream(Merge),
+    /// Give back the space of what is zeroes, while guests write
+    ///
+    /// Example: vdiskctl discard disk0
+    ///
+    /// Example: vdiskctl discard /srv/vm1.qcow2
+    Discard(Discard),
     /// Do several things at one instant, or none of them
     ///
     /// Actions: add-overlay, backup, bitmap-add, bitmap-remove, bitmap-clear, bitmap-enable, bitmap-disable and bitmap-merge
@@ -109,6 +115,25 @@ pub enum Command {
     /// Print the man page
     #[command(hide = true)]
     Man,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Discard {
+    /// A node, or the file of an image that nobody uses (with a '/' in its name)
+    #[arg(value_name = "NODE|FILE")]
+    pub source: String,
+    /// Format of an image in a file
+    #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+    pub format: String,
+    /// Bytes per second at most (100M)
+    #[arg(long)]
+    pub speed: Option<String>,
+    /// Do not wait for it
+    #[arg(long)]
+    pub detach: bool,
+    /// Options of the job, such as job-id=NAME
+    #[arg(value_name = "KEY=VALUE")]
+    pub options: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -219,6 +244,9 @@ pub enum Image {
         /// Lose what is there already
         #[arg(long)]
         overwrite: bool,
+        /// Do not wait for it
+        #[arg(long)]
+        detach: bool,
         /// Options: cluster-size=1M, preallocation=metadata, version=v2, extended-l2=on, data-file=NAME,
         /// encrypt.format=luks, encrypt.key-secret=ID (key-secret=ID for format luks), …
         #[arg(value_name = "KEY=VALUE")]

@@ -13,7 +13,7 @@ use zbus::{Connection, Variant};
 
 use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
 use crate::error::{Error, Result};
-use crate::objects::{Objects, Properties, properties, to_json};
+use crate::objects::{Objects, Properties, properties};
 use crate::options::{Options, options};
 use crate::output::{
     Rows, flag, format_ns, names, number, print_json, print_pause, print_properties, text,
@@ -153,7 +153,7 @@ pub async fn run(args: Args) -> Result<()> {
     let json = args.json;
     match args.command {
         Command::Node(command) => node(&connection, &manager, command, json).await,
-        Command::Image(command) => images::image(&manager, command, json).await,
+        Command::Image(command) => images::image(&connection, &manager, command, json).await,
         Command::Secret(command) => secrets::secret(&manager, command, json).await,
         Command::Throttle(command) => {
             throttle::throttle(&connection, &manager, command, json).await
@@ -166,6 +166,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Commit(merge) => jobs::merge(&connection, &merge, true, json).await,
         Command::Stream(merge) => jobs::merge(&connection, &merge, false, json).await,
         Command::Convert(convert) => jobs::convert(&connection, &manager, &convert, json).await,
+        Command::Discard(discard) => jobs::discard(&connection, &manager, &discard, json).await,
         Command::Transaction { actions, grouped } => {
             jobs::transaction(&manager, &actions, grouped, json).await
         }
@@ -294,11 +295,9 @@ async fn node(
             if let Some(what) = &repair {
                 options.insert("repair", Variant::from(what.as_str()));
             }
-            let report = proxy(&name).build().await?.check(options).await?;
-            let report = report
-                .iter()
-                .map(|(k, v)| (k.clone(), to_json(v)))
-                .collect();
+            let options = jobs::watched(options, "check", false);
+            let path = proxy(&name).build().await?.start_check(options).await?;
+            let report = jobs::result_of(connection, path.as_str()).await?;
             return images::print_report(&report, json);
         }
         Node::List => print_list(&Objects::load(connection).await?, "node", json, node_rows),

@@ -35,6 +35,14 @@ impl Error {
         }
     }
 
+    /// An error of the daemon, by its full name.
+    pub fn named(name: &str, message: String) -> Error {
+        Error {
+            name: name.strip_prefix(ERROR_PREFIX).unwrap_or(name).to_owned(),
+            message,
+        }
+    }
+
     /// 1: it failed; 2: the command line or an option is wrong; 3: no such object; 4: it exists or is in
     /// use; 5: not allowed; 6: the daemon cannot be reached.
     pub fn exit_code(&self) -> u8 {

@@ -9,7 +9,8 @@ use zbus::{Connection, Variant};
 
 use crate::args::{Image, ImageFile, SnapshotCommand};
 use crate::error::{Error, Result};
-use crate::objects::{Objects, Properties, properties};
+use crate::jobs;
+use crate::objects::{Objects, Properties, name_of, properties};
 use crate::options::{Options, options};
 use crate::output::{Rows, flag, number, print_json, print_pause, text};
 
@@ -47,7 +48,16 @@ fn file_options(file: &ImageFile) -> Options<'_> {
     ])
 }
 
-pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Result<()> {
+pub async fn image(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    command: Image,
+    json: bool,
+) -> Result<()> {
+    let start = async |operation: &str, options, detach| {
+        let options = jobs::watched(options, operation, detach);
+        manager.start_image_job(operation, options).await
+    };
     match command {
         Image::Create {
             filename,
@@ -56,6 +66,7 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             backing,
             backing_format,
             overwrite,
+            detach,
             options: words,
         } => {
             let mut options = image_options(&words)?;
@@ -69,21 +80,27 @@ pub async fn image(manager: &ManagerProxy<'_>, command: Image, json: bool) -> Re
             if overwrite {
                 options.insert("overwrite", Variant::from(true));
             }
-            manager.create_image(options).await?;
+            let path = start("create", options, detach).await?;
+            if detach {
+                return jobs::goes_on(&name_of(path.as_str()), json);
+            }
+            jobs::result_of(connection, path.as_str()).await?;
         }
         Image::Info(file) => {
             let info = properties(manager.get_image_info(file_options(&file)).await?);
             print_info(&info, json);
         }
         Image::Check(file) => {
-            let report = manager.check_image(file_options(&file)).await?;
-            return print_report(&properties(report), json);
+            let path = start("check", file_options(&file), false).await?;
+            let report = jobs::result_of(connection, path.as_str()).await?;
+            return print_report(&report, json);
         }
         Image::Repair { file, leaks } => {
             let mut options = file_options(&file);
             options.insert("repair", Variant::from(if leaks { "leaks" } else { "all" }));
-            let report = manager.check_image(options).await?;
-            return print_report(&properties(report), json);
+            let path = start("repair", options, false).await?;
+            let report = jobs::result_of(connection, path.as_str()).await?;
+            return print_report(&report, json);
         }
         Image::Measure {
             size: word,

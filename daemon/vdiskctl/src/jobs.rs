@@ -8,14 +8,15 @@ use vdisk_api::{format_size, parse_size};
 use vdisk_dbus::{JobProxy, ManagerProxy, NodeProxy, job_path, node_path};
 use zbus::{Connection, Variant};
 
-use crate::args::{Convert, Copy, Job, JobCommand, Merge, Mirror};
+use crate::args::{Convert, Copy, Discard, Job, JobCommand, Merge, Mirror};
 use crate::error::{Error, Result};
 use crate::images::absolute;
 use crate::objects::{Objects, Properties, name_of, properties};
 use crate::options::{Options, options};
 use crate::output::{Rows, names, number, print_json, print_pause, print_properties, text};
 
-/// How often a bar moves.
+/// How often a bar moves, at most and at last: short jobs are not waited for long.
+const FIRST_LOOK: Duration = Duration::from_millis(2);
 const LOOK: Duration = Duration::from_millis(100);
 
 fn percent(p: &Properties) -> String {
@@ -100,6 +101,7 @@ async fn watch(connection: &Connection, id: &str, ends: &[End], owner: bool) -> 
     let bar = bar();
     bar.set_prefix(id.to_owned());
     let mut interrupted = false;
+    let mut pause = FIRST_LOOK;
     loop {
         let objects = Objects::load(connection).await?;
         let Ok(p) = objects.find("job", id) else {
@@ -126,7 +128,7 @@ async fn watch(connection: &Connection, id: &str, ends: &[End], owner: bool) -> 
             return Ok(p.clone());
         }
         tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(LOOK),
             _ = tokio::signal::ctrl_c(), if owner && !interrupted => {
                 interrupted = true;
                 let force = Options::from([("force", Variant::from(true))]);
@@ -134,6 +136,112 @@ async fn watch(connection: &Connection, id: &str, ends: &[End], owner: bool) -> 
             }
         }
     }
+}
+
+fn check_success(p: &Properties) -> Result<()> {
+    let error = trouble(p);
+    if error.is_empty() {
+        return Ok(());
+    }
+    let name = p.get("Error").and_then(|e| e[0].as_str());
+    Err(Error::named(name.unwrap_or_default(), error))
+}
+
+/// Options of a job that is watched to its end, or goes on by itself.
+pub fn watched<'a>(mut options: Options<'a>, operation: &str, detach: bool) -> Options<'a> {
+    let id = format!("{operation}-{}", std::process::id());
+    options.entry("job-id").or_insert_with(|| Variant::from(id));
+    options
+        .entry("auto-dismiss")
+        .or_insert_with(|| Variant::from(detach));
+    options
+}
+
+/// Shows a job's progress to its end, forgets it, and returns what it has found.
+pub async fn result_of(connection: &Connection, path: &str) -> Result<Properties> {
+    let id = name_of(path);
+    let p = watch(connection, &id, &[End::Concluded], true).await?;
+    let proxy = JobProxy::builder(connection).path(job_path(&id));
+    proxy.build().await?.dismiss(Options::new()).await?;
+    check_success(&p)?;
+    Ok(match p.get("Result") {
+        Some(Json::Object(found)) => found.clone(),
+        _ => Properties::new(),
+    })
+}
+
+/// Discards the zeroes of a node, or of an image that nobody uses.
+pub async fn discard(
+    connection: &Connection,
+    manager: &ManagerProxy<'_>,
+    discard: &Discard,
+    json: bool,
+) -> Result<()> {
+    let is_file = discard.source.contains('/');
+    if is_file && discard.detach {
+        return Err(Error::invalid(
+            "--detach: an image is closed when the job has ended, which is waited for; leave it out",
+        ));
+    }
+    let node = match is_file {
+        false => discard.source.clone(),
+        true => {
+            let name = format!("discard-{}", std::process::id());
+            let options = Options::from([
+                ("node-name", Variant::from(name.clone())),
+                ("driver", Variant::from(discard.format.as_str())),
+                ("discard", Variant::from("unmap")),
+                ("file.driver", Variant::from("file")),
+                ("file.filename", absolute(&discard.source)),
+            ]);
+            let options = match discard.format.as_str() {
+                // It may be an overlay, whose own data is all that matters here.
+                "qcow2" => options
+                    .into_iter()
+                    .chain([("backing", Variant::from(""))])
+                    .collect(),
+                _ => options,
+            };
+            manager.add_node(options).await?;
+            name
+        }
+    };
+    let result = discard_node(connection, discard, &node, json).await;
+    if is_file {
+        let opened = Target { node, made: None };
+        opened.remove(connection, true).await;
+    }
+    result
+}
+
+async fn discard_node(
+    connection: &Connection,
+    discard: &Discard,
+    node: &str,
+    json: bool,
+) -> Result<()> {
+    Objects::load(connection).await?.find("node", node)?;
+    let proxy = NodeProxy::builder(connection).path(node_path(node));
+    let mut options = watched(options(&discard.options)?, "discard", discard.detach);
+    set_speed(&mut options, discard.speed.as_deref())?;
+    let path = proxy.build().await?.discard(options).await?;
+    if discard.detach {
+        return goes_on(&name_of(path.as_str()), json);
+    }
+    let found = result_of(connection, path.as_str()).await?;
+    match json {
+        true => print_json(&Json::Object(found)),
+        false => anstream::println!("{} given back", format_size(number(&found, "freed"))),
+    }
+    Ok(())
+}
+
+pub fn goes_on(id: &str, json: bool) -> Result<()> {
+    match json {
+        true => print_json(&json!({"job": id})),
+        false => anstream::println!("job '{id}' goes on: vdiskctl job watch {id}"),
+    }
+    Ok(())
 }
 
 /// Says what became of a job that was watched to its end, and forgets it.
@@ -144,10 +252,7 @@ async fn conclude(connection: &Connection, p: &Properties, done: &str, json: boo
         .build()
         .await?;
     proxy.dismiss(Options::new()).await?;
-    let error = trouble(p);
-    if !error.is_empty() {
-        return Err(Error::failed(error));
-    }
+    check_success(p)?;
     if json {
         print_json(&Json::Object(p.clone()));
     } else {
@@ -392,11 +497,7 @@ pub async fn merge(connection: &Connection, merge: &Merge, commit: bool, json: b
     };
     let id = name_of(path.as_str());
     if merge.detach {
-        match json {
-            true => print_json(&json!({"job": id})),
-            false => anstream::println!("job '{id}' goes on: vdiskctl job watch {id}"),
-        }
-        return Ok(());
+        return goes_on(&id, json);
     }
     let mut p = watch(connection, &id, &[End::Concluded, End::Ready], true).await?;
     if text(&p, "State") == "ready" {

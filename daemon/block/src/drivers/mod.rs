@@ -83,6 +83,8 @@ pub enum SlowReason {
     CopiedOnRead,
     /// It may be made to fail.
     Debugged,
+    /// A job looks there for zeroes that it can discard.
+    Discarded,
 }
 
 impl fmt::Display for SlowReason {
@@ -102,6 +104,7 @@ impl fmt::Display for SlowReason {
             SlowReason::Scattered => "the data is in several places",
             SlowReason::BackedUp => "a backup copies what is there before it is overwritten",
             SlowReason::CopiedOnRead => "copy-on-read keeps what is read from a backing file",
+            SlowReason::Discarded => "a job discards what is zeroes there",
             SlowReason::Debugged => "blkdebug may make requests fail",
             SlowReason::Mirrored => "a mirror writes to its target, too",
             SlowReason::Latency => "latency-ns delays requests",

@@ -6,6 +6,7 @@
 
 mod backup;
 mod copy;
+mod discard;
 mod mirror;
 mod roots;
 mod state;
@@ -19,6 +20,7 @@ use crate::backend::Backend;
 use crate::drivers::LocalFuture;
 
 pub use backup::{Backup, BackupSync, OnCopyError};
+pub use discard::Discard;
 pub use mirror::{Mirror, MirrorSync};
 pub use state::{Ending, JobState, OnError, Side, Stop};
 pub use stream::Stream;

@@ -183,6 +183,16 @@ impl JobState {
         (done, self.total.load(SeqCst).max(done))
     }
 
+    /// How much is to be done by work that is not [`Work`](super::Work).
+    pub fn expect(&self, total: u64) {
+        self.total.store(total, SeqCst);
+    }
+
+    /// How much of it is done.
+    pub fn reach(&self, done: u64) {
+        self.done.store(done, SeqCst);
+    }
+
     // For the work.
 
     pub(crate) fn add_total(&self, bytes: u64) {

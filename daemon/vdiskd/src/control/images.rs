@@ -11,21 +11,26 @@ use vdisk_api::{
     ImagePreallocation, KeyHash, Map, NewFormat, Qcow2Create, RepairWhat, Reply, Result,
     SnapshotAction,
 };
+use vdisk_block::jobs::JobState;
 use vdisk_block::{
-    DrainGuard, Encrypted, Node, NodeStorage, Secrets, Standalone, WriteFlags, ZeroFlags,
-    image_failed, luks_failed, read_header,
+    DrainGuard, Encrypted, Node, NodeStorage, Secrets, Standalone, WriteFlags, image_failed,
+    luks_failed, read_header,
 };
 use vdisk_io::{IoThread, IoVecs};
 use vdisk_luks::{Cipher, FormatOptions, Hash, Header, SECTOR};
 use vdisk_qcow2::{
-    Amend, CHECK_MEMORY, Children, Compression, CreateOptions, Image, Kind, Preallocation, Repair,
-    Report, Snapshot, Storage,
+    Amend, CHECK_MEMORY, Children, Compression, CreateOptions, Image, Kind, Preallocation,
+    Progress, Repair, Report, Snapshot, Storage,
 };
 
+use super::jobs::progress_of;
 use super::{Control, Event, Handle};
 
 /// Pieces of a map that are told at once.
 const MAX_MAP: usize = 100_000;
+
+/// Bytes that are filled with zeroes at a time.
+const FILL: u64 = 4 << 20;
 
 fn map(v: Json) -> Map {
     match v {
@@ -146,7 +151,22 @@ async fn set_new_size(storage: &dyn Storage, size: u64) -> io::Result<()> {
     }
 }
 
-async fn make_raw(file: Arc<Node>, options: &CreateImage) -> io::Result<()> {
+/// Writes zeroes, piece by piece: every block has its place and is written from then on.
+async fn fill(storage: &dyn Storage, size: u64, progress: Progress<'_>) -> io::Result<()> {
+    let zeroes = IoVecs::zeroed(FILL as usize, 4096);
+    for at in (0..size).step_by(FILL as usize) {
+        progress(at)?;
+        let n = FILL.min(size - at) as usize;
+        storage.write(at, zeroes.slice(0, n)).await?;
+    }
+    Ok(())
+}
+
+async fn make_raw(
+    file: Arc<Node>,
+    options: &CreateImage,
+    progress: Progress<'_>,
+) -> io::Result<()> {
     let size = options.size;
     set_new_size(&NodeStorage(file.clone()), size).await?;
     match options.preallocation {
@@ -154,7 +174,7 @@ async fn make_raw(file: Arc<Node>, options: &CreateImage) -> io::Result<()> {
         ImagePreallocation::Falloc => file.reserve(0, size).await?,
         ImagePreallocation::Full => {
             file.reserve(0, size).await?;
-            file.write_zeroes(0, size, ZeroFlags::default()).await?;
+            fill(&NodeStorage(file.clone()), size, progress).await?;
         }
     }
     file.flush().await
@@ -165,6 +185,7 @@ async fn make_luks(
     options: &CreateImage,
     header: &[u8],
     cipher: Cipher,
+    progress: Progress<'_>,
 ) -> io::Result<()> {
     let base = header.len() as u64;
     let total = base
@@ -180,7 +201,7 @@ async fn make_luks(
             base,
             cipher,
         };
-        data.write_zeroes(0, options.size, false).await?;
+        fill(&data, options.size, progress).await?;
     }
     let header = IoVecs::from_slice(header);
     file.write(0, header, WriteFlags::default()).await?;
@@ -245,6 +266,16 @@ pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
         let world = control.world();
         (world.any_thread()?, world.defaults.runtime.secrets.clone())
     };
+    create_on(thread, secrets, options, |_| Ok(())).await
+}
+
+/// The same, on an I/O thread.
+pub(super) async fn create_on(
+    thread: IoThread,
+    secrets: Secrets,
+    options: CreateImage,
+    progress: impl Fn(u64) -> io::Result<()> + Send + 'static,
+) -> Result<()> {
     let what = format!("image '{}'", options.filename);
     let wanted = options.clone();
     let new = blocking(move || NewImage::open(&wanted, &secrets)).await?;
@@ -269,10 +300,13 @@ pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
                     data: encrypted.or(data),
                     ..Children::new(Arc::new(NodeStorage(node)))
                 };
-                Image::create(children, &qcow2_options(&wanted, q, header)).await
+                let options = qcow2_options(&wanted, q, header);
+                Image::create_watched(children, &options, &progress).await
             }
-            (_, Some((header, cipher))) => make_luks(node, &wanted, &header, cipher).await,
-            (_, None) => make_raw(node, &wanted).await,
+            (_, Some((header, cipher))) => {
+                make_luks(node, &wanted, &header, cipher, &progress).await
+            }
+            (_, None) => make_raw(node, &wanted, &progress).await,
         }
     })
     .await;
@@ -361,6 +395,15 @@ where
     T: Send + 'static,
 {
     let thread = control.world().any_thread()?;
+    look_on(thread, file, write, f).await
+}
+
+async fn look_on<F, Fut, T>(thread: IoThread, file: &ImageFile, write: bool, f: F) -> Result<T>
+where
+    F: FnOnce(Image) -> Fut + Send + 'static,
+    Fut: Future<Output = io::Result<T>> + 'static,
+    T: Send + 'static,
+{
     let what = format!("image '{}'", file.filename);
     let wanted = file.clone();
     let (opened, image) = blocking(move || Standalone::open_image(&wanted, write)).await?;
@@ -452,6 +495,41 @@ pub async fn check(control: &Handle, file: ImageFile, what: RepairWhat) -> Resul
     Ok(report(&found))
 }
 
+/// The same, as the work of a job on an I/O thread.
+pub(super) async fn check_on(
+    thread: IoThread,
+    file: ImageFile,
+    what: RepairWhat,
+    state: Arc<JobState>,
+) -> Result<Map> {
+    let write = what != RepairWhat::Nothing;
+    let found = look_on(thread, &file, write, move |image| async move {
+        state.expect(image.size());
+        let progress = progress_of(&state);
+        let watched = image.check_watched(repair_of(what), CHECK_MEMORY, &progress);
+        watched.await
+    })
+    .await?;
+    Ok(report(&found))
+}
+
+/// Refuses a check of a node that cannot be checked, or not be repaired.
+pub(super) fn check_can_check(node: &Node, repair: RepairWhat) -> Result<()> {
+    let name = node.name();
+    if node.image().is_none() {
+        return Err(Error::not_supported(format!(
+            "node '{name}' has driver '{}': only qcow2 images can do this",
+            node.driver_name()
+        )));
+    }
+    if repair != RepairWhat::Nothing && node.is_read_only() {
+        return Err(Error::invalid(format!(
+            "node '{name}' is read-only and cannot be repaired: add it without read-only"
+        )));
+    }
+    Ok(())
+}
+
 /// Where the data of an image is: this image only, without what is below. Pieces from `from` on.
 pub async fn extents(control: &Handle, file: ImageFile, from: u64) -> Result<Vec<Map>> {
     if file.format != ImageFormat::Qcow2 {
@@ -502,14 +580,33 @@ pub async fn amend(control: &Handle, options: AmendImage) -> Result<()> {
 }
 
 /// An image that a node serves, with everything above drained.
-struct Still {
+pub(super) struct Still {
     image: Arc<Image>,
     drained: Vec<DrainGuard>,
     what: String,
 }
 
+impl Still {
+    /// Checks it as the work of a job.
+    pub async fn check(
+        self,
+        thread: IoThread,
+        repair: RepairWhat,
+        state: Arc<JobState>,
+    ) -> Result<Map> {
+        let image = self.image.clone();
+        let found = on_thread(&thread, &self.what, move || async move {
+            let progress = progress_of(&state);
+            let watched = image.check_watched(repair_of(repair), CHECK_MEMORY, &progress);
+            watched.await
+        })
+        .await?;
+        Ok(report(&found))
+    }
+}
+
 impl Control {
-    async fn still(&self, name: &str) -> Result<Still> {
+    pub(super) async fn still(&self, name: &str) -> Result<Still> {
         let (node, (backends, _)) = {
             let world = self.world();
             (world.graph.node(name)?, world.graph.above(name))
@@ -534,12 +631,7 @@ impl Control {
 
     /// Guests wait while their image is checked.
     pub(super) async fn check_node(&mut self, name: &str, repair: RepairWhat) -> Result<Reply> {
-        let read_only = self.world().graph.node(name)?.is_read_only();
-        if repair != RepairWhat::Nothing && read_only {
-            return Err(Error::invalid(format!(
-                "node '{name}' is read-only and cannot be repaired: add it without read-only"
-            )));
-        }
+        check_can_check(&*self.world().graph.node(name)?, repair)?;
         if repair != RepairWhat::Nothing {
             self.world().graph.check_no_job(name)?;
         }

@@ -57,7 +57,7 @@ impl Control {
     /// Makes durable what was written in the place of an overlay before.
     async fn flush_below(&self, overlay: &str) -> std::io::Result<()> {
         let (overlay, thread) = {
-            let mut world = self.world();
+            let world = self.world();
             let overlay = world.graph.node(overlay).map_err(std::io::Error::other)?;
             (overlay, world.any_thread().map_err(std::io::Error::other)?)
         };

@@ -10,6 +10,7 @@ use zbus::{OwnedObjectPath, interface};
 
 use super::Failure;
 use super::convert::{self, Options};
+use super::statistics::Statistics;
 use crate::control::Handle;
 use crate::control::jobs::{Job, Status};
 
@@ -185,6 +186,14 @@ impl JobObject {
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn objects(&self) -> Vec<OwnedObjectPath> {
-        vec![node_path(&self.job.source), node_path(&self.job.target)]
+        let mut nodes = vec![&self.job.source, &self.job.target];
+        nodes.dedup();
+        nodes.retain(|n| !n.is_empty());
+        nodes.into_iter().map(|n| node_path(n)).collect()
+    }
+
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn result(&self) -> Statistics {
+        convert::dictionary(&self.job.found())
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use vdisk_api::{
     AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
-    IoThreadOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, Transaction,
+    IoThreadOptions, JobOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, Transaction,
     check_from_map, measure_from_map,
 };
 use vdisk_dbus::{export_path, iothread_path, job_path, node_path};
@@ -150,6 +150,19 @@ impl ManagerObject {
     async fn create_image(&self, options: Options) -> Result<(), Failure> {
         let options = CreateImage::from_map(convert::plain_options(options)?)?;
         Ok(images::create(&self.0, options).await?)
+    }
+
+    #[zbus(out_args("job"))]
+    async fn start_image_job(
+        &self,
+        operation: String,
+        options: Options,
+    ) -> Result<OwnedObjectPath, Failure> {
+        let options = convert::plain_options(options)?;
+        let options = JobOptions::from_image_map(&operation, options)?;
+        let path = job_path(&options.id);
+        self.0.run(Command::StartJob(options)).await?;
+        Ok(path)
     }
 
     #[zbus(out_args("sizes"))]

@@ -195,6 +195,16 @@ impl NodeObject {
         self.start("stream", options).await
     }
 
+    #[zbus(out_args("job"))]
+    async fn discard(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("discard", options).await
+    }
+
+    #[zbus(out_args("job"))]
+    async fn start_check(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        self.start("check", options).await
+    }
+
     #[zbus(out_args("snapshot"))]
     async fn create_snapshot(&self, name: String, options: Options) -> Result<Statistics, Failure> {
         self.snapshot(SnapshotAction::Create, name, options).await

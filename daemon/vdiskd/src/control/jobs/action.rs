@@ -52,6 +52,12 @@ impl Control {
             }
             (_, Status::Waiting) => return refuse("it waits for the others of its group"),
             (_, Status::Pending) => return refuse("it waits for 'finalize', or for 'cancel'"),
+            (JobAction::Pause | JobAction::SetSpeed(_), _) if job.options.kind.is_of_image() => {
+                return Err(Error::not_supported(format!(
+                    "job '{id}' is a {}, which can neither pause nor go slower: cancel it",
+                    job.options.kind.name()
+                )));
+            }
             (JobAction::Pause, _) if state.is_paused() => return refuse("it is paused already"),
             (JobAction::Pause, _) => state.set_paused(true),
             (JobAction::Resume, _) if !state.is_paused() => return refuse("it is not paused"),

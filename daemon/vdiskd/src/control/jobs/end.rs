@@ -62,6 +62,7 @@ impl Control {
                     self.events.push(Event::JobChanged(id));
                 }
             }
+            JobEvent::ImageEnded { id, result } => self.image_job_ended(&id, result),
             JobEvent::Ended { id, result } => {
                 let Ok(job) = self.world().job(&id) else {
                     return;
@@ -120,6 +121,12 @@ impl Control {
             (Task::Commit(c), _) => self.stand_on_base(job, c).await,
             (Task::Stream(_, base), _) => self.end_stream(job, &parts.source, base).await,
             (Task::Backup(backup, _), _) => backup.check(),
+            (Task::Discard(discard), _) => {
+                job.life()
+                    .found
+                    .insert("freed".into(), discard.freed().into());
+                Ok(())
+            }
             (Task::Convert(_), _) => Ok(()),
         };
         match result {
@@ -387,7 +394,7 @@ impl Control {
     }
 
     /// A job is over.
-    fn conclude(&mut self, job: &Arc<Job>, error: Option<Error>) {
+    pub(super) fn conclude(&mut self, job: &Arc<Job>, error: Option<Error>) {
         let id = job.options.id.clone();
         match &error {
             None => tracing::info!(job = id, "job completed"),

@@ -6,14 +6,17 @@
 
 mod action;
 mod end;
+mod image;
 mod start;
+
+pub(super) use image::progress_of;
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
-use vdisk_api::{BitmapMode, CopyMode, Error, JobOptions, Result};
-use vdisk_block::jobs::{Backup, JobState, Mirror, Stop, Stream, Work};
+use vdisk_api::{BitmapMode, CopyMode, Error, JobOptions, Map, Result};
+use vdisk_block::jobs::{Backup, Discard, JobState, Mirror, Stop, Stream, Work};
 use vdisk_block::{Backend, Bitmap, Node, Parent};
 use vdisk_io::{Bits, IoThread, IoThreadConfig};
 
@@ -29,6 +32,8 @@ pub enum JobEvent {
         id: String,
         result: std::result::Result<(), Stop>,
     },
+    /// The work of a job on a whole image has ended.
+    ImageEnded { id: String, result: Result<Map> },
 }
 
 /// QAPI `JobStatus`.
@@ -69,6 +74,7 @@ enum Task {
     Convert(Arc<Mirror>),
     Commit(Commit),
     Stream(Arc<Stream>, Base),
+    Discard(Arc<Discard>),
 }
 
 /// The bitmap that a backup goes by, and what it had when the backup began.
@@ -136,6 +142,7 @@ impl Task {
             Task::Commit(c) => c.mirror.clone(),
             Task::Backup(b, _) => b.clone(),
             Task::Stream(s, _) => s.clone(),
+            Task::Discard(d) => d.clone(),
         }
     }
 
@@ -154,6 +161,7 @@ impl Task {
             Task::Mirror(m) | Task::Convert(m) => m.stop(),
             Task::Commit(c) => c.mirror.stop(),
             Task::Backup(b, _) => b.stop(),
+            Task::Discard(d) => d.stop(),
             Task::Stream(..) => {}
         }
     }
@@ -217,6 +225,8 @@ struct Life {
     parts: Option<Parts>,
     error: Option<Error>,
     ended: Option<SystemTime>,
+    /// What was found out.
+    found: Map,
 }
 
 pub struct Job {
@@ -253,6 +263,11 @@ impl Job {
     pub fn error(&self) -> Option<Error> {
         let failed = self.life().error.clone();
         failed.or_else(|| self.state.trouble().map(Error::failed))
+    }
+
+    /// What it has found out.
+    pub fn found(&self) -> Map {
+        self.life().found.clone()
     }
 
     pub fn ended(&self) -> Option<SystemTime> {

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use vdisk_api::{
-    CopyErrorPolicy, CopyMode, Error, ErrorPolicy, JobKind, JobOptions, JobSync, Reply, Result,
+    CopyErrorPolicy, CopyMode, Error, ErrorPolicy, JobKind, JobOptions, JobSync, Map, Reply, Result,
 };
 use vdisk_block::jobs::{
-    self, Backup, BackupSync, JobState, Mirror, MirrorSync, OnCopyError, OnError, Stream,
+    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Stream,
 };
 use vdisk_block::{Backend, Node, Permissions, Use};
 
@@ -19,7 +19,7 @@ use crate::control::{Control, Event, World, bitmaps};
 /// Nodes that no other job may use meanwhile.
 fn claims(world: &World, task: &Task) -> Vec<String> {
     match task {
-        Task::Mirror(_) | Task::Backup(..) | Task::Convert(_) => Vec::new(),
+        Task::Mirror(_) | Task::Backup(..) | Task::Convert(_) | Task::Discard(_) => Vec::new(),
         Task::Commit(c) => c.chain.clone(),
         Task::Stream(stream, _) => {
             let mut claimed = vec![stream.node().name().to_owned()];
@@ -102,9 +102,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
         &JobKind::Convert { compress } => {
             Task::Convert(Mirror::once(source, target, MirrorSync::Full, compress))
         }
-        JobKind::Commit { .. } | JobKind::Stream { .. } => {
-            return Err(Error::failed("it copies nothing"));
-        }
+        _ => return Err(Error::failed("it copies nothing")),
     })
 }
 
@@ -122,7 +120,7 @@ fn uses(kind: &JobKind) -> [Use; 2] {
     };
     let target = match kind {
         // What users of the images above see stays as it is.
-        JobKind::Commit { .. } | JobKind::Stream { .. } => Use {
+        JobKind::Commit { .. } | JobKind::Stream { .. } | JobKind::Discard => Use {
             taken: read.and(Permissions::WRITE_UNCHANGED),
             shared: all,
         },
@@ -159,6 +157,9 @@ fn name_of(
 
 impl Control {
     pub(in crate::control) async fn start_job(&mut self, options: JobOptions) -> Result<Reply> {
+        if options.kind.is_of_image() {
+            return self.start_image_job(options).await;
+        }
         let prepared = self.prepare_job(options, None)?;
         if let Err(e) = self.begin(&prepared).await {
             self.forget(prepared);
@@ -202,6 +203,19 @@ impl Control {
             JobKind::Stream { base, backing_file } => {
                 self.stream_parts(&what, &source, base.as_deref(), backing_file.clone())?
             }
+            JobKind::Discard => {
+                if source.is_read_only() {
+                    return Err(Error::invalid(format!(
+                        "{what}: node '{}' is read-only, and nothing of it can be discarded: add it without read-only",
+                        source.name()
+                    )));
+                }
+                Parts {
+                    task: Task::Discard(Discard::new(source.clone())),
+                    target: source.clone(),
+                    source,
+                }
+            }
             _ => {
                 let name = options.target.as_deref().unwrap_or_default();
                 let target = self.world().graph.node(name);
@@ -235,6 +249,7 @@ impl Control {
                 parts: Some(parts.clone()),
                 error: None,
                 ended: None,
+                found: Map::new(),
             }),
             options,
         });
@@ -335,6 +350,7 @@ impl Control {
                 m.start();
             }
             Task::Convert(_) | Task::Stream(..) => {}
+            Task::Discard(d) => d.start(),
             Task::Backup(..) => {
                 let (start, drained) = self.hold(&job.source).await;
                 prepared.take_moment();
