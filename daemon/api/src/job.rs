@@ -185,7 +185,7 @@ const COPY_MODES: [(&str, CopyMode); 2] = [
     ("write-blocking", CopyMode::WriteBlocking),
 ];
 
-const COPY_ERRORS: [(&str, CopyErrorPolicy); 2] = [
+pub(crate) const COPY_ERRORS: [(&str, CopyErrorPolicy); 2] = [
     ("break-snapshot", CopyErrorPolicy::BreakSnapshot),
     ("break-guest-write", CopyErrorPolicy::BreakGuestWrite),
 ];

@@ -36,9 +36,10 @@ pub use job::{
     JobSync, cancel_from_map, change_from_map,
 };
 pub use node::{
-    BackingRef, BlkdebugOptions, CacheOptions, CopyOnReadOptions, DRIVERS, DetectZeroes, Discard,
-    DriverOptions, FileOptions, InjectError, InjectWhen, Locking, LuksOptions, NodeOptions,
-    NodeRef, NullOptions, Qcow2Options, RawOptions, ThrottleOptions,
+    BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions, DRIVERS,
+    DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions, InjectError, InjectWhen, Locking,
+    LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
+    SnapshotAccessOptions, ThrottleOptions,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

@@ -2,10 +2,12 @@
 
 use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
+use crate::job::{COPY_ERRORS, CopyErrorPolicy};
 
 /// The drivers, by name.
-pub const DRIVERS: [&str; 9] = [
+pub const DRIVERS: [&str; 11] = [
     "blkdebug",
+    "copy-before-write",
     "copy-on-read",
     "file",
     "host_device",
@@ -13,8 +15,12 @@ pub const DRIVERS: [&str; 9] = [
     "null-co",
     "qcow2",
     "raw",
+    "snapshot-access",
     "throttle",
 ];
+
+/// Those that show their child as it is.
+pub const FILTERS: [&str; 4] = ["blkdebug", "copy-before-write", "copy-on-read", "throttle"];
 
 /// What a discard request does to the storage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,6 +139,20 @@ pub struct CopyOnReadOptions {
     pub file: NodeRef,
 }
 
+#[derive(Clone, Debug, PartialEq)]
+pub struct CopyBeforeWriteOptions {
+    pub file: NodeRef,
+    /// Where what is overwritten is copied to.
+    pub target: NodeRef,
+    pub on_cbw_error: CopyErrorPolicy,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotAccessOptions {
+    /// A copy-before-write node.
+    pub file: NodeRef,
+}
+
 /// Which requests fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InjectWhen {
@@ -181,6 +201,8 @@ pub enum DriverOptions {
     Luks(LuksOptions),
     Throttle(ThrottleOptions),
     CopyOnRead(CopyOnReadOptions),
+    CopyBeforeWrite(CopyBeforeWriteOptions),
+    SnapshotAccess(SnapshotAccessOptions),
     Blkdebug(BlkdebugOptions),
     NullCo(NullOptions),
 }
@@ -195,6 +217,8 @@ impl DriverOptions {
             DriverOptions::Luks(_) => "luks",
             DriverOptions::Throttle(_) => "throttle",
             DriverOptions::CopyOnRead(_) => "copy-on-read",
+            DriverOptions::CopyBeforeWrite(_) => "copy-before-write",
+            DriverOptions::SnapshotAccess(_) => "snapshot-access",
             DriverOptions::Blkdebug(_) => "blkdebug",
             DriverOptions::NullCo(_) => "null-co",
         }
@@ -359,6 +383,14 @@ impl NodeOptions {
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
             "copy-on-read" => DriverOptions::CopyOnRead(CopyOnReadOptions {
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
+            "copy-before-write" => DriverOptions::CopyBeforeWrite(CopyBeforeWriteOptions {
+                on_cbw_error: f.choice("on-cbw-error", &COPY_ERRORS)?.unwrap_or_default(),
+                target: node_ref(&mut f, "target", &inherited)?,
+                file: node_ref(&mut f, "file", &inherited)?,
+            }),
+            "snapshot-access" => DriverOptions::SnapshotAccess(SnapshotAccessOptions {
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
             "blkdebug" => DriverOptions::Blkdebug(BlkdebugOptions {

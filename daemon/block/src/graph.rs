@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vdisk_api::{BackingRef, DriverOptions, Error, Map, NodeOptions, NodeRef, Result};
+use vdisk_api::{BackingRef, DriverOptions, Error, FILTERS, Map, NodeOptions, NodeRef, Result};
 
 use crate::backend::Backend;
 use crate::node::Node;
@@ -161,6 +161,12 @@ fn below_of(user: &Parent, wants: Use) -> Use {
     }
 }
 
+/// What is done to the node that a filter copies to.
+const TARGET: Use = Use {
+    taken: Permissions::CONSISTENT_READ.and(Permissions::WRITE),
+    shared: Permissions::CONSISTENT_READ.and(Permissions::WRITE_UNCHANGED),
+};
+
 impl Graph {
     pub fn new(runtime: Runtime) -> Graph {
         Graph {
@@ -240,6 +246,8 @@ impl Graph {
             DriverOptions::Luks(o) => Some(&o.file),
             DriverOptions::Throttle(o) => Some(&o.file),
             DriverOptions::CopyOnRead(o) => Some(&o.file),
+            DriverOptions::CopyBeforeWrite(o) => Some(&o.file),
+            DriverOptions::SnapshotAccess(o) => Some(&o.file),
             DriverOptions::Blkdebug(o) => Some(&o.file),
             DriverOptions::Qcow2(_)
             | DriverOptions::File(_)
@@ -248,6 +256,14 @@ impl Graph {
         };
         if let Some(file) = file {
             children.push(("file", self.plan_child(&name, file, plan)?));
+        }
+        if let DriverOptions::CopyBeforeWrite(o) = &options.driver {
+            let target = self.plan_child(&name, &o.target, plan)?;
+            if let Child::Existing(node) = &target {
+                let user = Parent::Node(name.clone());
+                self.check(node.name(), &user, &TARGET, (node.name(), &TARGET))?;
+            }
+            children.push(("target", target));
         }
         if let DriverOptions::Qcow2(qcow2) = &options.driver {
             let file = whole_blocks(&qcow2.file);
@@ -392,6 +408,12 @@ impl Graph {
             (Some(e), Some((role, _))) if e.node.driver_name() == "qcow2" => {
                 image_child_use(role, !e.node.is_read_only())
             }
+            (_, Some(("target", _))) => TARGET,
+            // Whatever is written below, it shows what was there before.
+            (Some(e), _) if e.node.driver_name() == "snapshot-access" => Use {
+                taken: Permissions::CONSISTENT_READ,
+                shared: Permissions::ALL,
+            },
             _ => self.wants_of_node(parent, extra),
         }
     }
@@ -549,8 +571,10 @@ impl Graph {
     pub fn check_moves(&self, name: &str) -> Result<()> {
         self.entry(name)?;
         for parent in self.parent_nodes(name) {
-            let is_filter = self.nodes[parent].node.is_filter();
-            if !is_filter {
+            let entry = &self.nodes[parent];
+            let mut children = entry.children.iter();
+            let shown = children.any(|(role, child)| *role == "file" && child == name);
+            if !entry.node.is_filter() || !shown {
                 return Err(Error::in_use(format!(
                     "node '{name}' is below node '{parent}', which cannot get another child while it is in use"
                 )));
@@ -576,8 +600,12 @@ impl Graph {
             return;
         };
         for (name, entry) in &mut self.nodes {
-            for (_, child) in &mut entry.children {
-                if !new.contains(name) && child == from && entry.node.set_file(target.clone()) {
+            for (role, child) in &mut entry.children {
+                if *role == "file"
+                    && !new.contains(name)
+                    && child == from
+                    && entry.node.set_file(target.clone())
+                {
                     child.clear();
                     child.push_str(to);
                 }
@@ -717,30 +745,31 @@ impl Graph {
         names
     }
 
-    /// Takes a filter out, and moves its users to its child, which is returned with the filter. Everything above was
-    /// drained.
-    pub fn take_out(&mut self, name: &str) -> Result<(Arc<Node>, Arc<Node>)> {
+    /// Takes a filter out, and moves its users to its child. Returns the filter, with other children that were made for it, to
+    /// be closed in this order, and the child. Everything above was drained.
+    pub fn take_out(&mut self, name: &str) -> Result<(Vec<Arc<Node>>, Arc<Node>)> {
         let entry = self.entry(name)?;
         let child = match entry.children.first() {
             Some((_, child)) if entry.node.is_filter() => child.clone(),
             _ => {
                 return Err(Error::not_supported(format!(
-                    "node '{name}' has driver '{}': only filters (throttle, copy-on-read, blkdebug) can be taken out",
-                    entry.node.driver_name()
+                    "node '{name}' has driver '{}': only filters ({}) can be taken out",
+                    entry.node.driver_name(),
+                    FILTERS.join(", ")
                 )));
             }
         };
         self.check_moves(name)?;
         self.move_users(name, &child, &[]);
-        let filter = self.entry(name)?.node.clone();
-        self.nodes.remove(name);
         let below = self.nodes.get_mut(&child).map(|e| {
             // It was made for the filter, and stays without it.
             e.implicit = false;
             e.node.clone()
         });
         let below = below.ok_or_else(|| Error::failed(format!("node '{child}' is gone")))?;
-        Ok((filter, below))
+        let mut removed = Vec::new();
+        self.remove_entry(name, &mut removed);
+        Ok((removed, below))
     }
 
     /// The backends whose requests can reach a node, and the nodes between, it included.

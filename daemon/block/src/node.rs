@@ -13,6 +13,7 @@ use vdisk_io::{Bits, IoVecs, RangeLock, Recorder, segments_aligned};
 
 use crate::bitmap::Bitmap;
 use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
+use crate::jobs::Backup;
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
 use crate::tap::{Held, Tap, Written};
@@ -753,6 +754,11 @@ impl Node {
     pub fn make_read_only(&self) {
         self.set_read_only();
         self.driver.make_read_only();
+    }
+
+    /// What the node has kept of one moment.
+    pub(crate) fn moment(&self) -> Option<Arc<Backup>> {
+        self.driver.moment()
     }
 
     /// It shows its child as it is.

@@ -45,6 +45,9 @@ pub enum Command {
     /// Snapshots: overlays over nodes that are in use, and those inside an image
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Nodes that show what another had at one moment, while guests write
+    #[command(subcommand)]
+    Fleece(Fleece),
     /// Copy a node as it is at this moment, while guests write
     ///
     /// Example: vdiskctl backup disk0 /srv/backup/disk0.qcow2 --compress
@@ -115,6 +118,33 @@ pub enum Command {
     /// Print the man page
     #[command(hide = true)]
     Man,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Fleece {
+    /// Keep what a node has at this moment, and show it as another node, which can be exported and copied
+    ///
+    /// What guests overwrite is copied to a scratch image first.
+    ///
+    /// Example: vdiskctl fleece start disk0 disk0-noon /var/tmp/disk0-noon.qcow2
+    Start {
+        node: String,
+        /// The new node's name
+        name: String,
+        /// The scratch image, which is made
+        filename: String,
+        /// A write fails if what it overwrites cannot be copied; otherwise the moment is lost
+        #[arg(long)]
+        break_guest_write: bool,
+        /// Options of the filter between, such as target.file.cache.direct=on
+        #[arg(value_name = "KEY=VALUE")]
+        options: Vec<String>,
+    },
+    /// Give the moment up; the scratch image is deleted
+    End {
+        /// The node that shows it
+        name: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]

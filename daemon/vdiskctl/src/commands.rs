@@ -18,7 +18,7 @@ use crate::options::{Options, options};
 use crate::output::{
     Rows, flag, format_ns, names, number, print_json, print_pause, print_properties, text,
 };
-use crate::{bitmaps, images, jobs, secrets, stats, throttle, tree};
+use crate::{bitmaps, fleece, images, jobs, secrets, stats, throttle, tree};
 
 async fn connect(args: &Args) -> Result<Connection> {
     let builder = match &args.bus_address {
@@ -162,6 +162,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Backup { node, copy } => {
             jobs::backup(&connection, &manager, &node, &copy, json).await
         }
+        Command::Fleece(command) => fleece::fleece(&connection, &manager, command, json).await,
         Command::Mirror(mirror) => jobs::mirror(&connection, &manager, &mirror, json).await,
         Command::Commit(merge) => jobs::merge(&connection, &merge, true, json).await,
         Command::Stream(merge) => jobs::merge(&connection, &merge, false, json).await,

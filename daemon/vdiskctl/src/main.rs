@@ -4,6 +4,7 @@ mod args;
 mod bitmaps;
 mod commands;
 mod error;
+mod fleece;
 mod images;
 mod jobs;
 mod objects;

@@ -9,6 +9,7 @@ use vdisk_api::Result;
 use vdisk_io::IoVecs;
 
 use super::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
+use crate::jobs::Backup;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::status::BlockStatus;
 
@@ -39,6 +40,12 @@ pub(super) trait Gate: Send + Sync {
     /// Why requests of a direction take the slow path; None if the filter has nothing to do with them.
     fn slow_reason(&self, direction: Direction) -> Option<SlowReason>;
 
+    /// The same for one request.
+    #[inline]
+    fn slow_here(&self, direction: Direction, _offset: u64, _len: u64) -> Option<SlowReason> {
+        self.slow_reason(direction)
+    }
+
     /// Before a request goes on; an error is its answer.
     fn enter(&self, _: Request, _offset: u64, _len: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async { Ok(()) })
@@ -53,6 +60,14 @@ pub(super) trait Gate: Send + Sync {
     ) -> LocalFuture<'a, io::Result<()>> {
         Box::pin(async move { file.read(offset, iov).await })
     }
+
+    /// See [`Driver::moment`].
+    fn moment(&self) -> Option<Arc<Backup>> {
+        None
+    }
+
+    /// The filter has another child. No request is in flight.
+    fn set_file(&self, _file: &Arc<Node>) {}
 
     /// See [`Driver::drain`].
     fn drain(&self, _on: bool) {}
@@ -105,7 +120,7 @@ impl<G: Gate> Driver for Filter<G> {
         len: u64,
         then: &mut dyn FnMut(Resolved<'_>),
     ) {
-        match self.gate.slow_reason(direction) {
+        match self.gate.slow_here(direction, offset, len) {
             Some(reason) => then(Resolved::Slow(reason)),
             None => self.file.load().resolve_range(direction, offset, len, then),
         }
@@ -230,8 +245,13 @@ impl<G: Gate> Driver for Filter<G> {
     }
 
     fn set_file(&self, node: Arc<Node>) -> bool {
+        self.gate.set_file(&node);
         self.file.store(node);
         true
+    }
+
+    fn moment(&self) -> Option<Arc<Backup>> {
+        self.gate.moment()
     }
 
     fn is_filter(&self) -> bool {

@@ -1,6 +1,7 @@
 //! The drivers: what a node can be made of.
 
 mod blkdebug;
+mod copy_before_write;
 mod copy_on_read;
 mod file;
 mod filter;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
 
+use crate::jobs::Backup;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
@@ -83,6 +85,8 @@ pub enum SlowReason {
     CopiedOnRead,
     /// It may be made to fail.
     Debugged,
+    /// It is about what the disk had before.
+    Past,
     /// A job looks there for zeroes that it can discard.
     Discarded,
 }
@@ -105,6 +109,7 @@ impl fmt::Display for SlowReason {
             SlowReason::BackedUp => "a backup copies what is there before it is overwritten",
             SlowReason::CopiedOnRead => "copy-on-read keeps what is read from a backing file",
             SlowReason::Discarded => "a job discards what is zeroes there",
+            SlowReason::Past => "what was overwritten since is read elsewhere",
             SlowReason::Debugged => "blkdebug may make requests fail",
             SlowReason::Mirrored => "a mirror writes to its target, too",
             SlowReason::Latency => "latency-ns delays requests",
@@ -240,6 +245,11 @@ pub trait Driver: Send + Sync {
         Vec::new()
     }
 
+    /// What the disk had at one moment, which the driver keeps.
+    fn moment(&self) -> Option<Arc<Backup>> {
+        None
+    }
+
     /// It shows its child as it is.
     fn is_filter(&self) -> bool {
         false
@@ -325,6 +335,10 @@ pub(crate) fn open(
         DriverOptions::Luks(o) => luks::open(name, options, o, children, runtime),
         DriverOptions::Throttle(o) => throttle::open(name, options, o, children, runtime),
         DriverOptions::CopyOnRead(o) => copy_on_read::open(name, options, o, children),
+        DriverOptions::CopyBeforeWrite(o) => copy_before_write::open(name, options, o, children),
+        DriverOptions::SnapshotAccess(o) => {
+            copy_before_write::open_access(name, options, o, children)
+        }
         DriverOptions::Blkdebug(o) => blkdebug::open(name, options, o, children),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard};
 
+use arc_swap::ArcSwap;
 use tokio::sync::Semaphore;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way};
 
@@ -17,6 +18,7 @@ use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
 use crate::node::Node;
+use crate::status::BlockStatus;
 use crate::tap::{Held, Tap, Written};
 
 /// What is copied.
@@ -43,7 +45,8 @@ pub enum OnCopyError {
 }
 
 pub struct Backup {
-    source: Arc<Node>,
+    /// Another node may take its place below a filter.
+    source: ArcSwap<Node>,
     target: Arc<Node>,
     sync: BackupSync,
     how: How,
@@ -79,7 +82,7 @@ impl Backup {
         }
         Arc::new(Backup {
             todo,
-            source,
+            source: ArcSwap::new(source),
             target,
             sync,
             how: How {
@@ -93,12 +96,26 @@ impl Backup {
         })
     }
 
+    fn source(&self) -> Arc<Node> {
+        self.source.load_full()
+    }
+
+    /// A node with the same data has the place of the source. No request is in flight.
+    pub(crate) fn set_source(&self, node: Arc<Node>) {
+        self.source.store(node);
+    }
+
+    /// Bytes of the disk when it began.
+    pub(crate) fn size(&self) -> u64 {
+        self.todo.size()
+    }
+
     /// From now on the target gets what the source has at this moment, `bits` of it or all. The source is drained.
     pub fn start(self: &Arc<Self>, bits: Option<&Bits>) {
         if let Some(bits) = bits {
             self.todo.merge(bits);
         }
-        self.source.add_tap(self.clone());
+        self.source().add_tap(self.clone());
     }
 
     /// Sets in `bits` what is not copied.
@@ -108,9 +125,15 @@ impl Backup {
 
     /// Guests' writes copy nothing any more.
     pub fn stop(self: &Arc<Self>) {
-        self.todo.clear(&(0..self.source.size()));
+        self.todo.clear(&(0..self.todo.size()));
         let tap: Arc<dyn Tap> = self.clone();
-        self.source.remove_tap(&tap);
+        self.source().remove_tap(&tap);
+    }
+
+    /// The part of a range that the disk had when it began.
+    fn within(&self, offset: u64, len: u64) -> Range<u64> {
+        let size = self.todo.size();
+        offset.min(size)..(offset + len).min(size)
     }
 
     fn chunk(&self) -> u64 {
@@ -127,14 +150,14 @@ impl Backup {
             }
             match self.how.compress {
                 false => {
-                    copy(&self.source, &self.target, run.clone(), scratch, self.how).await?;
+                    copy(&self.source(), &self.target, run.clone(), scratch, self.how).await?;
                 }
                 true => {
                     // Each cluster by itself: it is data, or zeroes.
                     let step = self.todo.granularity();
                     for start in run.clone().step_by(step as usize) {
                         let one = start..(start + step).min(run.end);
-                        copy(&self.source, &self.target, one, scratch, self.how).await?;
+                        copy(&self.source(), &self.target, one, scratch, self.how).await?;
                     }
                 }
             }
@@ -146,7 +169,7 @@ impl Backup {
 
     /// Leaves out what is not to be copied, and what is zeroes on both sides.
     async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
-        let size = self.source.size();
+        let size = self.todo.size();
         let mut at = 0;
         while let Some(run) = self.todo.next_run(&(at..size), LOOKUP) {
             at = at.max(run.start);
@@ -182,7 +205,7 @@ impl Backup {
     /// Looks at the beginning of a range: how much of it is of one kind, and whether that needs no copy.
     async fn look(&self, range: Range<u64>) -> Result<(u64, bool), CopyError> {
         let (at, len) = (range.start, range.end - range.start);
-        let status = self.source.status(at, len, None).await;
+        let status = self.source().status(at, len, None).await;
         let status = status.map_err(|error| CopyError {
             side: Side::Source,
             error,
@@ -190,6 +213,63 @@ impl Backup {
         let other = self.sync == BackupSync::Top && !status.own;
         let skip = other || status.zero && is_zero(&self.target, at, status.len).await?;
         Ok((status.len, skip))
+    }
+
+    /// The next range of a disk that is in one place, and whether that is still the source; the caller holds it.
+    fn place(&self, range: Range<u64>) -> (Range<u64>, bool) {
+        let pieces = self.todo.pieces_around(&range);
+        match self.todo.next_run(&pieces, pieces.end - pieces.start) {
+            Some(run) if run.start <= range.start => (range.start..run.end.min(range.end), true),
+            Some(run) => (range.start..run.start.min(range.end), false),
+            None => (range, false),
+        }
+    }
+
+    fn check_moment(&self) -> io::Result<()> {
+        match &*locked(&self.broken) {
+            None => Ok(()),
+            Some(_) => Err(io::Error::other(
+                "what was overwritten could not be copied, and is lost",
+            )),
+        }
+    }
+
+    /// Reads what the disk had when it began.
+    pub(crate) async fn read_moment(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
+        let end = offset + iov.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let range = at..end.min((at / CHUNK + 1) * CHUNK);
+            let _held = self.pieces.lock(self.todo.pieces_around(&range)).await;
+            self.check_moment()?;
+            while at < range.end {
+                let (part, in_source) = self.place(at..range.end);
+                let data = iov.slice((at - offset) as usize, (part.end - at) as usize);
+                match in_source {
+                    true => self.source().read(at, data).await?,
+                    false => self.target.read(at, data).await?,
+                }
+                at = part.end;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is known of the disk as it was when it began.
+    pub(crate) async fn status_of_moment(&self, offset: u64, len: u64) -> io::Result<BlockStatus> {
+        let range = offset..offset + len.min(LOOKUP);
+        let _held = self.pieces.lock(self.todo.pieces_around(&range)).await;
+        self.check_moment()?;
+        let (part, in_source) = self.place(range);
+        let len = part.end - part.start;
+        let status = match in_source {
+            true => self.source().status(offset, len, None).await?,
+            false => self.target.status(offset, len, None).await?,
+        };
+        Ok(BlockStatus {
+            own: true,
+            ..status
+        })
     }
 
     /// An error if the target is not what the source was.
@@ -267,9 +347,8 @@ impl Work for Backup {
 impl Tap for Backup {
     #[inline]
     fn fast_write(&self, offset: u64, len: u64) -> Option<SlowReason> {
-        self.todo
-            .any(&(offset..offset + len))
-            .then_some(SlowReason::BackedUp)
+        let range = self.within(offset, len);
+        self.todo.any(&range).then_some(SlowReason::BackedUp)
     }
 
     fn slow_reason(&self) -> Option<SlowReason> {
@@ -278,7 +357,7 @@ impl Tap for Backup {
 
     fn before(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<Held<'_>>> {
         Box::pin(async move {
-            let range = offset..offset + len;
+            let range = self.within(offset, len);
             if !self.todo.any(&range) || locked(&self.broken).is_some() {
                 return Ok(None);
             }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vdisk_api::{BackingRef, DriverOptions, Error, NodeOptions, Reply, Result};
+use vdisk_api::{BackingRef, DriverOptions, Error, FILTERS, NodeOptions, Reply, Result};
 use vdisk_block::{DrainGuard, Node, Opened, Plan};
 
 use super::{Control, Event};
@@ -145,14 +145,11 @@ impl Control {
     ) -> Result<Reply> {
         let filter = options.node_name.clone().unwrap_or_default();
         let what = format!("filter '{filter}' over node '{name}'");
-        let is_filter = matches!(
-            options.driver,
-            DriverOptions::Throttle(_) | DriverOptions::CopyOnRead(_) | DriverOptions::Blkdebug(_)
-        );
-        if !is_filter {
+        if !FILTERS.contains(&options.driver.name()) {
             return Err(Error::not_supported(format!(
-                "{what} has driver '{}': only throttle, copy-on-read and blkdebug are filters",
-                options.driver.name()
+                "{what} has driver '{}', which is no filter: there are {}",
+                options.driver.name(),
+                FILTERS.join(", ")
             )));
         }
         let (node, plan) = {
@@ -175,13 +172,21 @@ impl Control {
         // Whatever is wrong is to be known before anybody has to wait.
         self.world().graph.node(name)?;
         let (start, drained) = self.hold(name).await;
-        let (filter, below) = self.world().graph.take_out(name)?;
+        let (removed, below) = self.world().graph.take_out(name)?;
+        let Some(filter) = removed.first() else {
+            return Err(Error::failed(format!("node '{name}' is gone")));
+        };
         for guard in &drained {
-            guard.set_node_if(&filter, &below);
+            guard.set_node_if(filter, &below);
         }
         drop(drained);
         let paused = start.elapsed();
-        filter.close().await;
+        for node in &removed {
+            self.removed(node);
+            if let Err(error) = self.close(node).await {
+                tracing::error!(node = node.name(), %error, "the last changes cannot be written");
+            }
+        }
         let paused_us = paused.as_micros() as u64;
         tracing::info!(
             node = below.name(),
@@ -189,7 +194,6 @@ impl Control {
             paused_us,
             "filter taken out"
         );
-        self.removed(&filter);
         let below = below.name().to_owned();
         Ok(self.moved(&below, &below, Vec::new(), paused))
     }
