@@ -45,6 +45,8 @@ pub trait Manager {
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "const"))]
+    fn problems(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> zbus::Result<String>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn drivers(&self) -> zbus::Result<Vec<String>>;

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
+use crate::Manager;
+
 /// A folder on a real file system (not a tmpfs), removed in the end.
 pub type Scratch = tempfile::TempDir;
 
@@ -59,11 +61,21 @@ pub struct Daemon {
     args: Vec<String>,
     child: Option<Child>,
     log: Arc<Mutex<Vec<String>>>,
+    manager: Option<Manager>,
 }
 
 impl Daemon {
     /// Starts a bus and a daemon with these arguments beside the bus address.
     pub fn start(args: &[&str]) -> Daemon {
+        Daemon::start_with(args, false)
+    }
+
+    /// As [`Daemon::start`], with a service manager that keeps its descriptors.
+    pub fn managed(args: &[&str]) -> Daemon {
+        Daemon::start_with(args, true)
+    }
+
+    fn start_with(args: &[&str], managed: bool) -> Daemon {
         let dir = scratch();
         let socket = dir.path().join("bus");
         let config = dir.path().join("bus.conf");
@@ -81,6 +93,7 @@ impl Daemon {
             .read_line(&mut address)
             .expect("dbus-daemon prints its address");
         let mut daemon = Daemon {
+            manager: managed.then(|| Manager::new(dir.path())),
             dir,
             bus,
             address: address.trim().to_owned(),
@@ -92,9 +105,28 @@ impl Daemon {
         daemon
     }
 
-    /// Starts the daemon after it ended.
+    /// Starts the daemon after it ended, with nothing of what it had.
     pub fn start_again(&mut self) {
-        let mut child = Command::new(program("vdiskd"))
+        self.run(&["--fresh"]);
+    }
+
+    /// Starts the daemon after it ended. It goes on with what it had.
+    pub fn go_on(&mut self) {
+        self.run(&[]);
+    }
+
+    pub fn manager(&self) -> &Manager {
+        self.manager.as_ref().expect("the test asked for one")
+    }
+
+    fn run(&mut self, more: &[&str]) {
+        let program = program("vdiskd");
+        let mut command = match &self.manager {
+            Some(manager) => manager.command(&program),
+            None => Command::new(program),
+        };
+        let mut child = command
+            .args(more)
             .args(["--bus-address", &self.address])
             .arg("--runtime-dir")
             .arg(self.dir.path().join("run"))

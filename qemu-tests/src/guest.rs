@@ -19,6 +19,8 @@ pub struct GuestOptions {
     cpus: u8,
     args: Vec<String>,
     reboots: bool,
+    /// A connection that ends stays ended.
+    stays: bool,
     /// Runs the QEMU of this lab root.
     root: Option<&'static str>,
 }
@@ -44,6 +46,12 @@ impl GuestOptions {
 
     pub fn args(mut self, args: &[&str]) -> GuestOptions {
         self.args.extend(args.iter().map(|a| (*a).to_owned()));
+        self
+    }
+
+    /// Loses a disk for ever if its connection ends.
+    pub fn without_reconnect(mut self) -> GuestOptions {
+        self.stays = true;
         self
     }
 
@@ -136,7 +144,8 @@ impl Guest {
             command.arg("-no-reboot");
         }
         for (i, (socket, queues, more)) in options.disks.iter().enumerate() {
-            let chardev = format!("socket,id=disk{i},path={},reconnect=1", socket.display());
+            let reconnect = if options.stays { "" } else { ",reconnect=1" };
+            let chardev = format!("socket,id=disk{i},path={}{reconnect}", socket.display());
             command.args(["-chardev", &chardev]);
             let device = format!("vhost-user-blk-pci,chardev=disk{i},num-queues={queues}{more}");
             command.args(["-device", &device]);

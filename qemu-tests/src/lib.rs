@@ -3,6 +3,7 @@
 mod daemon;
 mod guest;
 mod lab;
+mod manager;
 pub mod qemu_tools;
 mod qmp;
 pub mod workload;
@@ -13,6 +14,7 @@ pub mod frontend;
 pub use daemon::{Daemon, Scratch, program, scratch, vdiskctl_binary};
 pub use guest::{Guest, GuestOptions};
 pub use lab::{lab, lab_path};
+pub use manager::Manager;
 pub use qmp::Qmp;
 
 use std::collections::HashMap;

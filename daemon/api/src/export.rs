@@ -79,12 +79,15 @@ pub struct ExportOptions {
     pub share_rw: bool,
     pub placement: QueuePlacement,
     pub kind: ExportKind,
+    /// The options as they were given, nested.
+    pub given: Map,
 }
 
 impl ExportOptions {
     /// Reads the options of an export. `listener` is a socket that came with them.
     pub fn from_map(map: Map, listener: Option<OwnedFd>) -> Result<ExportOptions> {
-        let mut f = Fields::new("export", expand_dotted(map)?);
+        let given = expand_dotted(map)?;
+        let mut f = Fields::new("export", given.clone());
         let id = f.required_string("id")?;
         check_name("export id", &id)?;
         f.set_what(format!("export '{id}'"));
@@ -114,6 +117,7 @@ impl ExportOptions {
             share_rw,
             placement,
             kind,
+            given,
         })
     }
 }

@@ -151,6 +151,8 @@ pub struct JobOptions {
     pub auto_dismiss: bool,
     /// The I/O thread that it runs on.
     pub iothread: Option<String>,
+    /// The options as they were given.
+    pub given: Map,
 }
 
 const SYNCS: [(&str, JobSync); 3] = [
@@ -243,7 +245,8 @@ fn bitmap(f: &mut Fields) -> Result<Option<JobBitmap>> {
 impl JobOptions {
     /// Options of a job of kind `kind` (see [`JobKind::name`]) on a node.
     pub fn from_map(kind: &str, node: &str, map: Map) -> Result<JobOptions> {
-        let mut f = Fields::new(format!("{kind} of node '{node}'"), expand_dotted(map)?);
+        let given = expand_dotted(map)?;
+        let mut f = Fields::new(format!("{kind} of node '{node}'"), given.clone());
         let id = match f.string("job-id")? {
             Some(id) => id,
             None => format!("{kind}-{}", node.trim_start_matches('#')),
@@ -309,6 +312,7 @@ impl JobOptions {
             auto_finalize: f.boolean("auto-finalize")?.unwrap_or(true),
             auto_dismiss: f.boolean("auto-dismiss")?.unwrap_or(true),
             iothread: f.string("iothread")?,
+            given,
         };
         f.finish()?;
         Ok(options)
@@ -331,6 +335,7 @@ impl JobOptions {
             auto_finalize: true,
             auto_dismiss,
             iothread: None,
+            given: Map::new(),
         }
     }
 

@@ -280,6 +280,43 @@ impl NodeOptions {
         Ok(options)
     }
 
+    /// Options of a node of any name, the daemon's own included; see [`NodeOptions::effective`].
+    pub fn restored(name: &str, map: Map) -> Result<NodeOptions> {
+        let options = NodeOptions::read(map, None)?;
+        Ok(NodeOptions {
+            node_name: Some(name.to_owned()),
+            ..options
+        })
+    }
+
+    /// The options as they were given, without a name, and with what was taken over from a parent.
+    pub fn effective(&self) -> Map {
+        let mut map = self.given.clone();
+        map.remove("node-name");
+        let discard = match self.discard {
+            Discard::Ignore => "ignore",
+            Discard::Unmap => "unmap",
+        };
+        let detect_zeroes = match self.detect_zeroes {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        };
+        let cache = Map::from_iter([
+            ("direct".to_owned(), self.cache.direct.into()),
+            ("no-flush".to_owned(), self.cache.no_flush.into()),
+        ]);
+        map.extend([
+            ("read-only".to_owned(), self.read_only.into()),
+            ("auto-read-only".to_owned(), self.auto_read_only.into()),
+            ("force-share".to_owned(), self.force_share.into()),
+            ("discard".to_owned(), discard.into()),
+            ("detect-zeroes".to_owned(), detect_zeroes.into()),
+            ("cache".to_owned(), cache.into()),
+        ]);
+        map
+    }
+
     /// `parent` is what a child in place takes over where it does not say otherwise.
     fn read(map: Map, parent: Option<&Inherited>) -> Result<NodeOptions> {
         let given = map.clone();

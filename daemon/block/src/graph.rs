@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use vdisk_api::{BackingRef, DriverOptions, Error, FILTERS, Map, NodeOptions, NodeRef, Result};
+use serde::{Deserialize, Serialize};
+use vdisk_api::{
+    BackingRef, DriverOptions, Error, FILTERS, Map, NodeOptions, NodeRef, Result, Value,
+};
 
 use crate::backend::Backend;
 use crate::node::Node;
@@ -44,7 +47,8 @@ struct Entry {
     implicit: bool,
     /// The job that changes what it has, so that nobody else may use it from now on.
     claimed: Option<String>,
-    given: Map,
+    /// Its options, with what was taken over from its parent.
+    options: Map,
 }
 
 /// A node as it is shown to people.
@@ -54,8 +58,26 @@ pub struct NodeInfo {
     pub children: Vec<(&'static str, String)>,
     pub parents: Vec<Parent>,
     pub implicit: bool,
-    /// The options it was made with.
-    pub given: Map,
+}
+
+/// A bitmap that is in no image.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredBitmap {
+    pub name: String,
+    pub granularity: u64,
+    pub recording: bool,
+}
+
+/// What a node is made of, for the next daemon.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredNode {
+    pub name: String,
+    pub implicit: bool,
+    /// Children are named.
+    pub options: Map,
+    /// See [`vdisk_api::FileOptions`].
+    pub whole_blocks: bool,
+    pub bitmaps: Vec<StoredBitmap>,
 }
 
 #[derive(Default)]
@@ -117,7 +139,7 @@ impl Plan {
                 users: Vec::new(),
                 implicit: step.implicit,
                 claimed: None,
-                given: step.options.given,
+                options: step.options.effective(),
             };
             opened.entries.push((step.name, entry));
         }
@@ -196,7 +218,6 @@ impl Graph {
             children: entry.children.clone(),
             parents: self.parents(name),
             implicit: entry.implicit,
-            given: entry.given.clone(),
         })
     }
 
@@ -338,6 +359,66 @@ impl Graph {
         }
         names.reverse();
         names
+    }
+
+    /// What all nodes are made of at the moment, children first.
+    pub fn stored(&self) -> Vec<StoredNode> {
+        let top_down = self.top_down();
+        let mut read_only: Vec<&str> = Vec::new();
+        for node in &top_down {
+            let name = node.name();
+            // A job that writes to a backing file has it opened for that again.
+            let is_backing = !self.overlays(name).is_empty();
+            let unused = self.nodes.get(name).is_some_and(|e| e.users.is_empty());
+            let mut parents = self.parent_nodes(name).peekable();
+            // What was written before an overlay came is only read, the file as well.
+            let below =
+                unused && parents.peek().is_some() && parents.all(|p| read_only.contains(&p));
+            if node.is_read_only() || is_backing || below {
+                read_only.push(name);
+            }
+        }
+        let stored = top_down.iter().rev().filter_map(|node| {
+            let name = node.name();
+            let entry = self.nodes.get(name)?;
+            let mut options = entry.options.clone();
+            for role in ["file", "data-file", "backing", "target"] {
+                options.remove(role);
+            }
+            if node.driver_name() == "qcow2" {
+                options.insert("backing".into(), Value::Null);
+            }
+            for (role, child) in &entry.children {
+                options.insert((*role).to_owned(), child.clone().into());
+            }
+            options.insert("read-only".into(), read_only.contains(&name).into());
+            let is_image_file = self.parent_nodes(name).any(|p| self.is_image(p));
+            let bitmaps = node.bitmaps().into_iter().filter(|b| !b.is_persistent());
+            Some(StoredNode {
+                name: name.to_owned(),
+                implicit: entry.implicit,
+                options,
+                whole_blocks: entry.implicit && is_image_file,
+                bitmaps: bitmaps
+                    .map(|b| StoredBitmap {
+                        name: b.name().to_owned(),
+                        granularity: b.granularity(),
+                        recording: b.is_recording(),
+                    })
+                    .collect(),
+            })
+        });
+        stored.collect()
+    }
+
+    /// Whether a node is removed with its parent.
+    pub fn set_implicit(&mut self, name: &str, implicit: bool) {
+        if let Some(entry) = self.nodes.get_mut(name) {
+            entry.implicit = implicit;
+        }
+        // Names that are made up stay new.
+        let number = name.strip_prefix("#block").and_then(|n| n.parse().ok());
+        self.next_implicit = self.next_implicit.max(number.unwrap_or(0));
     }
 
     /// Takes a node, and the children that were made for it, out of the graph. They are to be deactivated and closed

@@ -1,8 +1,10 @@
 //! How vdiskd offers its nodes to guests, hosts and applications: one folder for each kind of export.
 
+mod keeper;
 mod statistics;
 
 pub mod vhost_user;
 pub mod virtio_blk;
 
+pub use keeper::{Keeper, Left};
 pub use statistics::{Histogram, KindCounters, QueueCounters, QueueStats, RequestClass};

@@ -428,6 +428,7 @@ async fn info(manager: &ManagerProxy<'_>, json: bool) -> Result<()> {
     p.insert("IoEngine".into(), manager.io_engine().await?.into());
     p.insert("Drivers".into(), manager.drivers().await?.into());
     p.insert("ExportKinds".into(), manager.export_kinds().await?.into());
+    p.insert("Problems".into(), manager.problems().await?.into());
     print_object(&p, json);
     Ok(())
 }

@@ -70,7 +70,10 @@ impl Objects {
                     }
                 }
             }
-            all.insert(path.to_string(), properties);
+            // What others stand below is there, and is nothing itself.
+            if !properties.is_empty() {
+                all.insert(path.to_string(), properties);
+            }
         }
         Ok(Objects { all })
     }

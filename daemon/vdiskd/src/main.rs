@@ -2,20 +2,24 @@
 
 mod control;
 mod dbus;
+mod fd_store;
 mod logging;
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use vdisk_block::Runtime;
+use vdisk_exports::Keeper;
 use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
 use control::Defaults;
 use dbus::Bus;
+use fd_store::FdStore;
 
 /// Serves disk images to virtual machines.
 ///
@@ -54,6 +58,10 @@ struct Args {
     /// (default: $RUNTIME_DIRECTORY, or vdiskd in $XDG_RUNTIME_DIR or /run)
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
+
+    /// Begin with nothing: forget what an earlier daemon has left
+    #[arg(long)]
+    fresh: bool,
 
     /// Print the man page and exit
     #[arg(long, hide = true, exclusive = true)]
@@ -129,7 +137,8 @@ async fn run(args: Args) -> Result<(), String> {
     // From here on a signal ends the daemon in order.
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
-    let control = control::start(Defaults {
+    let keeper = FdStore::find().map(|store| Arc::new(store) as Arc<dyn Keeper>);
+    let defaults = Defaults {
         engine: args.io_engine,
         poll_max: Duration::from_nanos(args.poll_max_ns),
         io_threads: args.io_threads.into(),
@@ -137,8 +146,11 @@ async fn run(args: Args) -> Result<(), String> {
             dir: runtime_dir(args.runtime_dir)?,
             ..Runtime::default()
         },
-    })
-    .map_err(|e| e.message)?;
+    };
+    let left = fd_store::passed();
+    let control = control::start(defaults, keeper, left, args.fresh)
+        .await
+        .map_err(|e| e.message)?;
     let engine = control.world().engine;
     dbus::start(bus.clone(), control.clone())
         .await

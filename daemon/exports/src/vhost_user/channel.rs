@@ -20,6 +20,10 @@ impl Channel {
         Channel(stream)
     }
 
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// Reads until `buf` is full. Descriptors that come along are added to `fds`.
     async fn read_full(&self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
         let mut at = 0;

@@ -16,7 +16,9 @@ use super::message::{
     self, F_LOG_ALL, F_PROTOCOL_FEATURES, Header, InflightDesc, MAX_MEM_SLOTS, MemoryRegion,
     ProtocolError, Request, VRING_F_LOG, VringAddr, protocol,
 };
+use super::parcel;
 use super::state::{Descriptors, InflightState, LogState, RegionState, State};
+use crate::keeper::connection_name;
 use crate::virtio_blk::{
     InflightLayout, InflightQueue, InflightRegion, Logging, Queue, QueueSetup,
 };
@@ -41,6 +43,8 @@ pub(super) struct Connection<'a> {
     inflight: Option<Arc<InflightRegion>>,
     queues: Vec<Option<Running>>,
     fixed: Vec<(IoThread, Kept<FixedBuffers>)>,
+    /// The keeper has it.
+    kept: bool,
 }
 
 enum Reply {
@@ -62,9 +66,12 @@ fn invalid(message: impl std::fmt::Display) -> ProtocolError {
 impl Connection<'_> {
     /// Serves a front-end until it leaves, breaks the protocol, or the export stops. When this returns
     /// nothing of it is left: all requests are answered and its memory is unmapped.
+    ///
+    /// `left` is what an earlier process had negotiated on the connection. An export that is suspended leaves it to the next.
     pub async fn run(
         shared: &Shared,
         stream: UnixStream,
+        left: Option<(State, Descriptors)>,
         signals: &mut watch::Receiver<Signals>,
     ) -> Result<(), ProtocolError> {
         let channel = Channel::new(stream);
@@ -79,14 +86,98 @@ impl Connection<'_> {
             inflight: None,
             queues: (0..num_queues).map(|_| None).collect(),
             fixed: Vec::new(),
+            kept: false,
         };
         this.apply_cache();
-        let result = this.serve(signals).await;
+        let resumed = match left {
+            Some((state, fds)) => this.resume(state, fds).await,
+            None => Ok(()),
+        };
+        let result = match resumed {
+            Ok(()) => this.serve(signals).await,
+            Err(e) => Err(e),
+        };
         for index in 0..this.queues.len() {
             this.stop_queue(index).await;
         }
         this.release_fixed().await;
+        let suspended = result.is_ok() && signals.borrow().suspend;
+        match suspended && this.kept {
+            // With where the queues stand now.
+            true => this.keep(),
+            false => this.forget(),
+        }
         result
+    }
+
+    /// Goes on where an earlier process ended.
+    async fn resume(&mut self, state: State, fds: Descriptors) -> Result<(), ProtocolError> {
+        let complete = state.vrings.len() == self.queues.len()
+            && fds.vrings.len() == self.queues.len()
+            && fds.regions.len() == state.regions.len();
+        if !complete {
+            return Err(invalid("what was kept of it does not fit the export"));
+        }
+        let regions = state.regions.iter().zip(&fds.regions);
+        let regions = regions.map(|(r, fd)| {
+            GuestRegion::map(fd.as_fd(), r.guest_addr, r.size, r.user_addr, r.mmap_offset)
+        });
+        let regions = regions.collect::<Result<Vec<_>, _>>().map_err(invalid)?;
+        let memory = GuestMemory::new(regions).map_err(invalid)?;
+        if let (Some(l), Some(fd)) = (&state.log, &fds.log) {
+            let log = DirtyLog::map(fd.as_fd(), l.size, l.offset).map_err(invalid)?;
+            self.log = Some(Arc::new(log));
+        }
+        if let (Some(i), Some(fd)) = (&state.inflight, &fds.inflight) {
+            let layout = InflightLayout::new(i.num_queues, i.queue_size).map_err(invalid)?;
+            let region = InflightRegion::map(fd.as_fd(), layout, i.mmap_size, i.mmap_offset);
+            self.inflight = Some(Arc::new(region.map_err(invalid)?));
+        }
+        self.state = state;
+        self.fds = fds;
+        self.kept = true;
+        self.apply_cache();
+        self.apply_memory(memory).await?;
+        for i in 0..self.queues.len() {
+            self.start_queue(i).await?;
+            // The guest may wait for an answer that was given, and not announced.
+            let call = clone_fd(&self.fds.vrings[i].call)?;
+            self.with_queue(i, move |q| q.set_call(call)).await;
+        }
+        tracing::info!(export = self.shared.id(), "front-end taken over");
+        Ok(())
+    }
+
+    /// Leaves the connection, as it is now, to a process that may follow.
+    fn keep(&mut self) {
+        let Some(keeper) = &self.shared.keeper else {
+            return;
+        };
+        // Before that nothing is lost with it.
+        if !self.kept && self.queues.iter().all(Option::is_none) {
+            return;
+        }
+        let (old, new) = self.shared.next_generation();
+        let kept = parcel::pack(&self.state, &self.fds, self.channel.as_fd()).and_then(|parcel| {
+            keeper.keep(&connection_name(self.shared.id(), new), parcel.as_fd())
+        });
+        match kept {
+            Ok(()) => self.kept = true,
+            Err(error) => tracing::warn!(
+                export = self.shared.id(),
+                %error,
+                "the connection cannot be kept for a restart: the front-end will have to connect again"
+            ),
+        }
+        keeper.forget(&connection_name(self.shared.id(), old));
+    }
+
+    fn forget(&mut self) {
+        if let (Some(keeper), true) = (&self.shared.keeper, self.kept) {
+            let generation = self.shared.generation();
+            keeper.forget(&connection_name(self.shared.id(), generation));
+        }
+        self.kept = false;
     }
 
     async fn serve(&mut self, signals: &mut watch::Receiver<Signals>) -> Result<(), ProtocolError> {
@@ -123,6 +214,8 @@ impl Connection<'_> {
         payload: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<(), ProtocolError> {
+        let before = self.state.clone();
+        let has_fds = !fds.is_empty();
         let acks = header.needs_reply() && self.state.protocol_features & protocol::REPLY_ACK != 0;
         let result = match Request::parse(header.request, payload) {
             Ok(request) => {
@@ -131,6 +224,9 @@ impl Connection<'_> {
             }
             Err(e) => Err(e),
         };
+        if has_fds || matches!(&result, Ok(Reply::Payload(_, Some(_)))) || before != self.state {
+            self.keep();
+        }
         let (payload, fd) = match result {
             Ok(Reply::Payload(payload, fd)) => (payload, fd),
             Ok(Reply::None) if acks => (0u64.to_ne_bytes().to_vec(), None),
@@ -639,6 +735,26 @@ impl Connection<'_> {
         self.start_queue(i).await
     }
 
+    /// Notes what is in flight for a process that may follow, if the front-end does not have that done.
+    fn note_inflight(&mut self) -> Result<(), ProtocolError> {
+        if self.shared.keeper.is_none() || self.inflight.is_some() {
+            return Ok(());
+        }
+        let (num_queues, queue_size) = (self.queues.len() as u16, MAX_QUEUE_SIZE);
+        let layout = InflightLayout::new(num_queues, queue_size).map_err(invalid)?;
+        let (region, fd) = InflightRegion::create(layout).map_err(invalid)?;
+        region.set_write_cache(self.state.write_cache);
+        self.state.inflight = Some(InflightState {
+            mmap_size: layout.bytes(),
+            mmap_offset: 0,
+            num_queues,
+            queue_size,
+        });
+        self.inflight = Some(Arc::new(region));
+        self.fds.inflight = Some(fd);
+        Ok(())
+    }
+
     /// Starts a queue once everything it needs is there.
     async fn start_queue(&mut self, i: usize) -> Result<(), ProtocolError> {
         let v = &self.state.vrings[i];
@@ -650,6 +766,8 @@ impl Connection<'_> {
                 "queue {i} is started without its addresses and size"
             )));
         }
+        self.note_inflight()?;
+        let v = &self.state.vrings[i];
         let inflight = match &self.inflight {
             Some(region) => {
                 let queue = InflightQueue::new(region, i as u16, v.size);

@@ -1,10 +1,13 @@
 //! A vhost-user-blk export: its socket, its device, and one front-end after the other.
 
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use vdisk_api::{Error, Result, VhostUserBlkOptions};
@@ -13,6 +16,9 @@ use vdisk_io::IoThread;
 
 use super::connection::Connection;
 use super::listener::Listener;
+use super::parcel;
+use super::state::{Descriptors, State};
+use crate::keeper::{Keeper, Left, listener_name};
 use crate::statistics::{QueueCounters, QueueStats};
 use crate::virtio_blk::{Device, DeviceOptions};
 
@@ -29,6 +35,8 @@ pub(super) struct Signals {
     /// Changes with the device's configuration.
     pub config: u64,
     pub stop: bool,
+    /// The connection is left to the next process.
+    pub suspend: bool,
 }
 
 /// What an export shares with its connections.
@@ -40,9 +48,22 @@ pub(super) struct Shared {
     pub fixed_buffers: bool,
     clients: AtomicU32,
     events: mpsc::UnboundedSender<ExportEvent>,
+    pub keeper: Option<Arc<dyn Keeper>>,
+    /// Of the connection that the keeper has.
+    generation: AtomicU64,
 }
 
 impl Shared {
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// The generation so far, and the next, which counts from now on.
+    pub fn next_generation(&self) -> (u64, u64) {
+        let old = self.generation.fetch_add(1, Ordering::Relaxed);
+        (old, old + 1)
+    }
+
     pub fn id(&self) -> &str {
         &self.device.options.id
     }
@@ -62,22 +83,32 @@ pub struct VhostUserBlk {
 }
 
 impl VhostUserBlk {
-    /// Starts the export. `threads` has the I/O thread of each queue. Must be called within a tokio
-    /// runtime.
+    /// Starts the export. `threads` has the I/O thread of each queue; `left` is what an earlier process has left of it with
+    /// `keeper`. Must be called within a tokio runtime.
     pub fn start(
         device: DeviceOptions,
         options: &VhostUserBlkOptions,
         backend: Arc<Backend>,
         threads: Vec<IoThread>,
         events: mpsc::UnboundedSender<ExportEvent>,
+        keeper: Option<Arc<dyn Keeper>>,
+        left: Left,
     ) -> Result<VhostUserBlk> {
         check_size(&device, &backend)?;
-        let listener = Listener::open(
-            &device.id,
-            &options.addr,
-            options.socket_mode,
-            options.socket_group.as_deref(),
-        )?;
+        let listener = match left.listener {
+            Some(fd) => Listener::take_over(&device.id, &options.addr, fd)?,
+            None => {
+                let (mode, group) = (options.socket_mode, options.socket_group.as_deref());
+                let listener = Listener::open(&device.id, &options.addr, mode, group)?;
+                if let Some(keeper) = &keeper
+                    && let Err(error) =
+                        keeper.keep(&listener_name(&device.id), listener.socket.as_fd())
+                {
+                    tracing::warn!(export = device.id, %error, "the socket cannot be kept for a restart");
+                }
+                listener
+            }
+        };
         backend
             .node()
             .announce_block_size(device.logical_block_size.into());
@@ -88,10 +119,13 @@ impl VhostUserBlk {
             device: Arc::new(Device::new(device, backend)),
             clients: AtomicU32::new(0),
             events,
+            keeper,
+            generation: AtomicU64::new(left.connection.as_ref().map_or(0, |(g, _)| *g)),
         });
+        let connection = left.connection.map(|(_, fd)| fd);
         let socket = listener.path().map(Path::to_owned);
         let (signals, watch) = watch::channel(Signals::default());
-        let task = tokio::spawn(serve(shared.clone(), listener, watch));
+        let task = tokio::spawn(serve(shared.clone(), listener, connection, watch));
         Ok(VhostUserBlk {
             shared,
             socket,
@@ -145,7 +179,22 @@ impl VhostUserBlk {
 
     /// Ends the connection when its requests are answered, and removes the socket.
     pub async fn stop(&self) {
-        self.signals.send_modify(|s| s.stop = true);
+        self.end(false).await;
+        if let Some(keeper) = &self.shared.keeper {
+            keeper.forget(&listener_name(self.shared.id()));
+        }
+    }
+
+    /// Answers all requests, and leaves the connection and the socket to the next process.
+    pub async fn suspend(&self) {
+        self.end(self.shared.keeper.is_some()).await;
+    }
+
+    async fn end(&self, suspend: bool) {
+        self.signals.send_modify(|s| {
+            s.suspend = suspend;
+            s.stop = true;
+        });
         let task = self.task.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(task) = task {
             let _ = task.await;
@@ -168,16 +217,46 @@ fn check_size(device: &DeviceOptions, backend: &Backend) -> Result<()> {
     )))
 }
 
-async fn serve(shared: Arc<Shared>, listener: Listener, mut signals: watch::Receiver<Signals>) {
+/// What a parcel of an earlier process has.
+fn unpack(parcel: OwnedFd) -> io::Result<(UnixStream, (State, Descriptors))> {
+    let (state, fds, connection) = parcel::unpack(parcel.as_fd())?;
+    let stream = std::os::unix::net::UnixStream::from(connection);
+    stream.set_nonblocking(true)?;
+    Ok((UnixStream::from_std(stream)?, (state, fds)))
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    mut listener: Listener,
+    left: Option<OwnedFd>,
+    mut signals: watch::Receiver<Signals>,
+) {
     let mut stop = signals.clone();
+    let mut left = left.and_then(|parcel| match unpack(parcel) {
+        Ok(left) => Some(left),
+        Err(error) => {
+            tracing::error!(export = shared.id(), %error, "the connection that was kept cannot be taken over");
+            None
+        }
+    });
     loop {
-        let accepted = tokio::select! {
-            biased;
-            _ = stop.wait_for(|s| s.stop) => return,
-            accepted = listener.socket.accept() => accepted,
+        let accepted = match left.take() {
+            Some((stream, left)) => Ok((stream, Some(left))),
+            None => {
+                tokio::select! {
+                    biased;
+                    _ = stop.wait_for(|s| s.stop) => {
+                        if signals.borrow().suspend {
+                            listener.leave_file();
+                        }
+                        return;
+                    }
+                    accepted = listener.socket.accept() => accepted.map(|(stream, _)| (stream, None)),
+                }
+            }
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, left) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of descriptors, most likely; the front-end stays in the backlog meanwhile.
                 tracing::error!(export = shared.id(), %error, "cannot accept a front-end");
@@ -185,10 +264,12 @@ async fn serve(shared: Arc<Shared>, listener: Listener, mut signals: watch::Rece
                 continue;
             }
         };
-        tracing::info!(export = shared.id(), "front-end connected");
+        if left.is_none() {
+            tracing::info!(export = shared.id(), "front-end connected");
+        }
         shared.set_clients(1);
         signals.mark_unchanged();
-        let result = Connection::run(&shared, stream, &mut signals).await;
+        let result = Connection::run(&shared, stream, left, &mut signals).await;
         match result {
             Ok(()) => tracing::info!(export = shared.id(), "front-end disconnected"),
             Err(error) => {

@@ -43,6 +43,29 @@ impl Listener {
         self.file.as_ref().map(|f| f.path.as_path())
     }
 
+    /// Leaves the socket file to another process that has the socket.
+    pub fn leave_file(&mut self) {
+        if let Some(file) = &mut self.file {
+            file.device = u64::MAX;
+        }
+    }
+
+    /// Goes on with a socket that an earlier process listened on at this address.
+    pub fn take_over(export: &str, address: &SocketAddress, fd: OwnedFd) -> Result<Listener> {
+        let fd = Arc::new(fd);
+        let mut listener = Listener::open(export, &SocketAddress::Fd(fd), None, None)?;
+        if let SocketAddress::Unix(path) = address
+            && let Ok(meta) = std::fs::symlink_metadata(path)
+        {
+            listener.file = Some(SocketFile {
+                path: path.clone(),
+                device: meta.dev(),
+                inode: meta.ino(),
+            });
+        }
+        Ok(listener)
+    }
+
     /// Opens the address of an export. Must be called within a tokio runtime.
     pub fn open(
         export: &str,

@@ -5,6 +5,7 @@
 //! * `channel`: the socket, with file descriptors;
 //! * [`state`]: what was negotiated, as one serialisable value;
 //! * `connection`: one front-end, from connect to close;
+//! * `parcel`: a connection in one file descriptor, for the next process;
 //! * `listener`: the socket file;
 //! * `export`: the whole.
 
@@ -15,5 +16,6 @@ mod channel;
 mod connection;
 mod export;
 mod listener;
+mod parcel;
 
 pub use export::{ExportEvent, VhostUserBlk};

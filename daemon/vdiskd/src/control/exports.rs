@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vdisk_api::{Error, ExportKind, ExportOptions, QueuePlacement, Reply, Result};
 use vdisk_block::{Backend, Parent, Permissions, Use};
+use vdisk_exports::Left;
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_exports::virtio_blk::DeviceOptions;
 use vdisk_io::IoThread;
@@ -32,6 +33,11 @@ fn guest_use(writable: bool, share_rw: bool) -> Use {
 
 impl Control {
     pub(super) fn add_export(&mut self, options: ExportOptions) -> Result<Reply> {
+        self.add_export_with(options, Left::default())
+    }
+
+    /// Adds an export, with what an earlier daemon has left of it.
+    pub(super) fn add_export_with(&mut self, options: ExportOptions, left: Left) -> Result<Reply> {
         let id = options.id.clone();
         let mut world = self.world();
         if world.exports.contains_key(&id) {
@@ -64,7 +70,10 @@ impl Control {
             serial: kind.serial.clone(),
         };
         let events = self.export_events.clone();
-        let server = match VhostUserBlk::start(device, kind, backend.clone(), threads, events) {
+        let keeper = self.keeper.clone();
+        let started =
+            VhostUserBlk::start(device, kind, backend.clone(), threads, events, keeper, left);
+        let server = match started {
             Ok(server) => server,
             Err(e) => {
                 world.graph.detach(&options.node_name, &parent);
@@ -85,6 +94,7 @@ impl Control {
             kind: options.kind.name(),
             queue_size: kind.queue_size,
             server,
+            given: options.given,
         };
         world.exports.insert(id.clone(), Arc::new(export));
         let others = others_below(&world, &id);

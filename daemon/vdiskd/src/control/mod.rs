@@ -12,17 +12,21 @@ pub mod jobs;
 mod moves;
 mod nodes;
 pub mod secrets;
+mod state;
 pub mod throttle;
 mod transaction;
 mod world;
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use vdisk_api::{Command, Error, Reply, Result};
 use vdisk_exports::vhost_user::ExportEvent;
 
 use jobs::JobEvent;
+use state::{SharedKeeper, StateFile};
 pub use world::{Defaults, Export, World};
 
 /// An object came, went, or has changed properties.
@@ -54,6 +58,8 @@ pub type Observer = mpsc::UnboundedSender<(Vec<Event>, oneshot::Sender<()>)>;
 enum Message {
     Run(Box<Command>, oneshot::Sender<Result<Reply>>),
     Observe(Observer, oneshot::Sender<()>),
+    /// Something changed that is no command's.
+    Save(oneshot::Sender<()>),
     Shutdown(oneshot::Sender<()>),
 }
 
@@ -62,9 +68,22 @@ enum Message {
 pub struct Handle {
     tx: mpsc::UnboundedSender<Message>,
     world: Arc<Mutex<World>>,
+    keeper: SharedKeeper,
 }
 
 impl Handle {
+    /// Who keeps what outlives the process.
+    pub fn keeper(&self) -> &SharedKeeper {
+        &self.keeper
+    }
+
+    /// Writes the state down.
+    pub async fn save(&self) {
+        let (tx, rx) = oneshot::channel();
+        let _ = self.tx.send(Message::Save(tx));
+        let _ = rx.await;
+    }
+
     /// Carries out a command after those before it.
     pub async fn run(&self, command: Command) -> Result<Reply> {
         let (tx, rx) = oneshot::channel();
@@ -102,23 +121,38 @@ struct Control {
     job_events: mpsc::UnboundedSender<JobEvent>,
     /// What the command at hand has changed.
     events: Vec<Event>,
+    state: StateFile,
+    keeper: SharedKeeper,
 }
 
-/// Starts the control plane. Must be called within a tokio runtime.
-pub fn start(defaults: Defaults) -> Result<Handle> {
+/// Starts the control plane. `left` is what `keeper` has kept of an earlier daemon, whose state is restored unless this one is
+/// to be `fresh`.
+pub async fn start(
+    defaults: Defaults,
+    keeper: SharedKeeper,
+    left: Vec<(String, OwnedFd)>,
+    fresh: bool,
+) -> Result<Handle> {
+    let state = StateFile::in_folder(defaults.runtime.dir.as_deref());
     let world = Arc::new(Mutex::new(World::new(defaults)?));
     let (tx, rx) = mpsc::unbounded_channel();
     let (export_events, from_exports) = mpsc::unbounded_channel();
     let (job_events, from_jobs) = mpsc::unbounded_channel();
-    let control = Control {
+    let mut control = Control {
         world: world.clone(),
         observer: None,
         export_events,
         job_events,
         events: Vec::new(),
+        state,
+        keeper: keeper.clone(),
     };
+    match fresh {
+        false => control.restore(left).await,
+        true => control.forget_all(left),
+    }
     tokio::spawn(control.serve(rx, from_exports, from_jobs));
-    Ok(Handle { tx, world })
+    Ok(Handle { tx, world, keeper })
 }
 
 impl Control {
@@ -145,6 +179,10 @@ impl Control {
                         self.observer = Some(observer);
                         let _ = done.send(());
                     }
+                    Some(Message::Save(done)) => {
+                        self.save();
+                        let _ = done.send(());
+                    }
                     Some(Message::Shutdown(done)) => {
                         self.shutdown(&mut jobs).await;
                         let _ = done.send(());
@@ -167,6 +205,7 @@ impl Control {
         if self.events.is_empty() {
             return;
         }
+        self.save();
         let events = std::mem::take(&mut self.events);
         if let Some(observer) = &self.observer {
             let (tx, rx) = oneshot::channel();
@@ -207,17 +246,20 @@ impl Control {
 
     /// Cancels jobs, ends exports (their requests are answered first), makes everything durable, closes the images
     /// and stops the I/O threads. Errors are logged; nothing stops the rest.
+    ///
+    /// With a keeper, front-ends stay connected, and wait for the next daemon.
     async fn shutdown(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
+        // The next one finds what there was before.
+        self.save();
+        self.state.close();
         self.cancel_jobs().await;
         while self.has_jobs()
             && let Some(event) = jobs.recv().await
         {
             self.job_event(event).await;
         }
-        let ids: Vec<String> = self.world().exports.keys().cloned().collect();
-        for id in ids {
-            let _ = self.remove_export(&id).await;
-        }
+        let exports: Vec<Arc<Export>> = self.world().exports.values().cloned().collect();
+        join_all(exports.iter().map(|e| e.server.suspend())).await;
         let nodes = self.world().graph.top_down();
         for node in &nodes {
             if let Err(error) = self.flush(node).await {

@@ -32,6 +32,7 @@ impl Control {
         } = self.prepare_overlay(name, options).await?;
         let (start, drained) = self.hold(name).await;
         let names = self.overlay_in_place(&node, opened, &drained);
+        self.save();
         drop(drained);
         let paused = start.elapsed();
         self.settle_below(&node, &overlay).await;
@@ -161,6 +162,7 @@ impl Control {
         let opened = self.open_above(&what, &node, plan).await?;
         let (start, drained) = self.hold(name).await;
         let names = self.put_in_place(name, opened, &drained);
+        self.save();
         drop(drained);
         let paused = start.elapsed();
         let paused_us = paused.as_micros() as u64;
@@ -179,6 +181,7 @@ impl Control {
         for guard in &drained {
             guard.set_node_if(filter, &below);
         }
+        self.save();
         drop(drained);
         let paused = start.elapsed();
         for node in &removed {

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use vdisk_api::{Error, MAX_SECRET, Result, Secret, SecretOptions, SecretSource};
 use vdisk_block::Secrets;
 
-use super::Handle;
+use super::{Handle, state};
 
 /// Reads all that there is.
 fn read(from: File) -> io::Result<Secret> {
@@ -37,6 +37,11 @@ pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
         }
         _ => return Err(Error::invalid(format!("{what} has more than 1 MiB"))),
     }
+    if let Some(keeper) = control.keeper()
+        && let Err(error) = state::keep_secret(&**keeper, &id, &secret)
+    {
+        tracing::warn!(secret = id, %error, "the secret cannot be kept for a restart");
+    }
     all(control).add(&id, secret)?;
     tracing::info!(secret = id, "secret added");
     Ok(())
@@ -45,6 +50,9 @@ pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
 /// Forgets a secret. What it has opened stays open.
 pub fn remove(control: &Handle, id: &str) -> Result<()> {
     all(control).remove(id)?;
+    if let Some(keeper) = control.keeper() {
+        keeper.forget(&state::secret_name(id));
+    }
     tracing::info!(secret = id, "secret removed");
     Ok(())
 }

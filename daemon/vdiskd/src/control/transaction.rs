@@ -47,6 +47,7 @@ impl Control {
             let names = self.overlay_in_place(&overlay.node, overlay.opened, &drained);
             moved.push((overlay.node, overlay.name, names));
         }
+        self.save();
         drop(drained);
         let paused = start.elapsed();
         let mut names = Vec::new();

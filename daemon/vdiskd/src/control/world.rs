@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use vdisk_api::{Error, Result};
+use vdisk_api::{Error, Map, Result};
 
 use vdisk_block::{Backend, Graph, Runtime};
 use vdisk_exports::vhost_user::VhostUserBlk;
@@ -29,6 +29,8 @@ pub struct Export {
     pub kind: &'static str,
     pub server: VhostUserBlk,
     pub queue_size: u16,
+    /// The options as they were given.
+    pub given: Map,
 }
 
 impl Export {
@@ -48,6 +50,8 @@ pub struct World {
     pub defaults: Defaults,
     /// What the first I/O thread came up on.
     pub engine: EngineKind,
+    /// What of an earlier daemon's state could not be restored, and why.
+    pub problems: Vec<String>,
 }
 
 /// The lock is only held for short looks and changes that cannot fail half-way.
@@ -79,6 +83,7 @@ impl World {
             jobs_thread: None,
             defaults,
             engine,
+            problems: Vec::new(),
         })
     }
 

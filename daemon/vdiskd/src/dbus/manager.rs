@@ -121,12 +121,16 @@ impl ManagerObject {
 
     async fn set_throttle_group(&self, name: String, limits: Options) -> Result<(), Failure> {
         let limits = ThrottleLimits::from_map(&name, convert::plain_options(limits)?)?;
-        Ok(throttle::set(&self.0, &name, limits)?)
+        throttle::set(&self.0, &name, limits)?;
+        self.0.save().await;
+        Ok(())
     }
 
     async fn remove_throttle_group(&self, name: String, options: Options) -> Result<(), Failure> {
         convert::no_options(options)?;
-        Ok(throttle::remove(&self.0, &name)?)
+        throttle::remove(&self.0, &name)?;
+        self.0.save().await;
+        Ok(())
     }
 
     #[zbus(out_args("groups"))]
@@ -199,6 +203,11 @@ impl ManagerObject {
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> Vec<String> {
         secrets::all(&self.0).ids()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn problems(&self) -> Vec<String> {
+        self.0.world().problems.clone()
     }
 
     #[zbus(property(emits_changed_signal = "const"))]

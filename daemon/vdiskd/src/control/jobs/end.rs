@@ -192,6 +192,7 @@ impl Control {
         for guard in &drained {
             guard.set_node_if(&parts.source, &parts.target);
         }
+        self.save();
         drop(drained);
         let paused_us = start.elapsed().as_micros() as u64;
         tracing::info!(
@@ -231,6 +232,7 @@ impl Control {
             self.events
                 .push(Event::NodeChanged(overlay.name().to_owned()));
         }
+        self.save();
         drop(drained);
         let paused_us = start.elapsed().as_micros() as u64;
         tracing::info!(job = job.id(), paused_us, "overlays stand on the base");
@@ -257,6 +259,7 @@ impl Control {
         self.set_backing(node, base).await.map_err(failed)?;
         let name = base.node.as_ref().map(|b| b.name());
         self.world().graph.set_backing(node.name(), name);
+        self.save();
         drop(drained);
         let paused_us = start.elapsed().as_micros() as u64;
         tracing::info!(

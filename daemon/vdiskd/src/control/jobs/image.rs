@@ -95,6 +95,38 @@ impl Control {
         Ok(Reply::Done)
     }
 
+    /// Shows a job that an earlier daemon did not bring to its end.
+    pub(in crate::control) fn bury_job(&mut self, options: JobOptions, error: Error) {
+        if options.auto_dismiss {
+            return;
+        }
+        let target = options
+            .target
+            .clone()
+            .unwrap_or_else(|| options.node.clone());
+        let state = JobState::new(0, [OnError::Report; 2], Box::new(|| {}));
+        let job = Job {
+            state: Arc::new(state),
+            started: SystemTime::now(),
+            source: options.node.clone(),
+            target,
+            group: None,
+            life: Mutex::new(Life {
+                status: Status::Concluded,
+                finalizing: false,
+                running: None,
+                parts: None,
+                error: Some(error),
+                ended: Some(SystemTime::now()),
+                found: Map::new(),
+            }),
+            options,
+        };
+        let id = job.id().to_owned();
+        self.world().jobs.insert(id.clone(), Arc::new(job));
+        self.events.push(Event::JobAdded(id));
+    }
+
     async fn start_node_check(
         &mut self,
         job: &Arc<Job>,

@@ -1,0 +1,375 @@
+//! What the next daemon needs to go on: everything that was configured, in one file in the runtime folder, which is replaced
+//! after each command, and before guests go on after a change under them.
+//!
+//! An object that cannot be restored is a problem of its own (see [`World::problems`](super::World)); the rest comes up.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vdisk_api::{
+    DriverOptions, Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map,
+    NodeOptions, Result, Secret, ThrottleLimits,
+};
+use vdisk_block::StoredNode;
+use vdisk_exports::{Keeper, Left};
+
+use super::Control;
+
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct StoredThread {
+    name: String,
+    cpus: Vec<usize>,
+    poll_max_ns: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredExport {
+    id: String,
+    options: Map,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredJob {
+    id: String,
+    operation: String,
+    node: String,
+    options: Map,
+}
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    version: u32,
+    /// The daemon that wrote it.
+    daemon: String,
+    iothreads: Vec<StoredThread>,
+    throttle_groups: BTreeMap<String, Map>,
+    /// Children first.
+    nodes: Vec<StoredNode>,
+    exports: Vec<StoredExport>,
+    jobs: Vec<StoredJob>,
+}
+
+/// The file of the state, and what it has.
+#[derive(Default)]
+pub(super) struct StateFile {
+    path: Option<PathBuf>,
+    content: Vec<u8>,
+}
+
+impl StateFile {
+    pub fn in_folder(dir: Option<&Path>) -> StateFile {
+        StateFile {
+            path: dir.map(|d| d.join("state.json")),
+            content: Vec::new(),
+        }
+    }
+
+    /// Nothing is written any more.
+    pub fn close(&mut self) {
+        self.path = None;
+    }
+
+    fn read(&self) -> Result<Option<State>> {
+        let Some(path) = &self.path else {
+            return Ok(None);
+        };
+        let what = format!("state '{}'", path.display());
+        let text = match std::fs::read(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(format_args!("{what} cannot be read"), &e)),
+        };
+        let refused = |why: String| {
+            // It may be of use to somebody.
+            let aside = path.with_extension("bad");
+            let _ = std::fs::rename(path, &aside);
+            Error::failed(format!(
+                "{what} {why}: it is kept as '{}', and nothing of it is restored",
+                aside.display()
+            ))
+        };
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let version: Version =
+            serde_json::from_slice(&text).map_err(|e| refused(format!("is damaged ({e})")))?;
+        if version.version != VERSION {
+            return Err(refused(format!(
+                "has version {}, and this daemon knows {VERSION}",
+                version.version
+            )));
+        }
+        let state = serde_json::from_slice(&text);
+        state.map_err(|e| refused(format!("is damaged ({e})")))
+    }
+
+    /// Replaces the file, if that says something new.
+    fn write(&mut self, content: Vec<u8>) -> io::Result<()> {
+        let Some(path) = self.path.as_ref().filter(|_| content != self.content) else {
+            return Ok(());
+        };
+        let new = path.with_extension("new");
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&new)?;
+        file.write_all(&content)?;
+        std::fs::rename(&new, path)?;
+        self.content = content;
+        Ok(())
+    }
+}
+
+/// Gives a secret to a keeper.
+pub(super) fn keep_secret(keeper: &dyn Keeper, id: &str, secret: &Secret) -> io::Result<()> {
+    let fd = rustix::fs::memfd_create("vdiskd-secret", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = std::fs::File::from(fd);
+    file.write_all(secret.bytes())?;
+    keeper.forget(&secret_name(id));
+    keeper.keep(&secret_name(id), std::os::fd::AsFd::as_fd(&file))
+}
+
+pub(super) fn secret_name(id: &str) -> String {
+    format!("secret.{id}")
+}
+
+fn read_secret(fd: OwnedFd) -> io::Result<Secret> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::from(fd);
+    let mut bytes = vec![0; file.metadata()?.len() as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(Secret::new(bytes))
+}
+
+/// Whether a job that was interrupted does the same when it is started once more.
+fn can_start_again(kind: &JobKind) -> bool {
+    match kind {
+        JobKind::Commit { .. } | JobKind::Stream { .. } | JobKind::Discard => true,
+        // What was written meanwhile is in the source.
+        JobKind::Mirror { sync, .. } => matches!(sync, JobSync::Full | JobSync::Top),
+        _ => false,
+    }
+}
+
+impl Control {
+    /// Writes down what there is.
+    pub(super) fn save(&mut self) {
+        let state = {
+            let world = self.world();
+            let threads = world.threads.values().map(|t| StoredThread {
+                name: t.name().to_owned(),
+                cpus: t.cpus().to_vec(),
+                poll_max_ns: t.poll_max().as_nanos() as u64,
+            });
+            let groups = world.defaults.runtime.throttle_groups.list();
+            let groups = groups
+                .iter()
+                .map(|g| (g.name().to_owned(), g.limits().to_map()));
+            let exports = world.exports.iter().map(|(id, e)| {
+                let mut options = e.given.clone();
+                options.insert("node-name".into(), e.node().into());
+                StoredExport {
+                    id: id.clone(),
+                    options,
+                }
+            });
+            let jobs = world.jobs.values().filter(|j| j.ended().is_none());
+            let jobs = jobs.map(|j| StoredJob {
+                id: j.id().to_owned(),
+                operation: j.options.kind.name().to_owned(),
+                node: j.options.node.clone(),
+                options: j.options.given.clone(),
+            });
+            State {
+                version: VERSION,
+                daemon: env!("CARGO_PKG_VERSION").to_owned(),
+                iothreads: threads.collect(),
+                throttle_groups: groups.collect(),
+                nodes: world.graph.stored(),
+                exports: exports.collect(),
+                jobs: jobs.collect(),
+            }
+        };
+        let written = serde_json::to_vec_pretty(&state)
+            .map_err(io::Error::from)
+            .and_then(|content| self.state.write(content));
+        if let Err(error) = written {
+            tracing::error!(%error, "the state cannot be written: what was configured since is lost if the daemon restarts");
+        }
+    }
+
+    /// Takes up what an earlier daemon has left: its state, and descriptors by name.
+    pub(super) async fn restore(&mut self, mut left: Vec<(String, OwnedFd)>) {
+        let state = match self.state.read() {
+            Ok(state) => state,
+            Err(e) => {
+                self.problem(e);
+                None
+            }
+        };
+        if let Some(state) = state {
+            self.restore_state(state, &mut left).await;
+        }
+        self.events.clear();
+        self.forget_all(left);
+    }
+
+    /// Gives up what is left, and writes down what there is.
+    pub(super) fn forget_all(&mut self, left: Vec<(String, OwnedFd)>) {
+        if let Some(keeper) = &self.keeper {
+            for (name, _) in left {
+                tracing::warn!(name, "a descriptor that was kept is of no use any more");
+                keeper.forget(&name);
+            }
+        }
+        self.save();
+    }
+
+    fn problem(&mut self, error: Error) {
+        tracing::error!(error = error.message, "not restored");
+        self.world().problems.push(error.message);
+    }
+
+    async fn restore_state(&mut self, state: State, left: &mut Vec<(String, OwnedFd)>) {
+        for thread in state.iothreads {
+            if let Err(e) = self.restore_thread(thread) {
+                self.problem(e);
+            }
+        }
+        for (name, limits) in state.throttle_groups {
+            let groups = self.world().defaults.runtime.throttle_groups.clone();
+            match ThrottleLimits::from_map(&name, limits) {
+                Ok(limits) => {
+                    groups.set(&name, limits, &tokio::runtime::Handle::current());
+                }
+                Err(e) => self.problem(e),
+            }
+        }
+        let secrets = self.world().defaults.runtime.secrets.clone();
+        for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("secret.")) {
+            let id = name.trim_start_matches("secret.");
+            let what = format!("secret '{id}'");
+            let secret = read_secret(fd)
+                .map_err(|e| Error::io(&what, &e))
+                .and_then(|secret| secrets.add(id, secret));
+            if let Err(e) = secret {
+                self.problem(e);
+            }
+        }
+        let nodes = state.nodes.len();
+        for node in state.nodes {
+            let what = format!("node '{}'", node.name);
+            if let Err(e) = self.restore_node(node).await {
+                self.problem(e.context(what));
+            }
+        }
+        let exports = state.exports.len();
+        for export in state.exports {
+            let mut mine = Left::default();
+            let rest = std::mem::take(left).into_iter().filter_map(|(name, fd)| {
+                let fd = mine.take(&export.id, &name, fd)?;
+                Some((name, fd))
+            });
+            *left = rest.collect();
+            if let Err(e) = self.restore_export(export.options, mine) {
+                self.problem(e);
+            }
+        }
+        for job in state.jobs {
+            let what = format!("job '{}'", job.id);
+            if let Err(e) = self.restore_job(job).await {
+                self.problem(e.context(what));
+            }
+        }
+        let problems = self.world().problems.len();
+        tracing::info!(
+            nodes,
+            exports,
+            problems,
+            from = state.daemon,
+            "state restored"
+        );
+    }
+
+    fn restore_thread(&mut self, thread: StoredThread) -> Result<()> {
+        let poll_max = Duration::from_nanos(thread.poll_max_ns);
+        let there = self.world().threads.get(&thread.name).cloned();
+        if let Some(there) = there
+            && there.cpus() == thread.cpus
+        {
+            there.set_poll_max(poll_max);
+            return Ok(());
+        }
+        let options = IoThreadOptions {
+            name: thread.name,
+            cpus: thread.cpus,
+            poll_max: Some(poll_max),
+        };
+        self.add_iothread(options).map(|_| ())
+    }
+
+    async fn restore_node(&mut self, stored: StoredNode) -> Result<()> {
+        let mut options = NodeOptions::restored(&stored.name, stored.options)?;
+        if let DriverOptions::File(file) = &mut options.driver {
+            file.whole_blocks = stored.whole_blocks;
+        }
+        self.add_node(options).await?;
+        let mut world = self.world();
+        let node = world.graph.node(&stored.name)?;
+        world.graph.set_implicit(&stored.name, stored.implicit);
+        for bitmap in stored.bitmaps {
+            tracing::warn!(
+                node = stored.name,
+                bitmap = bitmap.name,
+                "what the bitmap had is lost: it has everything now, so that nothing is left out"
+            );
+            node.add_bitmap(&bitmap.name, bitmap.granularity, bitmap.recording);
+            if let Some(bitmap) = node.bitmap(&bitmap.name) {
+                bitmap.bits().set(&(0..node.size()));
+            }
+        }
+        Ok(())
+    }
+
+    fn restore_export(&mut self, options: Map, mut left: Left) -> Result<()> {
+        let listener = match options.contains_key("addr") {
+            true => None,
+            false => left.listener.take(),
+        };
+        let options = ExportOptions::from_map(options, listener)?;
+        self.add_export_with(options, left).map(|_| ())
+    }
+
+    async fn restore_job(&mut self, job: StoredJob) -> Result<()> {
+        if job.node.is_empty() {
+            return Err(Error::failed(
+                "the daemon was restarted, and the image is not whole: start the job again",
+            ));
+        }
+        let options = JobOptions::from_map(&job.operation, &job.node, job.options)?;
+        if !can_start_again(&options.kind) {
+            let error = Error::failed(format!(
+                "the daemon was restarted, and a {} cannot go on: start it again",
+                job.operation
+            ));
+            self.bury_job(options, error.clone());
+            return Err(error);
+        }
+        tracing::info!(job = job.id, "the job begins again");
+        self.start_job(options).await.map(|_| ())
+    }
+}
+
+/// A keeper that is shared.
+pub type SharedKeeper = Option<Arc<dyn Keeper>>;

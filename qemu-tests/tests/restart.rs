@@ -1,0 +1,333 @@
+//! Daemons that are killed or restarted, and go on where they were.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use vdisk_qemu_tests::blk_client::Client;
+use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
+use vdisk_qemu_tests::workload::{assert_same, change, compare};
+use vdisk_qemu_tests::{Daemon, Guest, GuestOptions};
+
+const MIB: u64 = 1 << 20;
+
+fn add_qcow2(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
+    let filename = format!("file.filename={}", image.display());
+    let args = [
+        "node",
+        "add",
+        id,
+        "driver=qcow2",
+        "file.driver=file",
+        &filename,
+    ];
+    daemon.ctl(&[&args[..], more].concat());
+}
+
+/// What a daemon shows of its objects, without what is about one process.
+fn everything(daemon: &Daemon) -> Vec<Value> {
+    let lists = ["node", "export", "iothread"];
+    let mut all: Vec<Value> = lists.map(|l| daemon.ctl_json(&[l, "list"])).to_vec();
+    all.push(daemon.ctl_json(&["throttle", "list"]));
+    for list in &mut all {
+        for object in list.as_array_mut().into_iter().flatten() {
+            if let Some(object) = object.as_object_mut() {
+                object.remove("Clients");
+                object.remove("Statistics");
+                object.remove("ReadOnly");
+            }
+        }
+    }
+    all
+}
+
+/// Everything comes back as it was: children in place, chains, filters, threads, groups; however the daemon ended.
+#[test]
+fn the_graph_comes_back() {
+    let mut daemon = Daemon::start(&["--io-threads", "2"]);
+    let base = daemon.path("base.qcow2");
+    daemon.ctl(&["image", "create", text(&base), "16M"]);
+    add_qcow2(
+        &daemon,
+        "disk",
+        &base,
+        &["discard=unmap", "file.cache.direct=on", "l2-cache-size=1M"],
+    );
+    daemon.ctl(&["iothread", "add", "fast", "cpus=0", "poll-max-ns=1000"]);
+    daemon.ctl(&["iothread", "set", "io1", "poll-max-ns=0"]);
+    let export = ["--queues", "2", "--iothread", "fast", "serial=abc"];
+    daemon.export_node("vm", "disk", &export);
+    let over = daemon.path("over.qcow2");
+    daemon.ctl(&["snapshot", "overlay", "disk", "over", text(&over)]);
+    daemon.ctl(&["throttle", "set", "gold", "iops-total=5000", "bps-read=10M"]);
+    daemon.ctl(&["throttle", "insert", "over", "gold"]);
+    let raw = daemon.image("raw", 4 * MIB);
+    daemon.export_file("other", &raw, &["read-only=on"], &["read-only"]);
+    daemon.ctl(&["bitmap", "add", "over", "daily"]);
+    let before = everything(&daemon);
+    for round in 0..3 {
+        match round {
+            0 => daemon.kill(),
+            _ => assert_eq!(daemon.terminate(), Some(0)),
+        }
+        daemon.go_on();
+        assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+        let after = everything(&daemon);
+        for (after, before) in after.iter().zip(&before) {
+            assert_eq!(after, before, "round {round}");
+        }
+        // Of what it had nobody knows: it has everything.
+        let bitmap = &daemon.ctl_json(&["bitmap", "list"])[0];
+        assert_eq!(bitmap["Count"], 16 * MIB, "{bitmap}");
+    }
+    let mut client = Client::connect(&daemon.socket("vm"), 1, 1, 1 << 16);
+    assert_eq!(client.write(0, &[7; 4096]), 0);
+    drop(client);
+    // What was removed stays away.
+    daemon.ctl(&["export", "remove", "other"]);
+    daemon.kill();
+    daemon.go_on();
+    assert_eq!(
+        daemon
+            .ctl_json(&["export", "list"])
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    daemon.kill();
+    daemon.start_again();
+    assert!(
+        daemon
+            .ctl_json(&["node", "list"])
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+}
+
+/// A guest whose connection must never end writes, syncs and verifies while the daemon under it is killed and restarted, with
+/// overlays and commits between.
+fn guest_notices_nothing(kill: bool, rounds: usize, driver: &str) {
+    let mut daemon = Daemon::managed(&["--io-threads", "2"]);
+    let image = daemon.path("d0");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", driver, text(&image), "64M"],
+    );
+    let filename = format!("file.filename={}", text(&image));
+    let driver = format!("driver={driver}");
+    daemon.ctl(&["node", "add", "d0", &driver, "file.driver=file", &filename]);
+    daemon.export_node("disk", "d0", &["--queues", "2"]);
+    let options = GuestOptions::new().disk(&daemon.socket("disk"), 2);
+    let mut guest = Guest::boot(options.without_reconnect());
+    let write = |cmd: &str| json!({"cmd": cmd, "disk": "vda", "offset": 0, "len": 8 * MIB, "generation": 1, "threads": 4});
+    guest.run(write("write"));
+    guest.run(json!({"cmd": "load-start", "disk": "vda", "offset": 8 * MIB, "len": 48 * MIB, "threads": 8}));
+    let mut top = "d0".to_owned();
+    for round in 0..rounds {
+        guest.wait_load(150);
+        match kill {
+            true => daemon.kill(),
+            false => assert_eq!(daemon.terminate(), Some(0)),
+        }
+        daemon.go_on();
+        guest.wait_load(50);
+        assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+        assert_eq!(daemon.ctl_json(&["export", "show", "disk"])["Clients"], 1);
+        match round % 4 {
+            1 => {
+                let over = daemon.path(&format!("over{round}"));
+                let name = format!("over{round}");
+                daemon.ctl(&["snapshot", "overlay", &top, &name, text(&over)]);
+                top = name;
+            }
+            3 => {
+                daemon.ctl(&["commit", &top]);
+                top = "d0".into();
+            }
+            _ => {}
+        }
+    }
+    guest.wait_load(150);
+    let result = guest.run(json!({"cmd": "load-stop"}));
+    assert!(result["verified"].as_u64() > Some(0), "{result}");
+    guest.run(write("verify"));
+    guest.assert_no_errors();
+    guest.shut_down();
+    // The connection has ended, and nothing of it is kept.
+    vdisk_qemu_tests::wait_for("the connection to be given up", || {
+        let kept = daemon.manager().kept();
+        (kept == ["listener.disk"]).then_some(())
+    });
+    daemon.ctl(&["export", "remove", "disk"]);
+    assert!(daemon.manager().kept().is_empty());
+}
+
+#[test]
+fn a_guest_does_not_notice_kills() {
+    guest_notices_nothing(true, 12, "qcow2");
+}
+
+#[test]
+fn a_guest_does_not_notice_restarts() {
+    guest_notices_nothing(false, 12, "raw");
+}
+
+/// Front-ends that do not have their requests tracked are not noticed either; those that come while nobody is there wait.
+#[test]
+fn simple_clients_stay_connected() {
+    let mut daemon = Daemon::managed(&[]);
+    let image = daemon.path("d.qcow2");
+    daemon.ctl(&["image", "create", text(&image), "16M"]);
+    add_qcow2(&daemon, "d", &image, &[]);
+    daemon.export_node("d", "d", &[]);
+    let mut model = vec![0; 16 << 20];
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    for round in 0..6 {
+        change(&mut client, &mut model, round, 30);
+        match round % 2 {
+            0 => daemon.kill(),
+            _ => assert_eq!(daemon.terminate(), Some(0)),
+        }
+        daemon.go_on();
+    }
+    let mut data = vec![0; 1 << 20];
+    for (i, want) in model.chunks(1 << 20).enumerate() {
+        assert_eq!(client.read((i << 20) as u64, &mut data), 0);
+        assert_same(&data, want, (i << 20) as u64, "client");
+    }
+    drop(client);
+    daemon.kill();
+    let socket = daemon.socket("d");
+    let waiting = std::thread::spawn(move || {
+        let mut client = Client::connect(&socket, 1, 1, 1 << 20);
+        client.read(0, &mut [0; 4096])
+    });
+    daemon.go_on();
+    assert_eq!(waiting.join().unwrap(), 0);
+    compare(&daemon, "d", &model);
+    daemon.ctl(&["export", "remove", "d"]);
+    daemon.ctl(&["node", "remove", "d"]);
+    assert_sound(&image);
+    assert_same(&read_with_qemu(&image), &model, 0, "image");
+}
+
+/// Jobs begin again where that is the same, and say so where it is not.
+#[test]
+fn jobs_begin_again_or_say_why_not() {
+    let mut daemon = Daemon::managed(&[]);
+    let (base, over) = (daemon.path("base.qcow2"), daemon.path("over.qcow2"));
+    daemon.ctl(&["image", "create", text(&base), "16M"]);
+    tool("qemu-io", &["-c", "write -q -P 4 0 16M", text(&base)]);
+    add_qcow2(&daemon, "base", &base, &[]);
+    daemon.export_node("d", "base", &[]);
+    daemon.ctl(&["snapshot", "overlay", "base", "over", text(&over)]);
+    let mut model = vec![4; 16 << 20];
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    change(&mut client, &mut model, 3, 60);
+    daemon.ctl(&["stream", "over", "--detach", "--speed", "1M", "job-id=slow"]);
+    let (other, copy) = (daemon.image("other", 16 * MIB), daemon.path("copy.qcow2"));
+    daemon.export_file("other", &other, &[], &[]);
+    let mut writer = Client::connect(&daemon.socket("other"), 1, 1, 1 << 20);
+    for i in 0..16 {
+        assert_eq!(writer.write(i * MIB, &vec![1; 1 << 20]), 0);
+    }
+    drop(writer);
+    daemon.ctl(&[
+        "backup",
+        "other",
+        text(&copy),
+        "--name",
+        "copy",
+        "--detach",
+        "--speed",
+        "1M",
+        "job-id=copy",
+        "auto-dismiss=false",
+    ]);
+    daemon.kill();
+    daemon.go_on();
+    let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+    assert!(
+        problems.contains("job 'copy'") && problems.contains("cannot go on"),
+        "{problems}"
+    );
+    let job = daemon.ctl_json(&["job", "show", "copy"]);
+    assert_eq!(job["State"], "concluded", "{job}");
+    daemon.ctl(&["job", "dismiss", "copy"]);
+    assert_eq!(
+        daemon.ctl_json(&["job", "show", "slow"])["Operation"],
+        "stream"
+    );
+    daemon.ctl(&["job", "speed", "slow", "0"]);
+    vdisk_qemu_tests::wait_for("the stream's end", || {
+        let jobs = daemon.ctl_json(&["job", "list"]);
+        jobs.as_array().unwrap().is_empty().then_some(())
+    });
+    let children = daemon.ctl_json(&["node", "show", "over"])["Children"].to_string();
+    assert!(!children.contains("backing"), "{children}");
+    let mut data = vec![0; 1 << 20];
+    for (i, want) in model.chunks(1 << 20).enumerate() {
+        assert_eq!(client.read((i << 20) as u64, &mut data), 0);
+        assert_same(&data, want, (i << 20) as u64, "client");
+    }
+}
+
+/// Each thing that is wrong is a problem of its own, and the rest serves.
+#[test]
+fn what_cannot_be_restored_is_named() {
+    let mut daemon = Daemon::start(&[]);
+    for id in ["a", "b"] {
+        let image = daemon.image(id, MIB);
+        daemon.export_file(id, &image, &[], &[]);
+    }
+    daemon.kill();
+    std::fs::remove_file(daemon.path("a")).unwrap();
+    daemon.go_on();
+    let problems = daemon.ctl_json(&["info"])["Problems"].clone();
+    let problems: Vec<&str> = problems
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p.as_str().unwrap())
+        .collect();
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    assert!(
+        problems[0].contains("node 'a'") && problems[0].contains("cannot be opened"),
+        "{problems:?}"
+    );
+    assert!(problems[1].contains("export 'a'"), "{problems:?}");
+    let mut client = Client::connect(&daemon.socket("b"), 1, 1, 4096);
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+    drop(client);
+    // A damaged state is put aside.
+    daemon.kill();
+    let state = daemon.path("run/state.json");
+    let mode = std::fs::metadata(&state).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    for (text, why) in [
+        ("{\"version\": 1, \"nodes\"", "damaged"),
+        ("{\"version\": 99}", "version 99"),
+    ] {
+        std::fs::write(&state, text).unwrap();
+        daemon.go_on();
+        let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+        assert!(
+            problems.contains(why) && problems.contains("state.bad"),
+            "{problems}"
+        );
+        assert_eq!(
+            std::fs::read_to_string(daemon.path("run/state.bad")).unwrap(),
+            text
+        );
+        assert!(
+            daemon
+                .ctl_json(&["node", "list"])
+                .as_array()
+                .unwrap()
+                .is_empty()
+        );
+        daemon.kill();
+    }
+}
