@@ -50,8 +50,8 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
         bitmaps::check_memory("its bits", source.size(), finest)?;
     }
     let (source, target) = (source.clone(), target.clone());
-    Ok(match &o.kind {
-        &JobKind::Mirror {
+    Ok(match o.kind {
+        JobKind::Mirror {
             sync,
             copy_mode,
             granularity,
@@ -72,7 +72,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             let blocking = copy_mode == CopyMode::WriteBlocking;
             Task::Mirror(Mirror::new(source, target, sync, granularity, blocking))
         }
-        &JobKind::Backup {
+        JobKind::Backup {
             sync,
             ref bitmap,
             compress,
@@ -99,7 +99,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             let backup = Backup::new(source, target, sync, compress, on_error);
             Task::Backup(backup, increment)
         }
-        &JobKind::Convert { compress } => {
+        JobKind::Convert { compress } => {
             Task::Convert(Mirror::once(source, target, MirrorSync::Full, compress))
         }
         _ => return Err(Error::failed("it copies nothing")),
