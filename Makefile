@@ -14,6 +14,8 @@ LIBEXECDIR = $(PREFIX)/libexec
 MANDIR = $(PREFIX)/share/man
 UNITDIR = $(PREFIX)/lib/systemd/system
 DBUSDIR = $(PREFIX)/share/dbus-1
+SYSUSERSDIR = $(PREFIX)/lib/sysusers.d
+PROGRAMS = target/release
 CARGO = cargo
 RUST_MIN = 1.89
 
@@ -82,19 +84,20 @@ bench-jobs: setup lab release
 	@target/release/vdisk-bench-jobs $(BENCH)
 
 install:
-	install -D -m 755 target/release/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd
-	install -D -m 755 target/release/vdiskctl $(DESTDIR)$(BINDIR)/vdiskctl
+	install -D -m 755 $(PROGRAMS)/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd
+	install -D -m 755 $(PROGRAMS)/vdiskctl $(DESTDIR)$(BINDIR)/vdiskctl
 	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
-	target/release/vdiskctl man >$(DESTDIR)$(MANDIR)/man1/vdiskctl.1
-	target/release/vdiskd --man >$(DESTDIR)$(MANDIR)/man8/vdiskd.8
+	$(PROGRAMS)/vdiskctl man >$(DESTDIR)$(MANDIR)/man1/vdiskctl.1
+	$(PROGRAMS)/vdiskd --man >$(DESTDIR)$(MANDIR)/man8/vdiskd.8
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	install -d $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 	install -d $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	target/release/vdiskctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/vdiskctl
-	target/release/vdiskctl completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_vdiskctl
-	target/release/vdiskctl completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdiskctl.fish
+	$(PROGRAMS)/vdiskctl completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/vdiskctl
+	$(PROGRAMS)/vdiskctl completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_vdiskctl
+	$(PROGRAMS)/vdiskctl completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdiskctl.fish
 	install -D -m 644 systemd/vdiskd.service $(DESTDIR)$(UNITDIR)/vdiskd.service
 	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(UNITDIR)/vdiskd.service
+	install -D -m 644 systemd/vdiskd.sysusers $(DESTDIR)$(SYSUSERSDIR)/vdiskd.conf
 	install -D -m 644 systemd/org.vdisk1.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.conf
 	install -D -m 644 systemd/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.service
 	install -d $(DESTDIR)$(DBUSDIR)/interfaces

@@ -4,6 +4,7 @@ mod control;
 mod dbus;
 mod fd_store;
 mod logging;
+mod service;
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
@@ -58,6 +59,10 @@ struct Args {
     /// (default: $RUNTIME_DIRECTORY, or vdiskd in $XDG_RUNTIME_DIR or /run)
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
+
+    /// End after so many seconds with nothing to serve and without a call; 0 for never. (The bus starts it again.)
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    idle_exit: u32,
 
     /// Begin with nothing: forget what an earlier daemon has left
     #[arg(long)]
@@ -152,7 +157,7 @@ async fn run(args: Args) -> Result<(), String> {
         .await
         .map_err(|e| e.message)?;
     let engine = control.world().engine;
-    dbus::start(bus.clone(), control.clone())
+    let front = dbus::start(bus.clone(), control.clone())
         .await
         .map_err(|e| format!("D-Bus ({bus:?}): {e}"))?;
     tracing::info!(
@@ -164,9 +169,20 @@ async fn run(args: Args) -> Result<(), String> {
         sd_notify::NotifyState::Ready,
         sd_notify::NotifyState::Status("serving"),
     ]);
+    tokio::spawn(service::watchdog(control.clone()));
+    let idle = async {
+        match args.idle_exit {
+            0 => std::future::pending().await,
+            seconds => {
+                let limit = Duration::from_secs(seconds.into());
+                service::until_idle(&front, &control, limit).await;
+            }
+        }
+    };
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = idle => tracing::info!("there is nothing to do"),
     }
     tracing::info!("stopping");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);

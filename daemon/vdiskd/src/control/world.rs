@@ -87,6 +87,17 @@ impl World {
         })
     }
 
+    /// Nothing was configured, or all of it was removed.
+    pub fn is_empty(&self) -> bool {
+        let runtime = &self.defaults.runtime;
+        self.graph.names().next().is_none()
+            && self.exports.is_empty()
+            && self.jobs.is_empty()
+            && self.threads.len() <= self.defaults.io_threads.max(1)
+            && runtime.secrets.ids().is_empty()
+            && runtime.throttle_groups.list().is_empty()
+    }
+
     pub fn export(&self, id: &str) -> Result<Arc<Export>> {
         self.exports.get(id).cloned().ok_or_else(|| {
             Error::not_found(format!(

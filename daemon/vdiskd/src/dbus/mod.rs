@@ -11,7 +11,8 @@ mod manager;
 mod node;
 mod statistics;
 
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
@@ -95,19 +96,53 @@ async fn connect(bus: &Bus, control: &Handle) -> zbus::Result<Connection> {
     Ok(connection)
 }
 
+/// The daemon on the bus.
+#[derive(Clone)]
+pub struct Front(Arc<Mutex<(Connection, Instant)>>);
+
+impl Front {
+    fn state(&self) -> MutexGuard<'_, (Connection, Instant)> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn connection(&self) -> Connection {
+        self.state().0.clone()
+    }
+
+    /// How long there has been no message.
+    pub fn quiet(&self) -> Duration {
+        self.state().1.elapsed()
+    }
+
+    /// Has the bus start another daemon for calls from now on.
+    pub async fn release_name(&self) {
+        let _ = self.connection().release_name(BUS_NAME).await;
+    }
+
+    pub async fn take_name(&self) {
+        if let Err(error) = self.connection().request_name(BUS_NAME).await {
+            tracing::error!(%error, "the name on the bus cannot be taken again");
+        }
+    }
+}
+
 /// Serves on the bus; comes back to it if it goes away. Returns when the first connection stands.
-pub async fn start(bus: Bus, control: Handle) -> zbus::Result<()> {
-    let mut connection = connect(&bus, &control).await?;
+pub async fn start(bus: Bus, control: Handle) -> zbus::Result<Front> {
+    let connection = connect(&bus, &control).await?;
+    let front = Front(Arc::new(Mutex::new((connection, Instant::now()))));
+    let there = front.clone();
     tokio::spawn(async move {
         loop {
-            let mut stream = MessageStream::from(&connection);
-            while let Some(Ok(_)) = stream.next().await {}
+            let mut stream = MessageStream::from(there.connection());
+            while let Some(Ok(_)) = stream.next().await {
+                there.state().1 = Instant::now();
+            }
             tracing::error!("the connection to the bus was lost; guests are served on");
             loop {
                 tokio::time::sleep(RECONNECT).await;
                 match connect(&bus, &control).await {
                     Ok(c) => {
-                        connection = c;
+                        there.state().0 = c;
                         tracing::info!("connected to the bus again");
                         break;
                     }
@@ -116,7 +151,7 @@ pub async fn start(bus: Bus, control: Handle) -> zbus::Result<()> {
             }
         }
     });
-    Ok(())
+    Ok(front)
 }
 
 /// Makes the objects on the bus follow an event.

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Runs a script under a systemd and a bus of its own, in a container that has this machine's files, with vdiskd installed from a
+# build; nothing that it changes stays. For root.
+#
+#   in-systemd.sh PROGRAMS SCRIPT     PROGRAMS: the folder with vdiskd, vdiskctl and vdisk-steady
+set -eu
+programs=$1 script=$2
+here=$(cd "$(dirname "$0")/.." && pwd)
+dir=$(mktemp -d /var/tmp/vdisk-systemd-XXXXXX)
+mounts() {
+    mount -t tmpfs none "$dir"
+    mkdir "$dir/upper" "$dir/work" "$dir/root"
+    mount -t overlay overlay -o "lowerdir=/,upperdir=$dir/upper,workdir=$dir/work" "$dir/root"
+}
+end() {
+    umount -R "$dir" 2>/dev/null || umount -l "$dir" 2>/dev/null || true
+    rmdir "$dir" 2>/dev/null || true
+}
+trap end EXIT
+mounts
+root=$dir/root
+# Services of the machine have no business here.
+find "$root/etc/systemd/system" -mindepth 1 -maxdepth 1 -exec rm -rf {} +
+make -s -C "$here" install DESTDIR="$root" PROGRAMS="$programs" >/dev/null
+systemd-sysusers --root="$root" vdiskd.conf
+install -m 755 "$programs/vdisk-steady" "$root/usr/bin/"
+install -m 755 "$script" "$root/usr/bin/vdisk-script"
+cat >"$root/etc/systemd/system/vdisk-script.service" <<UNIT
+[Unit]
+Requires=dbus.socket
+After=dbus.socket systemd-tmpfiles-setup.service
+SuccessAction=exit
+FailureAction=exit
+[Service]
+Type=oneshot
+TimeoutStartSec=240
+ExecStart=/bin/sh -c 'exec /usr/bin/vdisk-script >/result/log 2>&1'
+UNIT
+mkdir "$root/result"
+status=0
+systemd-nspawn -q -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --tmpfs=/var/tmp \
+    --setenv=RUST_BACKTRACE=1 -b systemd.unit=vdisk-script.service systemd.show_status=0 </dev/null >"$dir/console" 2>&1 || status=$?
+cat "$root/result/log" || cat "$dir/console"
+exit $status

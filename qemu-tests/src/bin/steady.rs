@@ -1,0 +1,109 @@
+//! Clients that write, flush, read again and compare without a break, and tell how long they had to wait at most.
+//!
+//! Each disk is one of at least 8 MiB; the connection must never end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use vdisk_qemu_tests::blk_client::Client;
+
+#[derive(Parser)]
+struct Args {
+    /// Sockets of vhost-user-blk exports
+    #[arg(required = true)]
+    sockets: Vec<PathBuf>,
+    /// End when this file is there
+    #[arg(long)]
+    until: PathBuf,
+    /// Make this file when all run
+    #[arg(long)]
+    ready: PathBuf,
+}
+
+const BLOCK: u64 = 4096;
+const BLOCKS: u64 = 2048;
+
+/// Requests done, and the longest wait for one.
+fn serve(socket: &Path, until: &Path, run: &Barrier) -> Result<(u64, Duration), String> {
+    let mut client = Client::connect(socket, 1, 1, BLOCK as usize);
+    if client.write_zeroes(0, BLOCK * BLOCKS, false) != 0 {
+        return Err("cannot be zeroed".into());
+    }
+    run.wait();
+    let mut generations = vec![0u64; BLOCKS as usize];
+    let (mut requests, mut longest) = (0u64, Duration::ZERO);
+    let mut data = [0u8; BLOCK as usize];
+    let mut x = 0x9e37_79b9_7f4a_7c15u64;
+    while !until.exists() {
+        for _ in 0..64 {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            let block = x % BLOCKS;
+            let generation = &mut generations[block as usize];
+            let start = Instant::now();
+            let result = match x >> 61 {
+                0 => client.flush(),
+                1..4 => {
+                    let result = client.read(block * BLOCK, &mut data);
+                    let want = if *generation == 0 {
+                        0
+                    } else {
+                        *generation ^ block
+                    };
+                    if result == 0 && !data.chunks(8).all(|w| w == want.to_le_bytes()) {
+                        return Err(format!("block {block} is not of generation {generation}"));
+                    }
+                    result
+                }
+                _ => {
+                    *generation += 1;
+                    let word = (*generation ^ block).to_le_bytes();
+                    data.chunks_mut(8).for_each(|w| w.copy_from_slice(&word));
+                    client.write(block * BLOCK, &data)
+                }
+            };
+            longest = longest.max(start.elapsed());
+            requests += 1;
+            if result != 0 {
+                return Err(format!("request {requests} failed: {result}"));
+            }
+        }
+    }
+    Ok((requests, longest))
+}
+
+fn main() {
+    let args = Args::parse();
+    let run = Barrier::new(args.sockets.len() + 1);
+    let results: Vec<_> = std::thread::scope(|s| {
+        let threads: Vec<_> = args
+            .sockets
+            .iter()
+            .map(|socket| s.spawn(|| serve(socket, &args.until, &run)))
+            .collect();
+        run.wait();
+        std::fs::write(&args.ready, "").expect("the file can be made");
+        threads.into_iter().map(|t| t.join()).collect()
+    });
+    let (mut requests, mut longest) = (0, Duration::ZERO);
+    for (socket, result) in args.sockets.iter().zip(results) {
+        match result {
+            Ok(Ok((n, wait))) => {
+                requests += n;
+                longest = longest.max(wait);
+            }
+            Ok(Err(error)) => {
+                eprintln!("{}: {error}", socket.display());
+                std::process::exit(1);
+            }
+            Err(_) => std::process::exit(1),
+        }
+    }
+    println!(
+        "{requests} requests, longest wait {:.1} ms",
+        longest.as_secs_f64() * 1e3
+    );
+}

@@ -1,0 +1,105 @@
+#!/bin/bash
+# The daemon is killed and restarted under clients that must not notice.
+set -Eeu
+trap 'echo "failed at line $LINENO"; cat /tmp/kill /tmp/restart; ls -la /run/vdiskd; vdiskctl export list; journalctl -u vdiskd --no-pager | tail -60' ERR
+rounds=${ROUNDS:-20}
+systemctl is-active -q vdiskd && { echo "it runs before anybody has called it"; false; }
+
+# The first call starts it.
+busctl get-property org.vdisk1 /org/vdisk1 org.vdisk1.Manager Version
+systemctl is-active vdiskd
+[ "$(ps -o user= -C vdiskd)" = vdiskd ]
+grep -q 'CapEff:.0000000000000000' "/proc/$(systemctl show -P MainPID vdiskd)/status"
+systemctl show -P NotifyAccess -P FileDescriptorStoreMax vdiskd
+
+mkdir -p /srv/images
+chown vdiskd /srv/images
+sockets=
+for i in 1 2 3 4 5 6 7 8; do
+    vdiskctl image create "/srv/images/$i.qcow2" 64M
+    vdiskctl node add "disk$i" driver=qcow2 file.driver=file "file.filename=/srv/images/$i.qcow2" discard=unmap
+    vdiskctl export add "vm$i" --node "disk$i" --socket "/run/vdiskd/vm$i.sock" --writable
+    sockets="$sockets /run/vdiskd/vm$i.sock"
+done
+wait_for_front_ends() {
+    for _ in $(seq 200); do
+        [ "$(vdiskctl export list --json | grep -c '"Clients": 1')" = 8 ] && return
+        sleep 0.02
+    done
+    false
+}
+for how in kill restart; do
+    # shellcheck disable=SC2086
+    vdisk-steady --until /tmp/enough-$how --ready /tmp/ready-$how $sockets >/tmp/$how 2>&1 &
+    client=$!
+    until [ -e /tmp/ready-$how ]; do sleep 0.05; kill -0 $client; done
+    for _ in $(seq "$rounds"); do
+        before=$(systemctl show -P MainPID vdiskd)
+        case $how in
+        kill)
+            systemctl kill -s KILL vdiskd
+            until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
+            ;;
+        restart) systemctl restart vdiskd ;;
+        esac
+        wait_for_front_ends
+        vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
+    done
+    touch /tmp/enough-$how
+    wait "$client" || { cat /tmp/$how; false; }
+    echo "$how: $(cat /tmp/$how)"
+done
+
+# Nothing is left, nothing is broken.
+for i in 1 2 3 4 5 6 7 8; do
+    vdiskctl export remove "vm$i"
+    vdiskctl node remove "disk$i"
+    vdiskctl image check "/srv/images/$i.qcow2" >/dev/null
+done
+[ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0 ]
+
+# What was stopped begins with nothing.
+vdiskctl throttle set gold iops-total=100
+systemctl stop vdiskd
+[ ! -e /run/vdiskd/state.json ]
+vdiskctl throttle list --json >/tmp/groups
+if grep gold /tmp/groups; then false; fi
+
+# With nothing to do it ends, and the next call starts it; not so when there is something.
+mkdir -p /run/systemd/system/vdiskd.service.d
+cat >/run/systemd/system/vdiskd.service.d/test.conf <<UNIT
+[Service]
+ExecStart=
+ExecStart=/usr/libexec/vdiskd --idle-exit 1
+WatchdogSec=2s
+UNIT
+systemctl daemon-reload
+systemctl restart vdiskd
+vdiskctl iothread add fast
+sleep 3
+systemctl is-active vdiskd
+vdiskctl iothread remove fast
+for _ in $(seq 100); do [ "$(systemctl is-active vdiskd)" = inactive ] && break; sleep 0.1; done
+[ "$(systemctl is-active vdiskd)" = inactive ]
+vdiskctl info
+systemctl is-active vdiskd
+
+# A daemon that does not turn any more is ended and comes back, and its client waits for it.
+image=/srv/images/1.qcow2
+vdiskctl node add disk1 driver=qcow2 file.driver=file file.filename=$image
+vdiskctl export add vm1 --node disk1 --socket /run/vdiskd/vm1.sock --writable
+vdisk-steady --until /tmp/enough --ready /tmp/ready /run/vdiskd/vm1.sock >/tmp/stuck 2>&1 &
+client=$!
+until [ -e /tmp/ready ]; do sleep 0.05; kill -0 $client; done
+before=$(systemctl show -P MainPID vdiskd)
+kill -STOP "$before"
+until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.1; done
+systemctl show -P NRestarts vdiskd
+sleep 1
+touch /tmp/enough
+wait $client || { cat /tmp/stuck; false; }
+echo "watchdog: $(cat /tmp/stuck)"
+
+systemd-analyze security --no-pager vdiskd | tail -1
+systemd-analyze security --no-pager --threshold=20 vdiskd >/dev/null
+echo "all is well"
