@@ -331,3 +331,155 @@ fn what_cannot_be_restored_is_named() {
         daemon.kill();
     }
 }
+
+/// A moment that was kept does not become another one.
+#[test]
+fn a_moment_ends_with_its_daemon() {
+    let mut daemon = Daemon::managed(&[]);
+    let image = daemon.path("d.qcow2");
+    daemon.ctl(&["image", "create", text(&image), "16M"]);
+    add_qcow2(&daemon, "d", &image, &[]);
+    daemon.export_node("d", "d", &[]);
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+    let scratch = daemon.path("scratch");
+    daemon.ctl(&["fleece", "start", "d", "noon", text(&scratch)]);
+    daemon.export_node("noon", "noon", &["read-only"]);
+    let past = Client::connect(&daemon.socket("noon"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &[2; 4096]), 0);
+    daemon.kill();
+    daemon.go_on();
+    let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+    assert!(
+        problems.contains("node 'noon'") && problems.contains("export 'noon'"),
+        "{problems}"
+    );
+    let export = daemon.ctl_json(&["export", "show", "d"]);
+    assert!(export["Node"].to_string().contains("/d"), "{export}");
+    assert_eq!(export["Path"], "fast");
+    let mut data = [0; 4096];
+    assert_eq!(client.read(0, &mut data), 0);
+    assert_eq!(data, [2; 4096]);
+    // Nothing is left of it, and its client is alone.
+    let kept = daemon.manager().kept();
+    assert!(!kept.iter().any(|name| name.ends_with("noon")), "{kept:?}");
+    let names = daemon.ctl_json(&["node", "list"]).to_string();
+    assert!(!names.contains("scratch"), "{names}");
+    drop((client, past));
+    // What was lost is not tried for ever if it is made again.
+    daemon.ctl(&["fleece", "start", "d", "noon", text(&daemon.path("more"))]);
+    daemon.ctl(&["fleece", "end", "noon"]);
+}
+
+/// What fails once is not forgotten: it is there when its image is back, or has another's place by then.
+#[test]
+fn what_is_missing_once_comes_back() {
+    let mut daemon = Daemon::managed(&[]);
+    let (image, away) = (daemon.path("d.qcow2"), daemon.path("away"));
+    daemon.ctl(&["image", "create", text(&image), "16M"]);
+    add_qcow2(&daemon, "d", &image, &[]);
+    daemon.export_node("d", "d", &[]);
+    daemon.kill();
+    std::fs::rename(&image, &away).unwrap();
+    for _ in 0..2 {
+        daemon.go_on();
+        let problems = daemon.ctl_json(&["info"])["Problems"]
+            .as_array()
+            .unwrap()
+            .len();
+        assert!(problems >= 2);
+        assert_eq!(
+            daemon.ctl_json(&["node", "list"]).as_array().unwrap().len(),
+            0
+        );
+        assert_eq!(daemon.manager().kept(), [""; 0]);
+        daemon.kill();
+    }
+    std::fs::rename(&away, &image).unwrap();
+    daemon.go_on();
+    assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+}
+
+/// Two daemons never share a runtime folder.
+#[test]
+fn a_second_daemon_is_refused() {
+    let daemon = Daemon::start(&[]);
+    let image = daemon.image("d", MIB);
+    daemon.export_file("d", &image, &[], &[]);
+    let state = std::fs::read(daemon.path("run/state.json")).unwrap();
+    let second = std::process::Command::new(vdisk_qemu_tests::program("vdiskd"))
+        .args(["--bus-address", daemon.bus_address(), "--runtime-dir"])
+        .arg(daemon.path("run"))
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    let log = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(log.contains("in use by another vdiskd"), "{log}");
+    assert_eq!(std::fs::read(daemon.path("run/state.json")).unwrap(), state);
+}
+
+/// A commit whose effect guests have seen is not done again, whenever the daemon ends.
+#[test]
+fn a_commit_is_not_done_twice() {
+    let mut daemon = Daemon::managed(&["--io-threads", "2"]);
+    let base = daemon.path("base.qcow2");
+    daemon.ctl(&["image", "create", text(&base), "16M"]);
+    add_qcow2(&daemon, "d0", &base, &[]);
+    daemon.export_node("d", "d0", &[]);
+    let mut model = vec![0; 16 << 20];
+    let mut client = Client::connect(&daemon.socket("d"), 1, 1, 1 << 20);
+    for round in 1..8u64 {
+        let over = daemon.path(&format!("over{round}"));
+        daemon.ctl(&["snapshot", "overlay", "d0", "over", text(&over)]);
+        change(&mut client, &mut model, round, 20);
+        daemon.ctl(&["commit", "over", "--detach"]);
+        // Somewhere on the way, which is another place each time.
+        change(&mut client, &mut model, 100 + round, 3 * round as usize);
+        daemon.kill();
+        daemon.go_on();
+        assert_eq!(
+            daemon.ctl_json(&["info"])["Problems"],
+            json!([]),
+            "round {round}"
+        );
+        vdisk_qemu_tests::wait_for("the commit's end", || {
+            for job in daemon.ctl_json(&["job", "list"]).as_array().unwrap() {
+                if job["State"] == "ready" {
+                    daemon.try_ctl(&["job", "complete", job["Id"].as_str().unwrap()]);
+                }
+            }
+            let export = daemon.ctl_json(&["export", "show", "d"]);
+            match export["Node"].to_string().contains("d0") {
+                true => Some(()),
+                false => {
+                    let idle = daemon
+                        .ctl_json(&["job", "list"])
+                        .as_array()
+                        .unwrap()
+                        .is_empty();
+                    if idle {
+                        // It may be over by now.
+                        daemon.try_ctl(&["commit", "over", "--detach"]);
+                    }
+                    None
+                }
+            }
+        });
+        let mut data = vec![0; 1 << 20];
+        for (i, want) in model.chunks(1 << 20).enumerate() {
+            assert_eq!(client.read((i << 20) as u64, &mut data), 0);
+            assert_same(&data, want, (i << 20) as u64, "client");
+        }
+        vdisk_qemu_tests::wait_for("the overlay to go", || {
+            let nodes = daemon.ctl_json(&["node", "list"]).to_string();
+            (!nodes.contains("over")).then_some(())
+        });
+    }
+    drop(client);
+    daemon.ctl(&["export", "remove", "d"]);
+    daemon.ctl(&["node", "remove", "d0"]);
+    assert_sound(&base);
+    assert_same(&read_with_qemu(&base), &model, 0, "base");
+}

@@ -254,7 +254,7 @@ impl JobOptions {
         check_name(&format!("{}: job-id", f.what()), &id)?;
         f.set_what(format!("job '{id}'"));
         let target = match kind {
-            "commit" | "stream" | "discard" | "check" => None,
+            "commit" | "stream" | "discard" | "check" | "repair" => None,
             _ => Some(f.required_string("target")?),
         };
         if target.as_deref() == Some(node) {
@@ -284,7 +284,7 @@ impl JobOptions {
                 backing_file: f.string("backing-file")?,
             },
             "discard" => JobKind::Discard,
-            "check" => JobKind::Check {
+            "check" | "repair" => JobKind::Check {
                 repair: RepairWhat::read(&mut f)?,
             },
             other => {
@@ -294,12 +294,10 @@ impl JobOptions {
         if kind.is_of_image() {
             let auto_dismiss = f.boolean("auto-dismiss")?.unwrap_or(true);
             f.finish()?;
-            return Ok(JobOptions::of_image(
-                id,
-                kind,
-                node.to_owned(),
-                auto_dismiss,
-            ));
+            return Ok(JobOptions {
+                given,
+                ..JobOptions::of_image(id, kind, node.to_owned(), auto_dismiss)
+            });
         }
         let options = JobOptions {
             id,

@@ -47,6 +47,8 @@ struct Entry {
     implicit: bool,
     /// The job that changes what it has, so that nobody else may use it from now on.
     claimed: Option<String>,
+    /// It is about to be removed: another has taken its place.
+    leaving: bool,
     /// Its options, with what was taken over from its parent.
     options: Map,
 }
@@ -139,6 +141,7 @@ impl Plan {
                 users: Vec::new(),
                 implicit: step.implicit,
                 claimed: None,
+                leaving: false,
                 options: step.options.effective(),
             };
             opened.entries.push((step.name, entry));
@@ -363,35 +366,63 @@ impl Graph {
 
     /// What all nodes are made of at the moment, children first.
     pub fn stored(&self) -> Vec<StoredNode> {
-        let top_down = self.top_down();
-        let mut read_only: Vec<&str> = Vec::new();
+        let mut top_down = self.top_down();
+        let mut read_only: Vec<String> = Vec::new();
+        let mut gone: Vec<String> = Vec::new();
         for node in &top_down {
             let name = node.name();
-            // A job that writes to a backing file has it opened for that again.
-            let is_backing = !self.overlays(name).is_empty();
-            let unused = self.nodes.get(name).is_some_and(|e| e.users.is_empty());
-            let mut parents = self.parent_nodes(name).peekable();
-            // What was written before an overlay came is only read, the file as well.
-            let below =
-                unused && parents.peek().is_some() && parents.all(|p| read_only.contains(&p));
-            if node.is_read_only() || is_backing || below {
-                read_only.push(name);
+            let Some(entry) = self.nodes.get(name) else {
+                continue;
+            };
+            let parents: Vec<(&str, &str)> = self
+                .nodes
+                .iter()
+                .filter(|(parent, _)| !gone.contains(parent))
+                .flat_map(|(parent, e)| e.children.iter().map(move |c| (parent.as_str(), c)))
+                .filter(|(_, (_, child))| child == name)
+                .map(|(parent, (role, _))| (parent, *role))
+                .collect();
+            let is_job = |u: &User| matches!(u.parent, Parent::Job(_));
+            let unused = entry.users.iter().all(is_job);
+            if entry.leaving || entry.implicit && parents.is_empty() && unused {
+                gone.push(name.to_owned());
+                continue;
+            }
+            // A job that writes to a backing file has it opened for that again. What was written before an overlay came is
+            // only read, the file as well.
+            let only_read = unused
+                && !parents.is_empty()
+                && parents.iter().all(|(parent, role)| match *role {
+                    "backing" => true,
+                    "target" => false,
+                    _ => read_only.iter().any(|r| r == parent),
+                });
+            if node.is_read_only() || only_read {
+                read_only.push(name.to_owned());
             }
         }
+        top_down.retain(|n| !gone.iter().any(|g| g == n.name()));
         let stored = top_down.iter().rev().filter_map(|node| {
             let name = node.name();
             let entry = self.nodes.get(name)?;
             let mut options = entry.options.clone();
-            for role in ["file", "data-file", "backing", "target"] {
+            let backing = options.remove("backing");
+            for role in ["file", "data-file", "target"] {
                 options.remove(role);
             }
-            if node.driver_name() == "qcow2" {
+            // Nothing at all, on purpose.
+            if backing.is_some_and(|b| b.is_null() || b.as_str() == Some("")) {
                 options.insert("backing".into(), Value::Null);
+            }
+            // It may have been resized.
+            if node.driver_name() == "null-co" || options.contains_key("size") {
+                options.insert("size".into(), node.size().into());
             }
             for (role, child) in &entry.children {
                 options.insert((*role).to_owned(), child.clone().into());
             }
-            options.insert("read-only".into(), read_only.contains(&name).into());
+            let read_only = read_only.iter().any(|r| r == name);
+            options.insert("read-only".into(), read_only.into());
             let is_image_file = self.parent_nodes(name).any(|p| self.is_image(p));
             let bitmaps = node.bitmaps().into_iter().filter(|b| !b.is_persistent());
             Some(StoredNode {
@@ -490,6 +521,17 @@ impl Graph {
                 image_child_use(role, !e.node.is_read_only())
             }
             (_, Some(("target", _))) => TARGET,
+            // What it keeps of a moment is lost if somebody else writes.
+            (Some(e), _) if e.node.driver_name() == "copy-before-write" => {
+                let wants = self.wants_of_node(parent, extra);
+                Use {
+                    shared: wants
+                        .shared
+                        .without(Permissions::WRITE)
+                        .without(Permissions::RESIZE),
+                    ..wants
+                }
+            }
             // Whatever is written below, it shows what was there before.
             (Some(e), _) if e.node.driver_name() == "snapshot-access" => Use {
                 taken: Permissions::CONSISTENT_READ,
@@ -506,6 +548,11 @@ impl Graph {
             if !wants.shared.contains(Permissions::RESIZE) && self.is_image(parent) {
                 return Err(Error::in_use(format!(
                     "node '{name}' belongs to the image of node '{parent}', which decides about its size: resize that"
+                )));
+            }
+            if !wants.shared.contains(Permissions::RESIZE) {
+                return Err(Error::in_use(format!(
+                    "node '{name}' cannot be resized while node '{parent}' keeps what it had at one moment: end that first"
                 )));
             }
             self.check_resize(parent)?;
@@ -535,7 +582,30 @@ impl Graph {
         }
     }
 
-    fn check_claim(&self, name: &str) -> Result<()> {
+    /// Nodes are about to be removed, and of no use to the next daemon.
+    pub fn leave(&mut self, names: &[String]) {
+        for name in names {
+            if let Some(entry) = self.nodes.get_mut(name) {
+                entry.leaving = true;
+            }
+        }
+    }
+
+    /// Takes nodes that were made for others, and that nobody uses, out of the graph. They are to be closed in this order.
+    pub fn remove_orphans(&mut self) -> Vec<Arc<Node>> {
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        let mut removed = Vec::new();
+        for name in names {
+            let is_orphan = self.is_implicit(&name) && self.parents(&name).is_empty();
+            if is_orphan {
+                self.remove_entry(&name, &mut removed);
+            }
+        }
+        removed
+    }
+
+    /// Refuses what must not be done while a job changes a node.
+    pub fn check_claim(&self, name: &str) -> Result<()> {
         match self.nodes.get(name).and_then(|e| e.claimed.as_ref()) {
             None => Ok(()),
             Some(job) => Err(Error::in_use(format!(

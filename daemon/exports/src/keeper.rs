@@ -19,6 +19,8 @@ pub struct Left {
     pub listener: Option<OwnedFd>,
     /// A front-end's connection, with everything that belongs to it, and its generation.
     pub connection: Option<(u64, OwnedFd)>,
+    /// All names, of what is of no use any more as well.
+    names: Vec<String>,
 }
 
 /// The name of an export's listening socket.
@@ -35,6 +37,7 @@ impl Left {
     /// Takes over what is of this export, by its name. Returns what is not.
     pub fn take(&mut self, export: &str, name: &str, fd: OwnedFd) -> Option<OwnedFd> {
         if name == listener_name(export) {
+            self.names.push(name.to_owned());
             self.listener = Some(fd);
             return None;
         }
@@ -46,6 +49,7 @@ impl Left {
         let Some(generation) = generation else {
             return Some(fd);
         };
+        self.names.push(name.to_owned());
         if self
             .connection
             .as_ref()
@@ -54,5 +58,23 @@ impl Left {
             self.connection = Some((generation, fd));
         }
         None
+    }
+
+    /// All names under which something of the export is kept.
+    pub fn names(&self) -> Vec<String> {
+        self.names.clone()
+    }
+
+    /// Has the keeper give up what a later generation has replaced.
+    pub(crate) fn forget_superseded(&self, export: &str, keeper: &dyn Keeper) {
+        let newest = self
+            .connection
+            .as_ref()
+            .map(|(g, _)| connection_name(export, *g));
+        let old = self
+            .names
+            .iter()
+            .filter(|name| **name != listener_name(export) && newest.as_ref() != Some(name));
+        old.for_each(|name| keeper.forget(name));
     }
 }

@@ -42,6 +42,8 @@ pub struct Options {
     pub pass_discard_other: bool,
     /// Clusters that the guest discards or zeroes keep their place in the file (not in version 2).
     pub discard_no_unref: bool,
+    /// Another time there may be something behind it: what reads as zeroes must say so.
+    pub hides_backing: bool,
     /// Metadata is written in multiples of this many bytes, a power of two.
     pub block_size: usize,
 }
@@ -55,6 +57,7 @@ impl Default for Options {
             pass_discard_snapshot: true,
             pass_discard_other: false,
             discard_no_unref: false,
+            hides_backing: false,
             block_size: 512,
         }
     }
@@ -197,7 +200,9 @@ impl Image {
             fresh_is_zero,
             encrypted: header.luks.is_some(),
             raw_data: header.is_raw_data(),
-            has_backing: AtomicBool::new(backing.is_some() || header.backing_file.is_some()),
+            has_backing: AtomicBool::new(
+                backing.is_some() || header.backing_file.is_some() || options.hides_backing,
+            ),
             backing: ArcSwapOption::new(backing.map(Arc::new)),
             tables,
             size: AtomicU64::new(header.size),

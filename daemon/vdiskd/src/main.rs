@@ -6,11 +6,12 @@ mod fd_store;
 mod logging;
 mod service;
 
+use std::fs::{File, TryLockError};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{CommandFactory, Parser};
 use tokio::signal::unix::{SignalKind, signal};
@@ -133,6 +134,34 @@ fn runtime_dir(given: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
     }
 }
 
+/// How long a daemon that has been told to end may take to leave the runtime folder.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Makes the runtime folder this daemon's alone, for as long as the file is open.
+async fn lock(dir: &Path) -> Result<File, String> {
+    let path = dir.join("lock");
+    let what = format!("runtime folder '{}'", dir.display());
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(|e| format!("{what}: {e}"))?;
+    let start = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(e)) => return Err(format!("{what}: {e}")),
+            Err(TryLockError::WouldBlock) if start.elapsed() > PATIENCE => {
+                return Err(format!(
+                    "{what} is in use by another vdiskd: stop that one, or give another --runtime-dir"
+                ));
+            }
+            Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    }
+}
+
 async fn run(args: Args) -> Result<(), String> {
     let bus = match args.bus_address {
         Some(address) => Bus::Address(address),
@@ -142,13 +171,18 @@ async fn run(args: Args) -> Result<(), String> {
     // From here on a signal ends the daemon in order.
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
+    let runtime_dir = runtime_dir(args.runtime_dir)?;
+    let _lock = match &runtime_dir {
+        Some(dir) => Some(lock(dir).await?),
+        None => None,
+    };
     let keeper = FdStore::find().map(|store| Arc::new(store) as Arc<dyn Keeper>);
     let defaults = Defaults {
         engine: args.io_engine,
         poll_max: Duration::from_nanos(args.poll_max_ns),
         io_threads: args.io_threads.into(),
         runtime: Runtime {
-            dir: runtime_dir(args.runtime_dir)?,
+            dir: runtime_dir,
             ..Runtime::default()
         },
     };

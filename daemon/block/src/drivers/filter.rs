@@ -208,7 +208,12 @@ impl<G: Gate> Driver for Filter<G> {
     }
 
     fn resize(&self, size: u64) -> LocalFuture<'_, io::Result<u64>> {
-        Box::pin(async move { self.file().resize(size).await })
+        Box::pin(async move {
+            if self.gate.moment().is_some() {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            self.file().resize(size).await
+        })
     }
 
     fn size_from_children(&self) -> Option<u64> {

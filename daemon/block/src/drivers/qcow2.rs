@@ -208,6 +208,8 @@ pub(super) fn open(
         pass_discard_snapshot: options.pass_discard_snapshot.unwrap_or(true),
         pass_discard_other: options.pass_discard_other.unwrap_or(false),
         discard_no_unref: options.discard_no_unref,
+        // What is behind it is left out here, and may be there another time.
+        hides_backing: options.backing == BackingRef::None,
         ..defaults
     };
     let key = options.key_secret.as_deref();
@@ -478,7 +480,9 @@ impl Driver for Qcow2 {
     fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
             if self.read_only.load(Ordering::Relaxed) {
-                return Ok(());
+                // An earlier daemon may have written to it.
+                self.data.flush().await?;
+                return self.file.flush().await;
             }
             self.image.flush().await?;
             self.tidy_later();
@@ -632,16 +636,14 @@ impl Driver for Qcow2 {
             if !self.read_only.load(Ordering::Relaxed) {
                 return self.image.activate(redo.as_deref()).await;
             }
-            if let Some(redo) = redo.filter(|r| r.exists())
-                && let Err(error) = self.redo(&redo).await
-            {
-                tracing::warn!(
-                    node = self.name,
-                    %error,
-                    "the daemon was killed while it wrote to this image, which cannot be written now: what was answered and not flushed is missing until the image is added for writing"
-                );
+            match redo.filter(|r| r.exists()) {
+                None => Ok(()),
+                Some(redo) => self.redo(&redo).await.map_err(|e| {
+                    io::Error::other(format!(
+                        "the daemon was killed while it wrote to this image, and what was not flushed cannot be put into it now: {e}"
+                    ))
+                }),
             }
-            Ok(())
         })
     }
 

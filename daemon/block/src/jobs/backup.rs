@@ -251,6 +251,8 @@ impl Backup {
                 }
                 at = part.end;
             }
+            // It may have been lost under the read.
+            self.check_moment()?;
         }
         Ok(())
     }
@@ -266,6 +268,7 @@ impl Backup {
             true => self.source().status(offset, len, None).await?,
             false => self.target.status(offset, len, None).await?,
         };
+        self.check_moment()?;
         Ok(BlockStatus {
             own: true,
             ..status

@@ -86,7 +86,7 @@ impl Connection<'_> {
             inflight: None,
             queues: (0..num_queues).map(|_| None).collect(),
             fixed: Vec::new(),
-            kept: false,
+            kept: left.is_some(),
         };
         this.apply_cache();
         let resumed = match left {
@@ -135,7 +135,6 @@ impl Connection<'_> {
         }
         self.state = state;
         self.fds = fds;
-        self.kept = true;
         self.apply_cache();
         self.apply_memory(memory).await?;
         for i in 0..self.queues.len() {

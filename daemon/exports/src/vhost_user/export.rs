@@ -18,7 +18,7 @@ use super::connection::Connection;
 use super::listener::Listener;
 use super::parcel;
 use super::state::{Descriptors, State};
-use crate::keeper::{Keeper, Left, listener_name};
+use crate::keeper::{Keeper, Left, connection_name, listener_name};
 use crate::statistics::{QueueCounters, QueueStats};
 use crate::virtio_blk::{Device, DeviceOptions};
 
@@ -95,9 +95,18 @@ impl VhostUserBlk {
         left: Left,
     ) -> Result<VhostUserBlk> {
         check_size(&device, &backend)?;
-        let listener = match left.listener {
-            Some(fd) => Listener::take_over(&device.id, &options.addr, fd)?,
+        if let Some(keeper) = &keeper {
+            left.forget_superseded(&device.id, &**keeper);
+        }
+        let taken = left
+            .listener
+            .map(|fd| Listener::take_over(&device.id, &options.addr, fd));
+        let listener = match taken.transpose()?.flatten() {
+            Some(listener) => listener,
             None => {
+                if let Some(keeper) = &keeper {
+                    keeper.forget(&listener_name(&device.id));
+                }
                 let (mode, group) = (options.socket_mode, options.socket_group.as_deref());
                 let listener = Listener::open(&device.id, &options.addr, mode, group)?;
                 if let Some(keeper) = &keeper
@@ -235,7 +244,10 @@ async fn serve(
     let mut left = left.and_then(|parcel| match unpack(parcel) {
         Ok(left) => Some(left),
         Err(error) => {
-            tracing::error!(export = shared.id(), %error, "the connection that was kept cannot be taken over");
+            tracing::error!(export = shared.id(), %error, "the connection that was kept cannot be taken over, and ends");
+            if let Some(keeper) = &shared.keeper {
+                keeper.forget(&connection_name(shared.id(), shared.generation()));
+            }
             None
         }
     });

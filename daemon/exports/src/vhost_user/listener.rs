@@ -50,20 +50,32 @@ impl Listener {
         }
     }
 
-    /// Goes on with a socket that an earlier process listened on at this address.
-    pub fn take_over(export: &str, address: &SocketAddress, fd: OwnedFd) -> Result<Listener> {
-        let fd = Arc::new(fd);
-        let mut listener = Listener::open(export, &SocketAddress::Fd(fd), None, None)?;
-        if let SocketAddress::Unix(path) = address
-            && let Ok(meta) = std::fs::symlink_metadata(path)
-        {
-            listener.file = Some(SocketFile {
-                path: path.clone(),
-                device: meta.dev(),
-                inode: meta.ino(),
-            });
-        }
-        Ok(listener)
+    /// Goes on with a socket that an earlier process listened on at this address. None if its file is gone, so that nobody can
+    /// reach it.
+    pub fn take_over(
+        export: &str,
+        address: &SocketAddress,
+        fd: OwnedFd,
+    ) -> Result<Option<Listener>> {
+        let bound = rustix::net::getsockname(&fd).ok();
+        let bound: Option<SocketAddrUnix> = bound.and_then(|a| a.try_into().ok());
+        let mut listener = Listener::open(export, &SocketAddress::Fd(Arc::new(fd)), None, None)?;
+        let SocketAddress::Unix(path) = address else {
+            return Ok(Some(listener));
+        };
+        let is_at_path = bound.is_some_and(|b| {
+            b.path_bytes() == Some(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()))
+        });
+        let meta = std::fs::symlink_metadata(path).ok();
+        let Some(meta) = meta.filter(|m| m.file_type().is_socket() && is_at_path) else {
+            return Ok(None);
+        };
+        listener.file = Some(SocketFile {
+            path: path.clone(),
+            device: meta.dev(),
+            inode: meta.ino(),
+        });
+        Ok(Some(listener))
     }
 
     /// Opens the address of an export. Must be called within a tokio runtime.

@@ -138,6 +138,7 @@ pub(super) fn event(node: &str, action: &BitmapAction) -> Event {
 impl Control {
     pub(super) async fn bitmap(&mut self, name: &str, action: BitmapAction) -> Result<Reply> {
         let node = self.world().graph.node(name)?;
+        self.world().graph.check_claim(name)?;
         check_with(&node, &action, |_| false)?;
         let (_, drained) = self.hold(name).await;
         apply(&node, &action)?;

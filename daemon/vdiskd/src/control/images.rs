@@ -632,6 +632,7 @@ impl Control {
     /// Guests wait while their image is checked.
     pub(super) async fn check_node(&mut self, name: &str, repair: RepairWhat) -> Result<Reply> {
         check_can_check(&*self.world().graph.node(name)?, repair)?;
+        self.world().graph.check_claim(name)?;
         if repair != RepairWhat::Nothing {
             self.world().graph.check_no_job(name)?;
         }
@@ -658,6 +659,7 @@ impl Control {
                 "node '{name}' is read-only and its snapshots cannot be changed: add it without read-only"
             )));
         }
+        self.world().graph.check_claim(name)?;
         self.world().graph.check_not_written(name)?;
         if action == SnapshotAction::Apply {
             self.world().graph.check_no_job(name)?;

@@ -26,7 +26,7 @@ use vdisk_api::{Command, Error, Reply, Result};
 use vdisk_exports::vhost_user::ExportEvent;
 
 use jobs::JobEvent;
-use state::{SharedKeeper, StateFile};
+use state::{Lost, SharedKeeper, StateFile};
 pub use world::{Defaults, Export, World};
 
 /// An object came, went, or has changed properties.
@@ -123,6 +123,7 @@ struct Control {
     events: Vec<Event>,
     state: StateFile,
     keeper: SharedKeeper,
+    lost: Lost,
 }
 
 /// Starts the control plane. `left` is what `keeper` has kept of an earlier daemon, whose state is restored unless this one is
@@ -146,6 +147,7 @@ pub async fn start(
         events: Vec::new(),
         state,
         keeper: keeper.clone(),
+        lost: Lost::default(),
     };
     match fresh {
         false => control.restore(left).await,

@@ -25,6 +25,7 @@ pub(super) struct PreparedOverlay {
 
 impl Control {
     pub(super) async fn add_overlay(&mut self, name: &str, options: NodeOptions) -> Result<Reply> {
+        self.state.reserve()?;
         let PreparedOverlay {
             name: overlay,
             node,
@@ -159,6 +160,7 @@ impl Control {
             let plan = world.graph.plan(options)?;
             (world.graph.node(name)?, plan)
         };
+        self.state.reserve()?;
         let opened = self.open_above(&what, &node, plan).await?;
         let (start, drained) = self.hold(name).await;
         let names = self.put_in_place(name, opened, &drained);
@@ -173,6 +175,7 @@ impl Control {
     pub(super) async fn take_out(&mut self, name: &str) -> Result<Reply> {
         // Whatever is wrong is to be known before anybody has to wait.
         self.world().graph.node(name)?;
+        self.state.reserve()?;
         let (start, drained) = self.hold(name).await;
         let (removed, below) = self.world().graph.take_out(name)?;
         let Some(filter) = removed.first() else {

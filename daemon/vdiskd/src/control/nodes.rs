@@ -238,6 +238,7 @@ impl Control {
 
     pub(super) async fn flush_node(&mut self, name: &str) -> Result<Reply> {
         let node = self.world().graph.node(name)?;
+        self.world().graph.check_claim(name)?;
         self.flush(&node)
             .await
             .map_err(|e| Error::io(format_args!("node '{name}' cannot be flushed"), &e))?;

@@ -37,12 +37,13 @@ pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
         }
         _ => return Err(Error::invalid(format!("{what} has more than 1 MiB"))),
     }
+    all(control).add(&id, secret)?;
     if let Some(keeper) = control.keeper()
+        && let Ok(secret) = all(control).get(&id)
         && let Err(error) = state::keep_secret(&**keeper, &id, &secret)
     {
         tracing::warn!(secret = id, %error, "the secret cannot be kept for a restart");
     }
-    all(control).add(&id, secret)?;
     tracing::info!(secret = id, "secret added");
     Ok(())
 }

@@ -30,7 +30,7 @@ struct StoredThread {
     poll_max_ns: u64,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct StoredExport {
     id: String,
     options: Map,
@@ -42,6 +42,13 @@ struct StoredJob {
     operation: String,
     node: String,
     options: Map,
+}
+
+/// What could not be restored: it is tried again by the next daemon.
+#[derive(Default)]
+pub(super) struct Lost {
+    nodes: Vec<StoredNode>,
+    exports: Vec<StoredExport>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -70,6 +77,33 @@ impl StateFile {
             path: dir.map(|d| d.join("state.json")),
             content: Vec::new(),
         }
+    }
+
+    /// Takes the space that the state needs when it has grown a little, so that writing it does not fail under guests that wait.
+    pub fn reserve(&self) -> Result<()> {
+        const MORE: u64 = 64 << 10;
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        let new = path.with_extension("new");
+        let reserved = open_new(&new).and_then(|file| {
+            let len = self.content.len() as u64 + MORE;
+            Ok(rustix::fs::fallocate(
+                &file,
+                rustix::fs::FallocateFlags::empty(),
+                0,
+                len,
+            )?)
+        });
+        reserved.map_err(|e| {
+            Error::io(
+                format_args!(
+                    "the state '{}' cannot be written, and nothing is changed that the next daemon must know",
+                    path.display()
+                ),
+                &e,
+            )
+        })
     }
 
     /// Nothing is written any more.
@@ -118,17 +152,23 @@ impl StateFile {
             return Ok(());
         };
         let new = path.with_extension("new");
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)?;
+        let mut file = open_new(&new)?;
         file.write_all(&content)?;
+        file.set_len(content.len() as u64)?;
         std::fs::rename(&new, path)?;
         self.content = content;
         Ok(())
     }
+}
+
+/// The file that takes the state's place, with the space that was taken for it.
+fn open_new(path: &Path) -> io::Result<std::fs::File> {
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
 }
 
 /// Gives a secret to a keeper.
@@ -184,7 +224,13 @@ impl Control {
                     options,
                 }
             });
-            let jobs = world.jobs.values().filter(|j| j.ended().is_none());
+            let lost = &self.lost;
+            let mut nodes = world.graph.stored();
+            let is_new = |n: &&StoredNode| world.graph.node(&n.name).is_err();
+            nodes.extend(lost.nodes.iter().filter(is_new).cloned());
+            let is_lost = |e: &&StoredExport| !world.exports.contains_key(&e.id);
+            let lost_exports = lost.exports.iter().filter(is_lost).cloned();
+            let jobs = world.jobs.values().filter(|j| j.is_to_go_on());
             let jobs = jobs.map(|j| StoredJob {
                 id: j.id().to_owned(),
                 operation: j.options.kind.name().to_owned(),
@@ -196,8 +242,8 @@ impl Control {
                 daemon: env!("CARGO_PKG_VERSION").to_owned(),
                 iothreads: threads.collect(),
                 throttle_groups: groups.collect(),
-                nodes: world.graph.stored(),
-                exports: exports.collect(),
+                nodes,
+                exports: exports.chain(lost_exports).collect(),
                 jobs: jobs.collect(),
             }
         };
@@ -258,7 +304,7 @@ impl Control {
         }
         let secrets = self.world().defaults.runtime.secrets.clone();
         for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("secret.")) {
-            let id = name.trim_start_matches("secret.");
+            let id = name.strip_prefix("secret.").unwrap_or(&name);
             let what = format!("secret '{id}'");
             let secret = read_secret(fd)
                 .map_err(|e| Error::io(&what, &e))
@@ -268,9 +314,33 @@ impl Control {
             }
         }
         let nodes = state.nodes.len();
-        for node in state.nodes {
+        // Nodes in whose place others are.
+        let mut instead: BTreeMap<String, String> = BTreeMap::new();
+        for mut node in state.nodes {
             let what = format!("node '{}'", node.name);
-            if let Err(e) = self.restore_node(node).await {
+            for option in node.options.values_mut() {
+                if let Some(other) = option.as_str().and_then(|name| instead.get(name)) {
+                    *option = other.clone().into();
+                }
+            }
+            let driver = node.options.get("driver").and_then(|d| d.as_str());
+            let gone = match driver {
+                Some("copy-before-write") => {
+                    let file = node.options.get("file").and_then(|f| f.as_str());
+                    instead.insert(node.name.clone(), file.unwrap_or_default().to_owned());
+                    true
+                }
+                Some("snapshot-access") => true,
+                _ => false,
+            };
+            if gone {
+                self.problem(Error::failed(format!(
+                    "{what}: what it kept of one moment ended with the daemon that kept it: start that again"
+                )));
+                continue;
+            }
+            if let Err(e) = self.restore_node(node.clone()).await {
+                self.lost.nodes.push(node);
                 self.problem(e.context(what));
             }
         }
@@ -282,8 +352,28 @@ impl Control {
                 Some((name, fd))
             });
             *left = rest.collect();
-            if let Err(e) = self.restore_export(export.options, mine) {
+            let names = mine.names();
+            let mut options = export.options.clone();
+            if let Some(name) = options.get_mut("node-name")
+                && let Some(other) = name.as_str().and_then(|n| instead.get(n))
+            {
+                *name = other.clone().into();
+            }
+            if let Err(e) = self.restore_export(options, mine) {
+                // Its front-end is to see that nobody is there.
+                for name in names {
+                    if let Some(keeper) = &self.keeper {
+                        keeper.forget(&name);
+                    }
+                }
+                self.lost.exports.push(export);
                 self.problem(e);
+            }
+        }
+        let orphans = self.world().graph.remove_orphans();
+        for node in orphans {
+            if let Err(error) = self.close(&node).await {
+                tracing::error!(node = node.name(), %error, "cannot be closed as it should be");
             }
         }
         for job in state.jobs {
@@ -327,6 +417,10 @@ impl Control {
         self.add_node(options).await?;
         let mut world = self.world();
         let node = world.graph.node(&stored.name)?;
+        if let Some(backing) = world.graph.backing(&stored.name)? {
+            // The daemon may have ended before it was flushed.
+            node.succeed(&backing);
+        }
         world.graph.set_implicit(&stored.name, stored.implicit);
         for bitmap in stored.bitmaps {
             tracing::warn!(

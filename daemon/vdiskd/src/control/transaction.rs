@@ -28,6 +28,10 @@ impl Control {
             self.undo(prepared).await;
             return Err(e);
         }
+        if let Err(e) = self.state.reserve() {
+            self.undo(prepared).await;
+            return Err(e);
+        }
         let start = Instant::now();
         let mut drained: Vec<DrainGuard> = Vec::new();
         for node in &prepared.nodes {

@@ -178,6 +178,7 @@ impl Control {
         }
         // There may be exports that were not there when it began.
         self.announce(parts);
+        self.state.reserve().map_err(refused)?;
         let (start, drained) = self.hold(from).await;
         finish(thread, mirror.clone()).await?;
         mirror.stop();
@@ -187,8 +188,12 @@ impl Control {
             world.graph.detach(from, &job.parent());
             world.graph.detach(to, &job.parent());
             world.graph.replace(from, to);
+            if let Task::Commit(c) = &parts.task {
+                world.graph.leave(&c.chain[..c.chain.len() - 1]);
+            }
             above
         };
+        job.life().effective = true;
         for guard in &drained {
             guard.set_node_if(&parts.source, &parts.target);
         }
@@ -232,6 +237,8 @@ impl Control {
             self.events
                 .push(Event::NodeChanged(overlay.name().to_owned()));
         }
+        self.world().graph.leave(&c.chain[..c.chain.len() - 1]);
+        job.life().effective = true;
         self.save();
         drop(drained);
         let paused_us = start.elapsed().as_micros() as u64;
@@ -259,6 +266,7 @@ impl Control {
         self.set_backing(node, base).await.map_err(failed)?;
         let name = base.node.as_ref().map(|b| b.name());
         self.world().graph.set_backing(node.name(), name);
+        job.life().effective = true;
         self.save();
         drop(drained);
         let paused_us = start.elapsed().as_micros() as u64;

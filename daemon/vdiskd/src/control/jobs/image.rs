@@ -53,6 +53,7 @@ impl Control {
             life: Mutex::new(Life {
                 status: Status::Running,
                 finalizing: false,
+                effective: false,
                 running: None,
                 parts: None,
                 error: None,
@@ -114,6 +115,7 @@ impl Control {
             life: Mutex::new(Life {
                 status: Status::Concluded,
                 finalizing: false,
+                effective: false,
                 running: None,
                 parts: None,
                 error: Some(error),

@@ -220,6 +220,8 @@ struct Life {
     status: Status,
     /// It has been finalized, and catches up before that.
     finalizing: bool,
+    /// Guests see its effect.
+    effective: bool,
     /// What its work runs with, to run it again.
     running: Option<(Vec<Arc<Backend>>, IoThread)>,
     parts: Option<Parts>,
@@ -263,6 +265,12 @@ impl Job {
     pub fn error(&self) -> Option<Error> {
         let failed = self.life().error.clone();
         failed.or_else(|| self.state.trouble().map(Error::failed))
+    }
+
+    /// The next daemon is to begin it again, or to say that it cannot.
+    pub fn is_to_go_on(&self) -> bool {
+        let life = self.life();
+        !life.effective && life.ended.is_none()
     }
 
     /// What it has found out.

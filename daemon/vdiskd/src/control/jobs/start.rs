@@ -245,6 +245,7 @@ impl Control {
             life: Mutex::new(Life {
                 status: Status::Created,
                 finalizing: false,
+                effective: false,
                 running: None,
                 parts: Some(parts.clone()),
                 error: None,
