@@ -1,18 +1,59 @@
-//! The file descriptors that systemd keeps for the service while it restarts (sd_notify(3), FDSTORE).
+//! The file descriptors that systemd keeps for the service while it restarts (sd_notify(3), FDSTORE), and that the daemon hands
+//! to itself when it becomes another program.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
 
+use command_fds::{CommandFdExt, FdMapping};
 use sd_notify::NotifyState;
 use vdisk_exports::Keeper;
 
-/// systemd's FD store.
-pub struct FdStore;
+/// The first descriptor that is passed (SD_LISTEN_FDS_START).
+const FIRST: i32 = 3;
+
+/// systemd's FD store, with copies of what is in it.
+pub struct FdStore(Mutex<Vec<(String, OwnedFd)>>);
 
 impl FdStore {
-    /// None if nobody is there who could keep something.
-    pub fn find() -> Option<FdStore> {
-        std::env::var_os("NOTIFY_SOCKET").map(|_| FdStore)
+    /// None if nobody is there who could keep something. `passed` is in the store already.
+    pub fn find(passed: &[(String, OwnedFd)]) -> io::Result<Option<FdStore>> {
+        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return Ok(None);
+        }
+        let copy = |(name, fd): &(String, OwnedFd)| Ok((name.clone(), fd.try_clone()?));
+        let copies = passed.iter().map(copy).collect::<io::Result<_>>()?;
+        Ok(Some(FdStore(Mutex::new(copies))))
+    }
+
+    fn copies(&self) -> MutexGuard<'_, Vec<(String, OwnedFd)>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Becomes the program that is installed now, with everything that is kept.
+    pub fn exec(&self) -> io::Result<Infallible> {
+        let program = std::env::args_os().next().unwrap_or_default();
+        let mut command = Command::new(program);
+        command.args(std::env::args_os().skip(1));
+        let copies = std::mem::take(&mut *self.copies());
+        let names: Vec<&str> = copies.iter().map(|(name, _)| name.as_str()).collect();
+        command
+            .env("LISTEN_PID", std::process::id().to_string())
+            .env("LISTEN_FDS", copies.len().to_string())
+            .env("LISTEN_FDNAMES", names.join(":"));
+        let mappings = (FIRST..)
+            .zip(copies)
+            .map(|(child_fd, (_, parent_fd))| FdMapping {
+                parent_fd,
+                child_fd,
+            });
+        command
+            .fd_mappings(mappings.collect())
+            .map_err(io::Error::other)?;
+        Err(command.exec())
     }
 }
 
@@ -24,7 +65,10 @@ impl Keeper for FdStore {
             // What looks closed still has a message in it.
             NotifyState::Custom("FDPOLL=0"),
         ];
-        sd_notify::notify_with_fds(&state, &[fd])
+        sd_notify::notify_with_fds(&state, &[fd])?;
+        let copy = fd.try_clone_to_owned()?;
+        self.copies().push((name.to_owned(), copy));
+        Ok(())
     }
 
     fn forget(&self, name: &str) {
@@ -32,6 +76,7 @@ impl Keeper for FdStore {
         if let Err(error) = sd_notify::notify(&state) {
             tracing::warn!(name, %error, "a descriptor cannot be given up");
         }
+        self.copies().retain(|(n, _)| n != name);
     }
 }
 

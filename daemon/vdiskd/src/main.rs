@@ -22,6 +22,7 @@ use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 use control::Defaults;
 use dbus::Bus;
 use fd_store::FdStore;
+use sd_notify::NotifyState;
 
 /// Serves disk images to virtual machines.
 ///
@@ -171,12 +172,16 @@ async fn run(args: Args) -> Result<(), String> {
     // From here on a signal ends the daemon in order.
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
     let runtime_dir = runtime_dir(args.runtime_dir)?;
     let _lock = match &runtime_dir {
         Some(dir) => Some(lock(dir).await?),
         None => None,
     };
-    let keeper = FdStore::find().map(|store| Arc::new(store) as Arc<dyn Keeper>);
+    let left = fd_store::passed();
+    let store = FdStore::find(&left).map_err(|e| format!("passed file descriptors: {e}"))?;
+    let store = store.map(Arc::new);
+    let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
     let defaults = Defaults {
         engine: args.io_engine,
         poll_max: Duration::from_nanos(args.poll_max_ns),
@@ -186,7 +191,6 @@ async fn run(args: Args) -> Result<(), String> {
             ..Runtime::default()
         },
     };
-    let left = fd_store::passed();
     let control = control::start(defaults, keeper, left, args.fresh)
         .await
         .map_err(|e| e.message)?;
@@ -199,10 +203,7 @@ async fn run(args: Args) -> Result<(), String> {
         %engine,
         "ready"
     );
-    let _ = sd_notify::notify(&[
-        sd_notify::NotifyState::Ready,
-        sd_notify::NotifyState::Status("serving"),
-    ]);
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
     tokio::spawn(service::watchdog(control.clone()));
     let idle = async {
         match args.idle_exit {
@@ -213,14 +214,33 @@ async fn run(args: Args) -> Result<(), String> {
             }
         }
     };
+    let mut again = false;
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        _ = hangup.recv(), if store.is_some() => again = true,
         () = idle => tracing::info!("there is nothing to do"),
     }
-    tracing::info!("stopping");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    match again {
+        true => {
+            tracing::info!("becoming the program that is installed now");
+            let now = NotifyState::monotonic_usec_now().map_err(|e| e.to_string())?;
+            let _ = sd_notify::notify(&[NotifyState::Reloading, now]);
+        }
+        false => {
+            tracing::info!("stopping");
+            let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        }
+    }
     control.shutdown().await;
-    tracing::info!("stopped");
-    Ok(())
+    match (again, store) {
+        (true, Some(store)) => match store.exec() {
+            Ok(never) => match never {},
+            Err(e) => Err(format!("the new program: {e}")),
+        },
+        _ => {
+            tracing::info!("stopped");
+            Ok(())
+        }
+    }
 }

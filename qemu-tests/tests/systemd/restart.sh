@@ -28,7 +28,7 @@ wait_for_front_ends() {
     done
     false
 }
-for how in kill restart; do
+for how in kill restart reload; do
     # shellcheck disable=SC2086
     vdisk-steady --until /tmp/enough-$how --ready /tmp/ready-$how $sockets >/tmp/$how 2>&1 &
     client=$!
@@ -41,6 +41,10 @@ for how in kill restart; do
             until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
             ;;
         restart) systemctl restart vdiskd ;;
+        reload)
+            systemctl reload vdiskd
+            [ "$(systemctl show -P MainPID vdiskd)" = "$before" ]
+            ;;
         esac
         wait_for_front_ends
         vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
@@ -79,8 +83,8 @@ vdiskctl iothread add fast
 sleep 3
 systemctl is-active vdiskd
 vdiskctl iothread remove fast
-for _ in $(seq 100); do [ "$(systemctl is-active vdiskd)" = inactive ] && break; sleep 0.1; done
-[ "$(systemctl is-active vdiskd)" = inactive ]
+for _ in $(seq 100); do [ "$(systemctl show -P ActiveState vdiskd)" = inactive ] && break; sleep 0.1; done
+[ "$(systemctl show -P ActiveState vdiskd)" = inactive ]
 vdiskctl info
 systemctl is-active vdiskd
 
