@@ -2,7 +2,7 @@
 # The daemon is killed and restarted under clients that must not notice.
 set -Eeu
 trap 'echo "failed at line $LINENO"; cat /tmp/kill /tmp/restart; ls -la /run/vdiskd; vdiskctl export list; journalctl -u vdiskd --no-pager | tail -60' ERR
-rounds=${ROUNDS:-20}
+rounds=${ROUNDS:-8}
 systemctl is-active -q vdiskd && { echo "it runs before anybody has called it"; false; }
 
 # The first call starts it.
@@ -103,6 +103,27 @@ sleep 1
 touch /tmp/enough
 wait $client || { cat /tmp/stuck; false; }
 echo "watchdog: $(cat /tmp/stuck)"
+
+# What the unit forbids, it cannot do.
+vdiskctl node list >/dev/null
+pid=$(systemctl show -P MainPID vdiskd)
+for line in 'CapBnd:.0000000000000000' 'CapPrm:.0000000000000000' 'NoNewPrivs:.1' 'Seccomp:.2'; do
+    grep -q "$line" "/proc/$pid/status"
+done
+refused() {
+    why=$1
+    shift
+    if "$@" >/tmp/refused 2>&1; then echo "not refused: $*"; false; fi
+    grep -q "$why" /tmp/refused || { cat /tmp/refused; false; }
+}
+truncate -s 1M /root/secret.img /usr/secret.img
+chmod 666 /root/secret.img /usr/secret.img
+refused 'cannot be opened' vdiskctl node add x driver=file filename=/root/secret.img
+refused 'Read-only file system' vdiskctl node add x driver=file filename=/usr/secret.img
+refused 'cannot be made' vdiskctl image create /etc/x.qcow2 1M
+# Somebody else may look, and not touch.
+setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl export list >/dev/null
+refused 'not allowed' setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl iothread add mine
 
 systemd-analyze security --no-pager vdiskd | tail -1
 systemd-analyze security --no-pager --threshold=20 vdiskd >/dev/null

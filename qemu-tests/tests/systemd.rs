@@ -1,0 +1,24 @@
+//! The service as it is installed, under a real systemd and a real bus (see `in-systemd.sh`).
+
+use vdisk_qemu_tests::{as_root, program};
+
+/// Runs a script of `tests/systemd` in a container; what it printed.
+fn run(script: &str) -> String {
+    let here = env!("CARGO_MANIFEST_DIR");
+    let programs = program("vdiskd");
+    let programs = programs.parent().expect("a program is in a folder");
+    let out = as_root(&[
+        &format!("{here}/in-systemd.sh"),
+        programs.to_str().expect("build folders are ASCII"),
+        &format!("{here}/tests/systemd/{script}"),
+    ]);
+    print!("{out}");
+    out
+}
+
+/// The bus starts it, nobody notices its restarts, an idle one ends, a stuck one is replaced, and it may do little.
+#[test]
+fn the_service_is_not_noticed() {
+    let out = run("restart.sh");
+    assert!(out.ends_with("all is well"), "{out}");
+}
