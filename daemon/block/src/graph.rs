@@ -186,6 +186,9 @@ fn below_of(user: &Parent, wants: Use) -> Use {
     }
 }
 
+/// What children are to their nodes.
+pub const ROLES: [&str; 4] = ["file", "data-file", "backing", "target"];
+
 /// What is done to the node that a filter copies to.
 const TARGET: Use = Use {
     taken: Permissions::CONSISTENT_READ.and(Permissions::WRITE),
@@ -407,7 +410,7 @@ impl Graph {
             let entry = self.nodes.get(name)?;
             let mut options = entry.options.clone();
             let backing = options.remove("backing");
-            for role in ["file", "data-file", "target"] {
+            for role in ROLES {
                 options.remove(role);
             }
             // Nothing at all, on purpose.

@@ -32,7 +32,7 @@ pub use bitmap::Bitmap;
 pub use crypt::{Encrypted, luks_failed, read_header};
 pub use drivers::qcow2::NodeStorage;
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
-pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, StoredBitmap, StoredNode};
+pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, ROLES, StoredBitmap, StoredNode};
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};

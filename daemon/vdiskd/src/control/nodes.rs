@@ -10,11 +10,24 @@ use super::{Control, Event, bitmaps};
 impl Control {
     pub(super) async fn add_node(&mut self, options: NodeOptions) -> Result<Reply> {
         let plan = self.world().graph.plan(options)?;
+        let opened = self.open_ready(plan).await?;
+        Ok(Reply::Nodes(self.insert(opened)?))
+    }
+
+    /// Opens what was planned, and makes it ready for requests: all of it or nothing.
+    pub(super) async fn open_ready(&self, plan: Plan) -> Result<Opened> {
         let opened = self.open(plan).await?;
-        if let Err(error) = self.activate(&opened).await {
-            opened.close().await;
-            return Err(error);
+        match self.activate(&opened).await {
+            Ok(()) => Ok(opened),
+            Err(error) => {
+                opened.close().await;
+                Err(error)
+            }
         }
+    }
+
+    /// Makes what was opened part of the graph; the names, the one that was asked for first.
+    pub(super) fn insert(&mut self, opened: Opened) -> Result<Vec<String>> {
         let names = self.world().graph.insert(opened);
         let mut changed = Vec::new();
         for name in names.iter().rev() {
@@ -33,7 +46,7 @@ impl Control {
         changed.retain(|child| !names.contains(child));
         self.events
             .extend(changed.into_iter().map(Event::NodeChanged));
-        Ok(Reply::Nodes(names))
+        Ok(names)
     }
 
     /// Opens what was planned: all of it or nothing.

@@ -3,7 +3,7 @@
 //!
 //! An object that cannot be restored is a problem of its own (see [`World::problems`](super::World)); the rest comes up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 use vdisk_api::{
     DriverOptions, Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map,
     NodeOptions, Result, Secret, ThrottleLimits,
 };
-use vdisk_block::StoredNode;
+use vdisk_block::{Opened, Plan, ROLES, StoredNode};
 use vdisk_exports::{Keeper, Left};
 
 use super::Control;
@@ -314,36 +315,7 @@ impl Control {
             }
         }
         let nodes = state.nodes.len();
-        // Nodes in whose place others are.
-        let mut instead: BTreeMap<String, String> = BTreeMap::new();
-        for mut node in state.nodes {
-            let what = format!("node '{}'", node.name);
-            for option in node.options.values_mut() {
-                if let Some(other) = option.as_str().and_then(|name| instead.get(name)) {
-                    *option = other.clone().into();
-                }
-            }
-            let driver = node.options.get("driver").and_then(|d| d.as_str());
-            let gone = match driver {
-                Some("copy-before-write") => {
-                    let file = node.options.get("file").and_then(|f| f.as_str());
-                    instead.insert(node.name.clone(), file.unwrap_or_default().to_owned());
-                    true
-                }
-                Some("snapshot-access") => true,
-                _ => false,
-            };
-            if gone {
-                self.problem(Error::failed(format!(
-                    "{what}: what it kept of one moment ended with the daemon that kept it: start that again"
-                )));
-                continue;
-            }
-            if let Err(e) = self.restore_node(node.clone()).await {
-                self.lost.nodes.push(node);
-                self.problem(e.context(what));
-            }
-        }
+        let instead = self.restore_nodes(state.nodes).await;
         let exports = state.exports.len();
         for export in state.exports {
             let mut mine = Left::default();
@@ -409,12 +381,73 @@ impl Control {
         self.add_iothread(options).map(|_| ())
     }
 
-    async fn restore_node(&mut self, stored: StoredNode) -> Result<()> {
-        let mut options = NodeOptions::restored(&stored.name, stored.options)?;
+    /// Restores nodes, children first, as many at once as do not need each other. Returns for nodes that cannot be what they
+    /// were which others have their places.
+    async fn restore_nodes(&mut self, nodes: Vec<StoredNode>) -> BTreeMap<String, String> {
+        let mut instead: BTreeMap<String, String> = BTreeMap::new();
+        let mut left = Vec::new();
+        for mut node in nodes {
+            for option in node.options.values_mut() {
+                if let Some(other) = option.as_str().and_then(|name| instead.get(name)) {
+                    *option = other.clone().into();
+                }
+            }
+            let driver = node.options.get("driver").and_then(|d| d.as_str());
+            match driver {
+                Some("copy-before-write") => {
+                    let file = node.options.get("file").and_then(|f| f.as_str());
+                    instead.insert(node.name.clone(), file.unwrap_or_default().to_owned());
+                }
+                Some("snapshot-access") => {}
+                _ => {
+                    left.push(node);
+                    continue;
+                }
+            }
+            self.problem(Error::failed(format!(
+                "node '{}': what it kept of one moment ended with the daemon that kept it: start that again",
+                node.name
+            )));
+        }
+        while !left.is_empty() {
+            let names: BTreeSet<String> = left.iter().map(|n| n.name.clone()).collect();
+            let waits = |node: &StoredNode| {
+                let mut children = ROLES.iter().filter_map(|role| node.options.get(*role));
+                children.any(|child| child.as_str().is_some_and(|c| names.contains(c)))
+            };
+            let (later, mut now): (Vec<_>, Vec<_>) = left.into_iter().partition(waits);
+            left = later;
+            if now.is_empty() {
+                // They stand on each other: no daemon has written that.
+                now = std::mem::take(&mut left);
+            }
+            let plans: Vec<Result<Plan>> = now.iter().map(|node| self.plan_stored(node)).collect();
+            let opened = plans.into_iter().map(async |plan| match plan {
+                Ok(plan) => self.open_ready(plan).await,
+                Err(e) => Err(e),
+            });
+            let opened = join_all(opened).await;
+            for (node, opened) in now.into_iter().zip(opened) {
+                let restored = opened.and_then(|opened| self.restore_node(&node, opened));
+                if let Err(e) = restored {
+                    self.problem(e.context(format_args!("node '{}'", node.name)));
+                    self.lost.nodes.push(node);
+                }
+            }
+        }
+        instead
+    }
+
+    fn plan_stored(&self, stored: &StoredNode) -> Result<Plan> {
+        let mut options = NodeOptions::restored(&stored.name, stored.options.clone())?;
         if let DriverOptions::File(file) = &mut options.driver {
             file.whole_blocks = stored.whole_blocks;
         }
-        self.add_node(options).await?;
+        self.world().graph.plan(options)
+    }
+
+    fn restore_node(&mut self, stored: &StoredNode, opened: Opened) -> Result<()> {
+        self.insert(opened)?;
         let mut world = self.world();
         let node = world.graph.node(&stored.name)?;
         if let Some(backing) = world.graph.backing(&stored.name)? {
@@ -422,7 +455,7 @@ impl Control {
             node.succeed(&backing);
         }
         world.graph.set_implicit(&stored.name, stored.implicit);
-        for bitmap in stored.bitmaps {
+        for bitmap in &stored.bitmaps {
             tracing::warn!(
                 node = stored.name,
                 bitmap = bitmap.name,
