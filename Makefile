@@ -87,6 +87,7 @@ install:
 	install -D -m 755 $(PROGRAMS)/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd
 	install -D -m 755 $(PROGRAMS)/vdiskctl $(DESTDIR)$(BINDIR)/vdiskctl
 	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
+	install -D -m 644 docs/vdiskd.toml.5 $(DESTDIR)$(MANDIR)/man5/vdiskd.toml.5
 	$(PROGRAMS)/vdiskctl man >$(DESTDIR)$(MANDIR)/man1/vdiskctl.1
 	$(PROGRAMS)/vdiskd --man >$(DESTDIR)$(MANDIR)/man8/vdiskd.8
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions

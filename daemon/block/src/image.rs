@@ -16,7 +16,12 @@ pub struct Standalone {
 
 impl Standalone {
     /// Opens a file or block device, and locks it as a node would; may block.
-    pub fn open(filename: &str, write: bool, force_share: bool) -> Result<Standalone> {
+    pub fn open(
+        filename: &str,
+        write: bool,
+        force_share: bool,
+        runtime: &Runtime,
+    ) -> Result<Standalone> {
         let file = FileOptions {
             filename: filename.to_owned(),
             locking: Locking::Auto,
@@ -40,18 +45,17 @@ impl Standalone {
             given: Default::default(),
         };
         Ok(Standalone {
-            node: Node::open(
-                &format!("image '{filename}'"),
-                &options,
-                &[],
-                &Runtime::default(),
-            )?,
+            node: Node::open(&format!("image '{filename}'"), &options, &[], runtime)?,
         })
     }
 
     /// Opens the file of an image; may block.
-    pub fn open_image(file: &ImageFile, write: bool) -> Result<(Standalone, Image)> {
-        let opened = Standalone::open(&file.filename, write, file.force_share)?;
+    pub fn open_image(
+        file: &ImageFile,
+        write: bool,
+        runtime: &Runtime,
+    ) -> Result<(Standalone, Image)> {
+        let opened = Standalone::open(&file.filename, write, file.force_share, runtime)?;
         let what = format!("image '{}'", file.filename);
         let image = open_image(&what, &opened.node, None, None, None, Options::default())?;
         Ok((opened, image))

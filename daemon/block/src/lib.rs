@@ -16,6 +16,7 @@
 mod backend;
 mod bitmap;
 mod crypt;
+mod directories;
 mod drivers;
 mod graph;
 mod image;
@@ -30,6 +31,7 @@ mod throttle;
 pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};
 pub use bitmap::Bitmap;
 pub use crypt::{Encrypted, luks_failed, read_header};
+pub use directories::Directories;
 pub use drivers::qcow2::NodeStorage;
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
 pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, ROLES, StoredBitmap, StoredNode};

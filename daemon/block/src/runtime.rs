@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::directories::Directories;
 use vdisk_api::{Error, Result, Secret};
 
 use crate::throttle::ThrottleGroups;
@@ -15,6 +16,8 @@ pub struct Runtime {
     pub dir: Option<PathBuf>,
     pub secrets: Secrets,
     pub throttle_groups: ThrottleGroups,
+    /// Where images may be.
+    pub directories: Directories,
 }
 
 /// The secrets that nodes may name. Clones are the same.

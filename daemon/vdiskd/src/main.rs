@@ -1,5 +1,6 @@
 //! vdiskd: a storage daemon for virtual machines.
 
+mod config;
 mod control;
 mod dbus;
 mod fd_store;
@@ -19,7 +20,8 @@ use vdisk_block::Runtime;
 use vdisk_exports::Keeper;
 use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
-use control::Defaults;
+use config::Config;
+use control::{Defaults, Sockets};
 use dbus::Bus;
 use fd_store::FdStore;
 use sd_notify::NotifyState;
@@ -43,28 +45,35 @@ struct Args {
     #[arg(long, value_name = "ADDRESS")]
     bus_address: Option<String>,
 
+    /// Read this file instead of /etc/vdiskd/vdiskd.toml (and those in FILE.d), see vdiskd.toml(5). What is given here counts more
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Say what is wrong with the configuration, and end
+    #[arg(long)]
+    check_config: bool,
+
     /// What I/O threads run on: uring, aio (Linux AIO for O_DIRECT, threads for the rest), threads, or
-    /// auto for the best that the kernel allows
-    #[arg(long, value_name = "ENGINE", default_value = "auto")]
-    io_engine: EngineChoice,
+    /// auto for the best that the kernel allows (the default)
+    #[arg(long, value_name = "ENGINE")]
+    io_engine: Option<EngineChoice>,
 
-    /// I/O threads to start with, named io0, io1, …
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
-    io_threads: u8,
+    /// I/O threads to start with, named io0, io1, … (default: 1)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    io_threads: Option<u8>,
 
-    /// Ceiling of busy polling of a queue in nanoseconds; 0 switches polling off
-    #[arg(long, value_name = "NS", default_value_t = DEFAULT_POLL_MAX.as_nanos() as u64,
-          value_parser = clap::value_parser!(u64).range(0..=1_000_000_000))]
-    poll_max_ns: u64,
+    /// Ceiling of busy polling of a queue in nanoseconds; 0 switches polling off (default: 32000)
+    #[arg(long, value_name = "NS", value_parser = clap::value_parser!(u64).range(0..=1_000_000_000))]
+    poll_max_ns: Option<u64>,
 
     /// Folder for what must outlive the daemon, but not the machine: logs of writes that were answered and not flushed
     /// (default: $RUNTIME_DIRECTORY, or vdiskd in $XDG_RUNTIME_DIR or /run)
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 
-    /// End after so many seconds with nothing to serve and without a call; 0 for never. (The bus starts it again.)
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
-    idle_exit: u32,
+    /// End after so many seconds with nothing to serve and without a call; 0 for never. The bus starts it again. (Default: 60 under a service manager, 0 otherwise)
+    #[arg(long, value_name = "SECONDS")]
+    idle_exit: Option<u32>,
 
     /// Begin with nothing: forget what an earlier daemon has left
     #[arg(long)]
@@ -80,6 +89,18 @@ fn main() -> ExitCode {
     if args.man {
         return print_man_page();
     }
+    let config = match Config::load(args.config.as_deref()) {
+        Ok(config) => config,
+        Err(error) => {
+            logging::start();
+            tracing::error!(error, "the configuration cannot be used");
+            return ExitCode::FAILURE;
+        }
+    };
+    if args.check_config {
+        println!("the configuration is well");
+        return ExitCode::SUCCESS;
+    }
     logging::start();
     let runtime = match tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -93,7 +114,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(args)) {
+    match runtime.block_on(run(args, config)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error, "cannot start");
@@ -135,6 +156,9 @@ fn runtime_dir(given: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
     }
 }
 
+/// Seconds with nothing to do after which a service ends.
+const IDLE_EXIT: u32 = 60;
+
 /// How long a daemon that has been told to end may take to leave the runtime folder.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -163,9 +187,39 @@ async fn lock(dir: &Path) -> Result<File, String> {
     }
 }
 
-async fn run(args: Args) -> Result<(), String> {
-    let bus = match args.bus_address {
-        Some(address) => Bus::Address(address),
+/// What new objects get: from the command line, or else from the configuration.
+fn defaults(
+    args: &Args,
+    config: &Config,
+    runtime_dir: Option<PathBuf>,
+) -> Result<Defaults, String> {
+    let engine = match (args.io_engine, &config.io.engine) {
+        (Some(engine), _) => engine,
+        (None, Some(name)) => name.parse()?,
+        (None, None) => EngineChoice::Auto,
+    };
+    let poll_max = args.poll_max_ns.or(config.io.poll_max_ns);
+    Ok(Defaults {
+        engine,
+        poll_max: poll_max.map_or(DEFAULT_POLL_MAX, Duration::from_nanos),
+        io_threads: args.io_threads.or(config.io.threads).unwrap_or(1).into(),
+        runtime: Runtime {
+            dir: runtime_dir,
+            ..Runtime::default()
+        },
+        sockets: Sockets {
+            directory: config.sockets.directory.clone(),
+            mode: config.sockets.mode.as_deref().and_then(config::octal),
+            group: config.sockets.group.clone(),
+        },
+        max_exports: config.limits.exports.unwrap_or(usize::MAX),
+        max_queues: config.limits.queues.unwrap_or(u16::MAX),
+    })
+}
+
+async fn run(args: Args, config: Config) -> Result<(), String> {
+    let bus = match &args.bus_address {
+        Some(address) => Bus::Address(address.clone()),
         None if args.session => Bus::Session,
         None => Bus::System,
     };
@@ -173,7 +227,7 @@ async fn run(args: Args) -> Result<(), String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
-    let runtime_dir = runtime_dir(args.runtime_dir)?;
+    let runtime_dir = runtime_dir(args.runtime_dir.clone())?;
     let _lock = match &runtime_dir {
         Some(dir) => Some(lock(dir).await?),
         None => None,
@@ -182,18 +236,17 @@ async fn run(args: Args) -> Result<(), String> {
     let store = FdStore::find(&left).map_err(|e| format!("passed file descriptors: {e}"))?;
     let store = store.map(Arc::new);
     let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
-    let defaults = Defaults {
-        engine: args.io_engine,
-        poll_max: Duration::from_nanos(args.poll_max_ns),
-        io_threads: args.io_threads.into(),
-        runtime: Runtime {
-            dir: runtime_dir,
-            ..Runtime::default()
-        },
-    };
+    let defaults = defaults(&args, &config, runtime_dir)?;
+    let directories = defaults.runtime.directories.clone();
     let control = control::start(defaults, keeper, left, args.fresh)
         .await
         .map_err(|e| e.message)?;
+    // What was open stays open, and limits are for what is new.
+    if let Some(all) = &config.images.directories {
+        directories
+            .restrict(all)
+            .map_err(|e| format!("images.directories: {e}"))?;
+    }
     let engine = control.world().engine;
     let front = dbus::start(bus.clone(), control.clone())
         .await
@@ -206,7 +259,8 @@ async fn run(args: Args) -> Result<(), String> {
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
     tokio::spawn(service::watchdog(control.clone()));
     let idle = async {
-        match args.idle_exit {
+        let usual = if store.is_some() { IDLE_EXIT } else { 0 };
+        match args.idle_exit.or(config.service.idle_exit).unwrap_or(usual) {
             0 => std::future::pending().await,
             seconds => {
                 let limit = Duration::from_secs(seconds.into());

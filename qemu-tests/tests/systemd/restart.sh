@@ -60,6 +60,7 @@ for i in 1 2 3 4 5 6 7 8; do
     vdiskctl node remove "disk$i"
     vdiskctl image check "/srv/images/$i.qcow2" >/dev/null
 done
+for _ in $(seq 100); do [ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0 ] && break; sleep 0.02; done
 [ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0 ]
 
 # What was stopped begins with nothing.
@@ -124,6 +125,35 @@ refused 'cannot be made' vdiskctl image create /etc/x.qcow2 1M
 # Somebody else may look, and not touch.
 setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl export list >/dev/null
 refused 'not allowed' setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl iothread add mine
+
+# What is configured counts from a reload on.
+mkdir -p /etc/vdiskd /srv/elsewhere
+chown vdiskd /srv/elsewhere
+echo '[images' >/etc/vdiskd/vdiskd.toml
+refused 'vdiskd.toml' /usr/libexec/vdiskd --check-config
+cat >/etc/vdiskd/vdiskd.toml <<TOML
+[images]
+directories = ["/srv/images"]
+[sockets]
+directory = "/run/vdiskd"
+mode = "0600"
+[limits]
+exports = 2
+queues = 4
+TOML
+/usr/libexec/vdiskd --check-config
+systemctl reload vdiskd
+vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
+refused 'images may be in /srv/images only' vdiskctl image create /srv/elsewhere/x.qcow2 1M
+ln -s /srv/images/../elsewhere /srv/images/way-out
+refused 'images may be in /srv/images only' vdiskctl image create /srv/images/way-out/x.qcow2 1M
+vdiskctl image create /srv/images/x.qcow2 1M
+vdiskctl node add x driver=qcow2 file.driver=file file.filename=/srv/images/x.qcow2
+refused 'limits.queues' vdiskctl export add x --node x --socket /run/vdiskd/x.sock --queues 5
+busctl call org.vdisk1 /org/vdisk1 org.vdisk1.Manager AddExport 'a{sv}' 5 id s x type s vhost-user-blk node-name s x \
+    num-queues u 4 addr 'a{sv}' 1 path s x.sock
+[ "$(stat -c %a /run/vdiskd/x.sock)" = 600 ]
+refused 'limits.exports' vdiskctl export add y --node x --socket /run/vdiskd/y.sock --queues 1
 
 systemd-analyze security --no-pager vdiskd | tail -1
 systemd-analyze security --no-pager --threshold=20 vdiskd >/dev/null

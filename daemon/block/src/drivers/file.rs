@@ -15,8 +15,10 @@ use vdisk_io::{Fallocate, IoFile, IoVecs, OpKind, block_device_size};
 use super::{
     Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, locks, reactor,
 };
+use crate::directories::Directories;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::permission::{Permissions, Use};
+use crate::runtime::Runtime;
 use crate::status::BlockStatus;
 
 struct File {
@@ -27,6 +29,7 @@ struct File {
     /// None if it is not locked.
     locking: Option<Locking>,
     filename: String,
+    directories: Directories,
     is_device: bool,
     no_flush: bool,
     limits: Limits,
@@ -55,6 +58,7 @@ pub(super) fn open(
     node: &NodeOptions,
     options: &FileOptions,
     is_device: bool,
+    runtime: &Runtime,
 ) -> Result<OpenedDriver> {
     let path = options.filename.as_str();
     let what = format!("node '{name}': '{path}'");
@@ -101,6 +105,8 @@ pub(super) fn open(
         _ => cannot(&e),
     })?;
 
+    runtime.directories.check(&what, &fd)?;
+
     if !node.force_share {
         locks::lock(&fd, &what, &image_use(read_only), options.locking)?;
     }
@@ -146,6 +152,7 @@ pub(super) fn open(
             writable: OnceLock::new(),
             locking: (!node.force_share).then_some(options.locking),
             filename: path.to_owned(),
+            directories: runtime.directories.clone(),
             is_device,
             no_flush: node.cache.no_flush,
             limits,
@@ -339,10 +346,9 @@ impl Driver for File {
             None => {
                 let fd = open_fd(&self.filename, true, self.file.is_direct());
                 let cannot = format_args!("{what} cannot be opened for writing");
-                IoFile::new(
-                    fd.map_err(|e| Error::io(cannot, &e))?,
-                    self.file.is_direct(),
-                )
+                let fd = fd.map_err(|e| Error::io(cannot, &e))?;
+                self.directories.check(&what, &fd)?;
+                IoFile::new(fd, self.file.is_direct())
             }
         };
         // A reader does not share what a writer needs, not even its own.

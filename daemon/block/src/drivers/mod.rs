@@ -328,8 +328,8 @@ pub(crate) fn open(
     runtime: &Runtime,
 ) -> Result<OpenedDriver> {
     match &options.driver {
-        DriverOptions::File(o) => file::open(name, options, o, false),
-        DriverOptions::HostDevice(o) => file::open(name, options, o, true),
+        DriverOptions::File(o) => file::open(name, options, o, false, runtime),
+        DriverOptions::HostDevice(o) => file::open(name, options, o, true, runtime),
         DriverOptions::Raw(o) => raw::open(name, options, o, children),
         DriverOptions::Qcow2(o) => qcow2::open(name, options, o, children, runtime),
         DriverOptions::Luks(o) => luks::open(name, options, o, children, runtime),

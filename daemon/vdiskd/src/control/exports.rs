@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
-use vdisk_api::{Error, ExportKind, ExportOptions, QueuePlacement, Reply, Result};
+use vdisk_api::{
+    Error, ExportKind, ExportOptions, QueuePlacement, Reply, Result, SocketAddress,
+    VhostUserBlkOptions,
+};
 use vdisk_block::{Backend, Parent, Permissions, Use};
 use vdisk_exports::Left;
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_exports::virtio_blk::DeviceOptions;
 use vdisk_io::IoThread;
 
-use super::{Control, Event, Export, World};
+use super::{Control, Event, Export, Sockets, World};
 
 /// What a guest does with a node.
 fn guest_use(writable: bool, share_rw: bool) -> Use {
@@ -33,7 +36,27 @@ fn guest_use(writable: bool, share_rw: bool) -> Use {
 
 impl Control {
     pub(super) fn add_export(&mut self, options: ExportOptions) -> Result<Reply> {
+        self.check_limits(&options)?;
         self.add_export_with(options, Left::default())
+    }
+
+    /// Refuses a new export that vdiskd.toml does not allow.
+    fn check_limits(&self, options: &ExportOptions) -> Result<()> {
+        let world = self.world();
+        let (id, there) = (&options.id, world.exports.len());
+        if there >= world.defaults.max_exports {
+            return Err(Error::failed(format!(
+                "export '{id}': there are {there} already, the limit of vdiskd.toml (limits.exports): remove one, or raise it"
+            )));
+        }
+        let ExportKind::VhostUserBlk(kind) = &options.kind;
+        let (queues, most) = (kind.num_queues, world.defaults.max_queues);
+        if queues > most {
+            return Err(Error::invalid(format!(
+                "export '{id}': option 'num-queues' is {queues}, and vdiskd.toml (limits.queues) allows {most}"
+            )));
+        }
+        Ok(())
     }
 
     /// Adds an export, with what an earlier daemon has left of it.
@@ -50,6 +73,7 @@ impl Control {
             .node(&options.node_name)
             .map_err(|e| e.context(format_args!("export '{id}'")))?;
         let ExportKind::VhostUserBlk(kind) = &options.kind;
+        let kind = &with_defaults(kind, &world.defaults.sockets);
         let threads = place_queues(&world, &id, &options.placement, kind.num_queues)?;
         let backend = Backend::new(id.clone(), node);
         let parent = Parent::Export(id.clone());
@@ -131,6 +155,18 @@ impl Control {
         let exports = others.exports.into_iter().map(Event::ExportChanged);
         self.events.extend(exports);
     }
+}
+
+/// The options with what vdiskd.toml says of sockets.
+fn with_defaults(options: &VhostUserBlkOptions, sockets: &Sockets) -> VhostUserBlkOptions {
+    let mut options = options.clone();
+    options.socket_mode = options.socket_mode.or(sockets.mode);
+    options.socket_group = options.socket_group.or_else(|| sockets.group.clone());
+    if let (SocketAddress::Unix(path), Some(directory)) = (&mut options.addr, &sockets.directory) {
+        // An absolute path stays what it is.
+        *path = directory.join(&*path);
+    }
+    options
 }
 
 struct Others {

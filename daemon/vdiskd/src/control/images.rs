@@ -13,7 +13,7 @@ use vdisk_api::{
 };
 use vdisk_block::jobs::JobState;
 use vdisk_block::{
-    DrainGuard, Encrypted, Node, NodeStorage, Secrets, Standalone, WriteFlags, image_failed,
+    DrainGuard, Encrypted, Node, NodeStorage, Runtime, Standalone, WriteFlags, image_failed,
     luks_failed, read_header,
 };
 use vdisk_io::{IoThread, IoVecs};
@@ -105,8 +105,9 @@ struct NewFile {
 
 impl NewFile {
     /// Opens or makes it. What is there already is left alone unless `overwrite` is set.
-    fn open(path: String, overwrite: bool) -> Result<NewFile> {
+    fn open(path: String, overwrite: bool, runtime: &Runtime) -> Result<NewFile> {
         let what = format!("image '{path}'");
+        runtime.directories.check_new(&what, Path::new(&path))?;
         let mut open = std::fs::OpenOptions::new();
         let is_new = match open.write(true).create_new(true).open(&path) {
             Ok(_) => true,
@@ -120,7 +121,7 @@ impl NewFile {
             }
             Err(e) => return Err(Error::io(format_args!("{what} cannot be made"), &e)),
         };
-        match Standalone::open(&path, true, false) {
+        match Standalone::open(&path, true, false, runtime) {
             Ok(file) => Ok(NewFile { file, path, is_new }),
             Err(e) => {
                 if is_new {
@@ -218,7 +219,7 @@ struct NewImage {
 
 impl NewImage {
     /// May block, for seconds if it is encrypted.
-    fn open(options: &CreateImage, secrets: &Secrets) -> Result<NewImage> {
+    fn open(options: &CreateImage, runtime: &Runtime) -> Result<NewImage> {
         let what = format!("image '{}'", options.filename);
         let (encrypt, data_file) = match &options.format {
             NewFormat::Raw => (None, None),
@@ -234,19 +235,22 @@ impl NewImage {
         let luks = match encrypt {
             None => None,
             Some(e) => {
-                let secret = secrets.get(&e.key_secret).map_err(|e| e.context(&what))?;
+                let secret = runtime
+                    .secrets
+                    .get(&e.key_secret)
+                    .map_err(|e| e.context(&what))?;
                 let made = Header::format(&luks_options(e), secret.bytes());
                 Some(made.map_err(|e| luks_failed(&what, &e))?)
             }
         };
-        let file = NewFile::open(options.filename.clone(), options.overwrite)?;
+        let file = NewFile::open(options.filename.clone(), options.overwrite, runtime)?;
         // Beside the image, as whoever opens it will look for it.
         let data = data_file.map(|name| {
             let dir = Path::new(&options.filename)
                 .parent()
                 .unwrap_or(Path::new("/"));
             let path = dir.join(name).to_string_lossy().into_owned();
-            NewFile::open(path, options.overwrite)
+            NewFile::open(path, options.overwrite, runtime)
         });
         match data.transpose() {
             Ok(data) => Ok(NewImage { file, data, luks }),
@@ -262,23 +266,23 @@ impl NewImage {
 
 /// Makes an image. A file that is there already is left alone unless the options say otherwise.
 pub async fn create(control: &Handle, options: CreateImage) -> Result<()> {
-    let (thread, secrets) = {
+    let (thread, runtime) = {
         let world = control.world();
-        (world.any_thread()?, world.defaults.runtime.secrets.clone())
+        (world.any_thread()?, world.defaults.runtime.clone())
     };
-    create_on(thread, secrets, options, |_| Ok(())).await
+    create_on(thread, runtime, options, |_| Ok(())).await
 }
 
 /// The same, on an I/O thread.
 pub(super) async fn create_on(
     thread: IoThread,
-    secrets: Secrets,
+    runtime: Runtime,
     options: CreateImage,
     progress: impl Fn(u64) -> io::Result<()> + Send + 'static,
 ) -> Result<()> {
     let what = format!("image '{}'", options.filename);
     let wanted = options.clone();
-    let new = blocking(move || NewImage::open(&wanted, &secrets)).await?;
+    let new = blocking(move || NewImage::open(&wanted, &runtime)).await?;
     let node = new.file.file.node().clone();
     let data = new.data.as_ref().map(|d| d.file.node().clone());
     let luks = new.luks;
@@ -394,11 +398,20 @@ where
     Fut: Future<Output = io::Result<T>> + 'static,
     T: Send + 'static,
 {
-    let thread = control.world().any_thread()?;
-    look_on(thread, file, write, f).await
+    let (thread, runtime) = {
+        let world = control.world();
+        (world.any_thread()?, world.defaults.runtime.clone())
+    };
+    look_on(thread, runtime, file, write, f).await
 }
 
-async fn look_on<F, Fut, T>(thread: IoThread, file: &ImageFile, write: bool, f: F) -> Result<T>
+async fn look_on<F, Fut, T>(
+    thread: IoThread,
+    runtime: Runtime,
+    file: &ImageFile,
+    write: bool,
+    f: F,
+) -> Result<T>
 where
     F: FnOnce(Image) -> Fut + Send + 'static,
     Fut: Future<Output = io::Result<T>> + 'static,
@@ -406,7 +419,8 @@ where
 {
     let what = format!("image '{}'", file.filename);
     let wanted = file.clone();
-    let (opened, image) = blocking(move || Standalone::open_image(&wanted, write)).await?;
+    let (opened, image) =
+        blocking(move || Standalone::open_image(&wanted, write, &runtime)).await?;
     let result = on_thread(&thread, &what, move || f(image)).await;
     opened.close().await;
     result
@@ -430,11 +444,14 @@ fn allocated(filename: &str) -> u64 {
 }
 
 pub async fn info(control: &Handle, file: ImageFile) -> Result<Map> {
+    let runtime = control.world().defaults.runtime.clone();
     let mut found = match file.format {
         ImageFormat::Raw => {
             let path = file.clone();
-            let opened =
-                blocking(move || Standalone::open(&path.filename, false, path.force_share)).await?;
+            let opened = blocking(move || {
+                Standalone::open(&path.filename, false, path.force_share, &runtime)
+            })
+            .await?;
             let size = opened.node().size();
             opened.close().await;
             map(json!({"format": "raw", "virtual-size": size, "file-size": size}))
@@ -443,7 +460,7 @@ pub async fn info(control: &Handle, file: ImageFile) -> Result<Map> {
             let path = file.clone();
             let (header, size) = blocking(move || {
                 let what = format!("image '{}'", path.filename);
-                let opened = Standalone::open(&path.filename, false, path.force_share)?;
+                let opened = Standalone::open(&path.filename, false, path.force_share, &runtime)?;
                 let header = read_header(&what, opened.node(), 0)?;
                 Ok((header, opened.node().size()))
             })
@@ -498,12 +515,13 @@ pub async fn check(control: &Handle, file: ImageFile, what: RepairWhat) -> Resul
 /// The same, as the work of a job on an I/O thread.
 pub(super) async fn check_on(
     thread: IoThread,
+    runtime: Runtime,
     file: ImageFile,
     what: RepairWhat,
     state: Arc<JobState>,
 ) -> Result<Map> {
     let write = what != RepairWhat::Nothing;
-    let found = look_on(thread, &file, write, move |image| async move {
+    let found = look_on(thread, runtime, &file, write, move |image| async move {
         state.expect(image.size());
         let progress = progress_of(&state);
         let watched = image.check_watched(repair_of(what), CHECK_MEMORY, &progress);

@@ -27,7 +27,7 @@ use vdisk_exports::vhost_user::ExportEvent;
 
 use jobs::JobEvent;
 use state::{Lost, SharedKeeper, StateFile};
-pub use world::{Defaults, Export, World};
+pub use world::{Defaults, Export, Sockets, World};
 
 /// An object came, went, or has changed properties.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! What there is.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -20,6 +21,19 @@ pub struct Defaults {
     /// I/O threads to start with.
     pub io_threads: usize,
     pub runtime: Runtime,
+    pub sockets: Sockets,
+    /// Exports at a time, and queues of one.
+    pub max_exports: usize,
+    pub max_queues: u16,
+}
+
+/// What sockets are like of which the options do not say that.
+#[derive(Clone, Debug, Default)]
+pub struct Sockets {
+    /// Where those are whose path is not absolute.
+    pub directory: Option<PathBuf>,
+    pub mode: Option<u32>,
+    pub group: Option<String>,
 }
 
 /// An export, with what the control plane knows of it.

@@ -63,16 +63,16 @@ impl Control {
             options,
         });
         let thread = self.world().jobs_thread()?;
+        let runtime = self.world().defaults.runtime.clone();
         match job.options.kind.clone() {
             JobKind::Create(create) => {
-                let secrets = self.world().defaults.runtime.secrets.clone();
                 job.state.expect(create.size);
                 let progress = progress_of(&job.state);
-                let made = images::create_on(thread, secrets, *create, progress);
+                let made = images::create_on(thread, runtime, *create, progress);
                 self.run_image_job(&job, async { made.await.map(|()| Map::new()) });
             }
             JobKind::CheckFile { file, repair } => {
-                let found = images::check_on(thread, file, repair, job.state.clone());
+                let found = images::check_on(thread, runtime, file, repair, job.state.clone());
                 self.run_image_job(&job, found);
             }
             JobKind::Check { repair } => {

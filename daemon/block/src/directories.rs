@@ -1,0 +1,105 @@
+//! Where images may be.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use vdisk_api::{Error, ErrorKind, Result};
+
+/// The folders in which images, backing files and devices may be opened and made; everywhere if none is named. What counts is where
+/// a file is, not how it is called: links and `..` do not lead out. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Directories(Arc<ArcSwapOption<Vec<PathBuf>>>);
+
+impl Directories {
+    /// From now on only these and what is in them. Each must be there. What is open stays open.
+    pub fn restrict(&self, directories: &[PathBuf]) -> io::Result<()> {
+        let real = directories.iter().map(|d| {
+            d.canonicalize()
+                .map_err(|e| io::Error::new(e.kind(), format!("'{}': {e}", d.display())))
+        });
+        self.0
+            .store(Some(Arc::new(real.collect::<io::Result<_>>()?)));
+        Ok(())
+    }
+
+    fn refuse(&self, what: &str, place: &Path, all: &[PathBuf]) -> Error {
+        let all: Vec<String> = all.iter().map(|d| d.display().to_string()).collect();
+        Error::new(
+            ErrorKind::NotAuthorized,
+            format!(
+                "{what} is '{}', and images may be in {} only: move it there, or add its folder to 'directories' in vdiskd.toml",
+                place.display(),
+                all.join(", ")
+            ),
+        )
+    }
+
+    /// Refuses an open file that is elsewhere.
+    pub fn check(&self, what: &str, file: impl AsFd) -> Result<()> {
+        let Some(all) = self.0.load_full() else {
+            return Ok(());
+        };
+        let fd = file.as_fd().as_raw_fd();
+        let place = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+            .map_err(|e| Error::io(format_args!("{what}: where it is cannot be found out"), &e))?;
+        match all.iter().any(|d| place.starts_with(d)) {
+            true => Ok(()),
+            false => Err(self.refuse(what, &place, &all)),
+        }
+    }
+
+    /// Refuses a file that is to be made elsewhere.
+    pub fn check_new(&self, what: &str, path: &Path) -> Result<()> {
+        let Some(all) = self.0.load_full() else {
+            return Ok(());
+        };
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let place = folder
+            .canonicalize()
+            .map_err(|e| Error::io(format_args!("{what} cannot be made"), &e))?;
+        match all.iter().any(|d| place.starts_with(d)) {
+            true => Ok(()),
+            false => Err(self.refuse(what, &place, &all)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    #[test]
+    fn links_and_dots_do_not_lead_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inside, outside) = (dir.path().join("in"), dir.path().join("inside"));
+        std::fs::create_dir_all(inside.join("deep")).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        for file in [inside.join("deep/a"), outside.join("b")] {
+            std::fs::write(file, "").unwrap();
+        }
+        std::os::unix::fs::symlink(outside.join("b"), inside.join("link")).unwrap();
+        let only = Directories::default();
+        only.restrict(std::slice::from_ref(&inside)).unwrap();
+        let check = |path: &str| only.check("image", File::open(dir.path().join(path)).unwrap());
+        assert!(check("in/deep/a").is_ok());
+        for path in ["inside/b", "in/link", "in/../inside/b"] {
+            let e = check(path).unwrap_err();
+            assert_eq!(e.kind, ErrorKind::NotAuthorized);
+            assert!(e.message.contains("inside/b"), "{e}");
+        }
+        assert!(only.check_new("image", &inside.join("deep/new")).is_ok());
+        for path in ["inside/new", "in/../inside/new", "new"] {
+            assert!(only.check_new("image", &dir.path().join(path)).is_err());
+        }
+        assert!(
+            Directories::default()
+                .check_new("image", Path::new("/new"))
+                .is_ok()
+        );
+        assert!(only.restrict(&["/nowhere".into()]).is_err());
+    }
+}
