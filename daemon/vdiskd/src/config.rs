@@ -142,8 +142,8 @@ impl Config {
             ));
         }
         let directories = self.images.directories.iter().flatten();
-        let named = directories.chain(&self.sockets.directory);
-        for path in named.filter(|p| !p.is_absolute()) {
+        let mut named = directories.chain(&self.sockets.directory);
+        if let Some(path) = named.find(|p| !p.is_absolute()) {
             return Err(format!(
                 "'{}' is not an absolute path: give one that begins with '/'",
                 path.display()
