@@ -1,6 +1,6 @@
 //! The graph: which nodes there are, what they stand on, and who uses them for what.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -942,6 +942,14 @@ impl Graph {
             todo.extend(self.parent_nodes(&name).map(str::to_owned));
         }
         (backends, nodes)
+    }
+
+    /// Names of nodes that have something below them in common with a node, itself included.
+    pub fn related(&self, name: &str) -> BTreeSet<String> {
+        let below = self.nodes.get(name).map(|e| e.node.with_all_below());
+        let below = below.into_iter().flatten();
+        let above = below.flat_map(|n| self.above(n.name()).1);
+        above.map(|n| n.name().to_owned()).collect()
     }
 
     /// As [`Graph::above`], for everything that a resize of the node may change: the storage at the

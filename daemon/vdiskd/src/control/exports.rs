@@ -181,9 +181,14 @@ fn others_below(world: &World, id: &str) -> Others {
     });
     threads.sort();
     threads.dedup();
+    // Others have nothing to do with it.
+    let node = world.exports.get(id).map(|e| e.node());
+    let related = node.map(|n| world.graph.related(&n)).unwrap_or_default();
+    let exports = world.exports.iter();
+    let exports = exports.filter(|(k, e)| *k != id && related.contains(&e.node()));
     Others {
         threads,
-        exports: world.exports.keys().filter(|k| *k != id).cloned().collect(),
+        exports: exports.map(|(k, _)| k.clone()).collect(),
     }
 }
 
