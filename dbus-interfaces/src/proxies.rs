@@ -60,6 +60,17 @@ pub trait Manager {
 pub trait Node {
     fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
     fn resize(&self, size: u64, options: Options<'_>) -> zbus::Result<()>;
+    fn reopen(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn replace(&self, with: &str, options: Options<'_>) -> zbus::Result<Statistics>;
+    fn set_write_threshold(&self, threshold: u64, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(signal)]
+    fn write_threshold_exceeded(&self, threshold: u64, amount: u64) -> zbus::Result<()>;
+    #[zbus(property)]
+    fn write_threshold(&self) -> zbus::Result<u64>;
+    #[zbus(property)]
+    fn discard_mode(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn detect_zeroes(&self) -> zbus::Result<String>;
     fn flush(&self, options: Options<'_>) -> zbus::Result<()>;
     fn check(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;

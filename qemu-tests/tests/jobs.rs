@@ -760,3 +760,61 @@ fn a_cancel_in_the_last_moment_counts() {
     let job = wait_for_state(&daemon, "j", "concluded");
     assert!(job["Error"][1].to_string().contains("cancelled"), "{job}");
 }
+
+/// A copy that a bitmap is the difference to is brought up to date, under writes, and takes its source's place.
+#[test]
+fn a_mirror_goes_by_a_bitmap() {
+    let daemon = Daemon::start(&["--io-threads", "2"]);
+    let source = add(&daemon, "disk", "raw");
+    let sequence = Sequence::new(SIZE);
+    let copy = daemon.path("copy.img");
+    let existing = ["--format", "raw", "--existing", "--name", "copy"];
+    std::thread::scope(|s| {
+        let writer = Writer::start(s, &sequence, &daemon.socket("disk"));
+        sequence.wait_for_more(300);
+        daemon.ctl(&["bitmap", "add", "disk", "b"]);
+        daemon.ctl(&[
+            "mirror",
+            "disk",
+            text(&copy),
+            "--format",
+            "raw",
+            "--name",
+            "copy",
+        ]);
+        // The copy has what was there some time after the bitmap began.
+        sequence.wait_for_more(50);
+        let mut args = vec![
+            "mirror",
+            "disk",
+            text(&copy),
+            "--sync",
+            "incremental",
+            "bitmap=b",
+        ];
+        args.extend(existing);
+        // One that is cancelled on the way leaves the bitmap as it was, and more.
+        let detached = ["--detach", "--speed", "1k", "job-id=slow"];
+        daemon.ctl(&[&args[..], &detached].concat());
+        sequence.wait_for_more(50);
+        let (_, error) = daemon.ctl_error(&["bitmap", "remove", "disk", "b"]);
+        assert!(error.contains("slow"), "{error}");
+        daemon.ctl(&["job", "cancel", "slow", "--force"]);
+        wait_for("the job's end", || {
+            let jobs = daemon.ctl_json(&["job", "list"]);
+            jobs.as_array().unwrap().is_empty().then_some(())
+        });
+        daemon.ctl(&["node", "remove", "copy"]);
+        args.push("--pivot");
+        daemon.ctl(&args);
+        let export = daemon.ctl_json(&["export", "show", "disk"]);
+        assert!(export["Node"].to_string().contains("copy"), "{export}");
+        sequence.wait_for_more(200);
+        writer.end();
+    });
+    daemon.ctl(&["export", "remove", "disk"]);
+    daemon.ctl(&["node", "remove", "copy"]);
+    let last = sequence.last_write(&read_raw(&copy), "copy");
+    assert_eq!(last, sequence.written());
+    assert_ne!(read_raw(&source), read_raw(&copy));
+}

@@ -8,7 +8,7 @@ use crate::fields::Map;
 use crate::image::RepairWhat;
 use crate::iothread::{IoThreadOptions, IoThreadUpdate};
 use crate::job::{JobAction, JobOptions};
-use crate::node::NodeOptions;
+use crate::node::{NodeChange, NodeOptions};
 use crate::transaction::Transaction;
 
 #[derive(Debug)]
@@ -25,6 +25,21 @@ pub enum Command {
     },
     FlushNode {
         name: String,
+    },
+    /// Has it told once when a write reaches beyond an offset in bytes; 0 for never.
+    SetWriteThreshold {
+        node: String,
+        threshold: u64,
+    },
+    /// Has whatever uses a node use another from now on, which has the same data.
+    ReplaceNode {
+        node: String,
+        with: String,
+    },
+    /// Changes options of a node.
+    ReopenNode {
+        node: String,
+        change: NodeChange,
     },
     /// Checks the image of a node, which may be in use meanwhile.
     CheckNode {

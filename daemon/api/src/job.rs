@@ -69,6 +69,8 @@ pub enum CopyErrorPolicy {
 pub enum JobKind {
     Mirror {
         sync: JobSync,
+        /// With [`JobSync::Bitmap`].
+        bitmap: Option<JobBitmap>,
         copy_mode: CopyMode,
         /// Bytes of a piece that is copied whole.
         granularity: Option<u64>,
@@ -155,13 +157,7 @@ pub struct JobOptions {
     pub given: Map,
 }
 
-const SYNCS: [(&str, JobSync); 3] = [
-    ("full", JobSync::Full),
-    ("top", JobSync::Top),
-    ("none", JobSync::None),
-];
-
-const BACKUP_SYNCS: [(&str, JobSync); 5] = [
+const SYNCS: [(&str, JobSync); 5] = [
     ("full", JobSync::Full),
     ("top", JobSync::Top),
     ("none", JobSync::None),
@@ -262,13 +258,14 @@ impl JobOptions {
         }
         let kind = match kind {
             "mirror" => JobKind::Mirror {
+                bitmap: bitmap(&mut f)?,
                 sync: f.choice("sync", &SYNCS)?.unwrap_or_default(),
                 copy_mode: f.choice("copy-mode", &COPY_MODES)?.unwrap_or_default(),
                 granularity: granularity(&mut f)?,
             },
             "backup" => JobKind::Backup {
                 bitmap: bitmap(&mut f)?,
-                sync: f.choice("sync", &BACKUP_SYNCS)?.unwrap_or_default(),
+                sync: f.choice("sync", &SYNCS)?.unwrap_or_default(),
                 compress: f.boolean("compress")?.unwrap_or(false),
                 on_copy_error: f.choice("on-cbw-error", &COPY_ERRORS)?.unwrap_or_default(),
             },

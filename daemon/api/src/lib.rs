@@ -38,7 +38,7 @@ pub use job::{
 pub use node::{
     BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions, DRIVERS,
     DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions, InjectError, InjectWhen, Locking,
-    LuksOptions, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
+    LuksOptions, NodeChange, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
     SnapshotAccessOptions, ThrottleOptions,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};

@@ -225,6 +225,27 @@ impl DriverOptions {
     }
 }
 
+impl Discard {
+    /// As in the options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Discard::Ignore => "ignore",
+            Discard::Unmap => "unmap",
+        }
+    }
+}
+
+impl DetectZeroes {
+    /// As in the options.
+    pub fn name(self) -> &'static str {
+        match self {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        }
+    }
+}
+
 /// The options of a node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeOptions {
@@ -257,6 +278,50 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
         Err(Error::invalid(format!(
             "{what} '{name}' is not a valid name: use at most 127 letters, digits, '-', '.' and '_', with a letter first"
         )))
+    }
+}
+
+const DISCARDS: [(&str, Discard); 4] = [
+    ("ignore", Discard::Ignore),
+    ("off", Discard::Ignore),
+    ("unmap", Discard::Unmap),
+    ("on", Discard::Unmap),
+];
+
+const DETECT_ZEROES: [(&str, DetectZeroes); 3] = [
+    ("off", DetectZeroes::Off),
+    ("on", DetectZeroes::On),
+    ("unmap", DetectZeroes::Unmap),
+];
+
+/// Options that can be changed while a node is in use; what is not given stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeChange {
+    pub read_only: Option<bool>,
+    pub discard: Option<Discard>,
+    pub detect_zeroes: Option<DetectZeroes>,
+}
+
+impl NodeChange {
+    pub fn from_map(node: &str, map: Map) -> Result<NodeChange> {
+        let mut f = Fields::new(
+            format!("node '{node}': reopen (read-only, discard and detect-zeroes can be changed)"),
+            expand_dotted(map)?,
+        );
+        let change = NodeChange {
+            read_only: f.boolean("read-only")?,
+            discard: f.choice("discard", &DISCARDS)?,
+            detect_zeroes: f.choice("detect-zeroes", &DETECT_ZEROES)?,
+        };
+        let nothing = f.error(
+            "read-only",
+            "is missing, and there is nothing else to change",
+        );
+        f.finish()?;
+        match change == NodeChange::default() {
+            true => Err(nothing),
+            false => Ok(change),
+        }
     }
 }
 
@@ -293,15 +358,6 @@ impl NodeOptions {
     pub fn effective(&self) -> Map {
         let mut map = self.given.clone();
         map.remove("node-name");
-        let discard = match self.discard {
-            Discard::Ignore => "ignore",
-            Discard::Unmap => "unmap",
-        };
-        let detect_zeroes = match self.detect_zeroes {
-            DetectZeroes::Off => "off",
-            DetectZeroes::On => "on",
-            DetectZeroes::Unmap => "unmap",
-        };
         let cache = Map::from_iter([
             ("direct".to_owned(), self.cache.direct.into()),
             ("no-flush".to_owned(), self.cache.no_flush.into()),
@@ -310,8 +366,8 @@ impl NodeOptions {
             ("read-only".to_owned(), self.read_only.into()),
             ("auto-read-only".to_owned(), self.auto_read_only.into()),
             ("force-share".to_owned(), self.force_share.into()),
-            ("discard".to_owned(), discard.into()),
-            ("detect-zeroes".to_owned(), detect_zeroes.into()),
+            ("discard".to_owned(), self.discard.name().into()),
+            ("detect-zeroes".to_owned(), self.detect_zeroes.name().into()),
             ("cache".to_owned(), cache.into()),
         ]);
         map
@@ -333,26 +389,9 @@ impl NodeOptions {
             .boolean("auto-read-only")?
             .unwrap_or(defaults.auto_read_only);
         let force_share = f.boolean("force-share")?.unwrap_or(false);
-        let discard = f
-            .choice(
-                "discard",
-                &[
-                    ("ignore", Discard::Ignore),
-                    ("off", Discard::Ignore),
-                    ("unmap", Discard::Unmap),
-                    ("on", Discard::Unmap),
-                ],
-            )?
-            .unwrap_or(defaults.discard);
+        let discard = f.choice("discard", &DISCARDS)?.unwrap_or(defaults.discard);
         let detect_zeroes = f
-            .choice(
-                "detect-zeroes",
-                &[
-                    ("off", DetectZeroes::Off),
-                    ("on", DetectZeroes::On),
-                    ("unmap", DetectZeroes::Unmap),
-                ],
-            )?
+            .choice("detect-zeroes", &DETECT_ZEROES)?
             .unwrap_or_default();
         let cache = match f.object("cache")? {
             None => defaults.cache,

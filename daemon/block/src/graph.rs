@@ -80,6 +80,8 @@ pub struct StoredNode {
     /// See [`vdisk_api::FileOptions`].
     pub whole_blocks: bool,
     pub bitmaps: Vec<StoredBitmap>,
+    /// 0 for none.
+    pub write_threshold: u64,
 }
 
 #[derive(Default)]
@@ -433,6 +435,7 @@ impl Graph {
                 implicit: entry.implicit,
                 options,
                 whole_blocks: entry.implicit && is_image_file,
+                write_threshold: node.write_threshold(),
                 bitmaps: bitmaps
                     .map(|b| StoredBitmap {
                         name: b.name().to_owned(),
@@ -443,6 +446,34 @@ impl Graph {
             })
         });
         stored.collect()
+    }
+
+    /// A node has another value of an option from now on.
+    pub fn set_option(&mut self, name: &str, option: &str, value: Value) {
+        if let Some(entry) = self.nodes.get_mut(name) {
+            entry.options.insert(option.to_owned(), value);
+        }
+    }
+
+    /// Refuses to make a node read-only that somebody writes to.
+    pub fn check_unwritten(&self, name: &str) -> Result<()> {
+        let write = Permissions::WRITE.and(Permissions::WRITE_UNCHANGED);
+        let writes = |u: &&User| !u.wants.taken.both(write).is_empty();
+        if let Some(user) = self.entry(name)?.users.iter().find(writes) {
+            return Err(Error::in_use(format!(
+                "node '{name}' is written by {}: remove that first, or make it read-only",
+                user.parent
+            )));
+        }
+        for parent in self.parent_nodes(name) {
+            let taken = self.use_of_child(parent, name, None).taken;
+            if !taken.both(write).is_empty() {
+                return Err(Error::in_use(format!(
+                    "node '{name}' is written by node '{parent}': make that read-only first"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Whether a node is removed with its parent.

@@ -26,6 +26,7 @@ mod permission;
 mod runtime;
 mod status;
 mod tap;
+mod threshold;
 mod throttle;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};

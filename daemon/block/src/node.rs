@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwapOption;
@@ -17,6 +17,7 @@ use crate::jobs::Backup;
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
 use crate::tap::{Held, Tap, Written};
+use crate::threshold::Threshold;
 
 /// Bounce buffers have at most about this many bytes, whatever a guest asks for.
 const CHUNK: u64 = 1 << 20;
@@ -45,8 +46,10 @@ pub struct Node {
     driver: Box<dyn Driver>,
     limits: Limits,
     read_only: AtomicBool,
-    discard: Discard,
-    detect_zeroes: DetectZeroes,
+    /// What is discarded is freed.
+    unmaps: AtomicBool,
+    /// A [`DetectZeroes`].
+    detect_zeroes: AtomicU8,
     /// Bytes.
     size: AtomicU64,
     /// Some client may write less than a block: all writes are serialised by `writes`.
@@ -62,6 +65,7 @@ pub struct Node {
     bitmaps: Mutex<BTreeMap<String, Arc<Bitmap>>>,
     /// What was written in its place before, and may not be durable yet.
     predecessor: ArcSwapOption<Node>,
+    threshold: Mutex<Option<Arc<Threshold>>>,
 }
 
 type Taps = Vec<Arc<dyn Tap>>;
@@ -95,8 +99,8 @@ impl Node {
             name: name.to_owned(),
             limits,
             read_only: AtomicBool::new(opened.read_only),
-            discard: options.discard,
-            detect_zeroes: options.detect_zeroes,
+            unmaps: AtomicBool::new(options.discard == Discard::Unmap),
+            detect_zeroes: AtomicU8::new(options.detect_zeroes as u8),
             size: AtomicU64::new(opened.size),
             driver: opened.driver,
             small_writes: AtomicBool::new(false),
@@ -107,6 +111,7 @@ impl Node {
             taps: ArcSwapOption::empty(),
             bitmaps: Mutex::default(),
             predecessor: ArcSwapOption::empty(),
+            threshold: Mutex::default(),
         }))
     }
 
@@ -141,7 +146,23 @@ impl Node {
     }
 
     pub fn discards(&self) -> bool {
-        self.discard == Discard::Unmap
+        self.unmaps.load(Relaxed)
+    }
+
+    pub fn set_discard(&self, discard: Discard) {
+        self.unmaps.store(discard == Discard::Unmap, Relaxed);
+    }
+
+    pub fn detect_zeroes(&self) -> DetectZeroes {
+        match self.detect_zeroes.load(Relaxed) {
+            n if n == DetectZeroes::On as u8 => DetectZeroes::On,
+            n if n == DetectZeroes::Unmap as u8 => DetectZeroes::Unmap,
+            _ => DetectZeroes::Off,
+        }
+    }
+
+    pub fn set_detect_zeroes(&self, detect: DetectZeroes) {
+        self.detect_zeroes.store(detect as u8, Relaxed);
     }
 
     /// A client may write blocks of `block_size` bytes.
@@ -160,7 +181,7 @@ impl Node {
     /// Why requests of this direction take the slow path, if all of them do.
     pub fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
         if direction == Direction::Write {
-            if self.detect_zeroes != DetectZeroes::Off {
+            if self.detect_zeroes.load(Relaxed) != DetectZeroes::Off as u8 {
                 return Some(SlowReason::DetectZeroes);
             }
             if self.small_writes.load(Relaxed) {
@@ -208,6 +229,27 @@ impl Node {
         taps.retain(|t| !Arc::ptr_eq(t, tap));
         self.tapped.store(!taps.is_empty(), Ordering::Release);
         self.taps.store((!taps.is_empty()).then(|| Arc::new(taps)));
+    }
+
+    /// Has `tell` called once, on any thread, with the number of bytes by which a write reaches beyond the offset `limit`, in
+    /// place of what was set before. 0 ends that.
+    pub fn set_write_threshold(&self, limit: u64, tell: impl Fn(u64) + Send + Sync + 'static) {
+        let mut threshold = self.threshold.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(old) = threshold.take() {
+            let old: Arc<dyn Tap> = old;
+            self.remove_tap(&old);
+        }
+        if limit > 0 {
+            let new = Arc::new(Threshold::new(limit, Box::new(tell)));
+            self.add_tap(new.clone());
+            *threshold = Some(new);
+        }
+    }
+
+    /// The offset that no write has reached beyond; 0 if there is none to tell of.
+    pub fn write_threshold(&self) -> u64 {
+        let threshold = self.threshold.lock().unwrap_or_else(|e| e.into_inner());
+        threshold.as_ref().and_then(|t| t.limit()).unwrap_or(0)
     }
 
     fn all_bitmaps(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Bitmap>>> {
@@ -351,7 +393,7 @@ impl Node {
             return Some(SlowReason::Unaligned);
         }
         if direction == Direction::Write {
-            if self.detect_zeroes != DetectZeroes::Off {
+            if self.detect_zeroes.load(Relaxed) != DetectZeroes::Off as u8 {
                 return Some(SlowReason::DetectZeroes);
             }
             if self.small_writes.load(Relaxed) {
@@ -428,9 +470,10 @@ impl Node {
         if len == 0 {
             return Ok(());
         }
-        if self.detect_zeroes != DetectZeroes::Off && iov.is_zero() {
+        let detect = self.detect_zeroes();
+        if detect != DetectZeroes::Off && iov.is_zero() {
             let zero = ZeroFlags {
-                may_unmap: self.detect_zeroes == DetectZeroes::Unmap,
+                may_unmap: detect == DetectZeroes::Unmap,
                 durable: flags.durable,
             };
             return self.write_zeroes(offset, len, zero).await;
@@ -539,7 +582,7 @@ impl Node {
     /// Frees what can be freed of the range; a node that ignores discards does nothing.
     pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.check(Direction::Write, offset, len)?;
-        if self.discard == Discard::Ignore {
+        if !self.discards() {
             return Ok(());
         }
         let align = self.limits.request_alignment;
@@ -566,7 +609,7 @@ impl Node {
             return Ok(());
         }
         let flags = ZeroFlags {
-            may_unmap: flags.may_unmap && self.discard == Discard::Unmap,
+            may_unmap: flags.may_unmap && self.discards(),
             ..flags
         };
         let taps = self.taps();
@@ -942,8 +985,8 @@ mod tests {
             limits: blocks.limits(),
             driver: Box::new(blocks.clone()),
             read_only: AtomicBool::new(false),
-            discard: Discard::Unmap,
-            detect_zeroes: DetectZeroes::Off,
+            unmaps: AtomicBool::new(true),
+            detect_zeroes: AtomicU8::new(DetectZeroes::Off as u8),
             size: AtomicU64::new(size as u64),
             small_writes: AtomicBool::new(false),
             writes: RangeLock::default(),
@@ -953,6 +996,7 @@ mod tests {
             taps: ArcSwapOption::empty(),
             bitmaps: Mutex::default(),
             predecessor: ArcSwapOption::empty(),
+            threshold: Mutex::default(),
         };
         node.announce_block_size(512);
         (Arc::new(node), blocks)

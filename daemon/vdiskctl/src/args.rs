@@ -193,6 +193,34 @@ pub enum Node {
         #[arg(long)]
         shrink: bool,
     },
+    /// Change options of a node, while guests use it
+    ///
+    /// Example: vdiskctl node set disk0 discard=unmap detect-zeroes=unmap
+    Set {
+        name: String,
+        /// Options: read-only, discard, detect-zeroes
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        options: Vec<String>,
+    },
+    /// Have whatever uses a node use another that has the same data
+    ///
+    /// Example: vdiskctl node replace disk0 disk0-restored
+    Replace {
+        name: String,
+        /// The other node, which nobody uses
+        with: String,
+    },
+    /// Have a signal sent when a write reaches beyond an offset, and optionally wait for it
+    ///
+    /// Example: vdiskctl node threshold lv0 18G --wait
+    Threshold {
+        name: String,
+        /// The offset (18G), or 0 for none
+        offset: String,
+        /// Wait until it is reached
+        #[arg(long)]
+        wait: bool,
+    },
     /// Put a filter over a node, while guests use it
     ///
     /// Example: vdiskctl node insert disk0 disk0-cor driver=copy-on-read

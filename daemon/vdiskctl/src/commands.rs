@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use clap::CommandFactory;
+use futures_util::StreamExt;
 use serde_json::Value as Json;
 use vdisk_api::{format_size, parse_size};
 use vdisk_dbus::{
@@ -280,6 +281,45 @@ async fn node(
                 properties(report),
                 json,
             );
+        }
+        Node::Set {
+            name,
+            options: words,
+        } => {
+            Objects::load(connection).await?.find("node", &name)?;
+            proxy(&name).build().await?.reopen(options(&words)?).await?;
+        }
+        Node::Replace { name, with } => {
+            let objects = Objects::load(connection).await?;
+            objects.find("node", &name)?;
+            objects.find("node", &with)?;
+            let proxy = proxy(&name).build().await?;
+            let report = proxy.replace(&with, Options::new()).await?;
+            print_pause(
+                &format!("'{with}' has the place of '{name}' now"),
+                properties(report),
+                json,
+            );
+        }
+        Node::Threshold { name, offset, wait } => {
+            Objects::load(connection).await?.find("node", &name)?;
+            let bytes = parse_size(&offset).ok_or_else(|| {
+                Error::invalid(format!(
+                    "'{offset}' is not an offset: give bytes or a number with k, M, G or T; 0 for none"
+                ))
+            })?;
+            let proxy = proxy(&name).build().await?;
+            let mut reached = proxy.receive_write_threshold_exceeded().await?;
+            proxy.set_write_threshold(bytes, Options::new()).await?;
+            if wait && bytes > 0 {
+                let signal = reached.next().await;
+                let args = signal.as_ref().map(|s| s.args()).transpose()?;
+                let amount = args.map_or(0, |a| *a.amount());
+                match json {
+                    true => print_json(&serde_json::json!({"threshold": bytes, "amount": amount})),
+                    false => anstream::println!("a write reached {amount} bytes beyond {offset}"),
+                }
+            }
         }
         Node::TakeOut { name } => {
             Objects::load(connection).await?.find("node", &name)?;

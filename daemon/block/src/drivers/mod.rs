@@ -85,6 +85,8 @@ pub enum SlowReason {
     CopiedOnRead,
     /// It may be made to fail.
     Debugged,
+    /// Somebody is to be told of it.
+    Threshold,
     /// It is about what the disk had before.
     Past,
     /// A job looks there for zeroes that it can discard.
@@ -109,6 +111,7 @@ impl fmt::Display for SlowReason {
             SlowReason::BackedUp => "a backup copies what is there before it is overwritten",
             SlowReason::CopiedOnRead => "copy-on-read keeps what is read from a backing file",
             SlowReason::Discarded => "a job discards what is zeroes there",
+            SlowReason::Threshold => "the write reaches beyond the threshold",
             SlowReason::Past => "what was overwritten since is read elsewhere",
             SlowReason::Debugged => "blkdebug may make requests fail",
             SlowReason::Mirrored => "a mirror writes to its target, too",

@@ -46,6 +46,8 @@ pub enum MirrorSync {
     Top,
     /// What is written from now on.
     None,
+    /// What bits say, and what is written from now on: see [`Mirror::add`].
+    Bits,
     /// What the source and what it stands on have above this node.
     Above(Arc<Node>),
 }
@@ -123,6 +125,16 @@ impl Mirror {
         }
     }
 
+    /// Copies what these bits say, too. The source is drained.
+    pub fn add(&self, bits: &Bits) {
+        self.dirty.merge(bits);
+    }
+
+    /// Sets in `bits` what the target lacks.
+    pub fn missing(&self, bits: &Bits) {
+        bits.merge(&self.dirty);
+    }
+
     /// Sees none any more.
     pub fn stop(self: &Arc<Self>) {
         let tap: Arc<dyn Tap> = self.clone();
@@ -146,8 +158,13 @@ impl Mirror {
     /// Sets the bits of what is to be copied.
     async fn find(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
         let size = self.source.size();
-        if matches!(self.sync, MirrorSync::None) {
-            return Ok(());
+        match self.sync {
+            MirrorSync::None => return Ok(()),
+            MirrorSync::Bits => {
+                state.add_total(self.dirty.count());
+                return Ok(());
+            }
+            _ => {}
         }
         let mut at = 0;
         while at < size {

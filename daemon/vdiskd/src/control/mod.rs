@@ -38,6 +38,8 @@ pub enum Event {
     ExportAdded(String),
     ExportRemoved(String),
     ExportChanged(String),
+    /// A write to the node reached beyond its threshold, by so many bytes.
+    ThresholdExceeded(String, NodeEvent),
     IoThreadAdded(String),
     IoThreadRemoved(String),
     IoThreadChanged(String),
@@ -50,6 +52,15 @@ pub enum Event {
     /// It has ended, one way or the other.
     JobCompleted(String),
     JobRemoved(String),
+}
+
+/// A write reached beyond the threshold of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeEvent {
+    pub node: String,
+    pub threshold: u64,
+    /// Bytes beyond it.
+    pub amount: u64,
 }
 
 /// Told about events; answers when it has acted on them.
@@ -119,6 +130,7 @@ struct Control {
     observer: Option<Observer>,
     export_events: mpsc::UnboundedSender<ExportEvent>,
     job_events: mpsc::UnboundedSender<JobEvent>,
+    node_events: mpsc::UnboundedSender<NodeEvent>,
     /// What the command at hand has changed.
     events: Vec<Event>,
     state: StateFile,
@@ -139,11 +151,13 @@ pub async fn start(
     let (tx, rx) = mpsc::unbounded_channel();
     let (export_events, from_exports) = mpsc::unbounded_channel();
     let (job_events, from_jobs) = mpsc::unbounded_channel();
+    let (node_events, from_nodes) = mpsc::unbounded_channel();
     let mut control = Control {
         world: world.clone(),
         observer: None,
         export_events,
         job_events,
+        node_events,
         events: Vec::new(),
         state,
         keeper: keeper.clone(),
@@ -153,7 +167,7 @@ pub async fn start(
         false => control.restore(left).await,
         true => control.forget_all(left),
     }
-    tokio::spawn(control.serve(rx, from_exports, from_jobs));
+    tokio::spawn(control.serve(rx, from_exports, from_jobs, from_nodes));
     Ok(Handle { tx, world, keeper })
 }
 
@@ -167,6 +181,7 @@ impl Control {
         mut messages: mpsc::UnboundedReceiver<Message>,
         mut exports: mpsc::UnboundedReceiver<ExportEvent>,
         mut jobs: mpsc::UnboundedReceiver<JobEvent>,
+        mut nodes: mpsc::UnboundedReceiver<NodeEvent>,
     ) {
         loop {
             tokio::select! {
@@ -193,6 +208,16 @@ impl Control {
                 },
                 Some(ExportEvent::ClientsChanged { id }) = exports.recv() => {
                     self.events.push(Event::ExportChanged(id));
+                    self.publish().await;
+                }
+                Some(event) = nodes.recv() => {
+                    tracing::info!(
+                        node = event.node,
+                        threshold = event.threshold,
+                        beyond = event.amount,
+                        "a write reached beyond the threshold"
+                    );
+                    self.events.push(Event::ThresholdExceeded(event.node.clone(), event));
                     self.publish().await;
                 }
                 Some(event) = jobs.recv() => {
@@ -225,6 +250,11 @@ impl Control {
                 self.resize_node(&name, size, shrink).await
             }
             Command::FlushNode { name } => self.flush_node(&name).await,
+            Command::SetWriteThreshold { node, threshold } => {
+                self.set_write_threshold(&node, threshold)
+            }
+            Command::ReplaceNode { node, with } => self.replace_node(&node, &with).await,
+            Command::ReopenNode { node, change } => self.reopen_node(&node, change).await,
             Command::CheckNode { name, repair } => self.check_node(&name, repair).await,
             Command::AddOverlay { node, overlay } => self.add_overlay(&node, overlay).await,
             Command::InsertFilter { node, filter } => self.insert_filter(&node, filter).await,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vdisk_api::{BackingRef, DriverOptions, Error, FILTERS, NodeOptions, Reply, Result};
-use vdisk_block::{DrainGuard, Node, Opened, Plan};
+use vdisk_block::{DrainGuard, Node, Opened, Parent, Plan};
 
 use super::{Control, Event};
 
@@ -204,6 +204,52 @@ impl Control {
         Ok(self.moved(&below, &below, Vec::new(), paused))
     }
 
+    /// Has whatever uses a node use another, which has the same data as far as its owner knows.
+    pub(super) async fn replace_node(&mut self, name: &str, with: &str) -> Result<Reply> {
+        let what = format!("node '{with}' in the place of node '{name}'");
+        let (node, new) = {
+            let world = self.world();
+            let (node, new) = (world.graph.node(name)?, world.graph.node(with)?);
+            let related = world.graph.related(name);
+            if Arc::ptr_eq(&node, &new) || related.contains(with) {
+                return Err(Error::invalid(format!(
+                    "{what}: they are the same, or have something below them in common: give one with storage of its own"
+                )));
+            }
+            let nobody = Parent::Job(String::new());
+            world.graph.check_claim(name)?;
+            world.graph.check_claim(with)?;
+            world.graph.check_replace(name, with, &nobody)?;
+            let (_, above) = world.graph.above(name);
+            let mut exports = world.exports.values();
+            let writer = exports.find(|e| e.writable && above.iter().any(|n| n.name() == e.node()));
+            if let (Some(writer), true) = (writer, new.is_read_only()) {
+                return Err(Error::invalid(format!(
+                    "{what}: it is read-only, and export '{}' writes: add it without read-only",
+                    writer.server.device().options.id
+                )));
+            }
+            (node, new)
+        };
+        self.check_fit(&what, &node, &new)?;
+        self.state.reserve()?;
+        self.flush_mostly(&node)
+            .await
+            .map_err(|e| Error::io(format_args!("node '{name}' cannot be flushed"), &e))?;
+        let (start, drained) = self.hold(name).await;
+        self.world().graph.replace(name, with);
+        for guard in &drained {
+            guard.set_node_if(&node, &new);
+        }
+        self.save();
+        drop(drained);
+        let paused = start.elapsed();
+        let paused_us = paused.as_micros() as u64;
+        tracing::info!(node = name, with, paused_us, "node replaced");
+        self.events.push(Event::NodeChanged(name.to_owned()));
+        Ok(self.moved(with, with, Vec::new(), paused))
+    }
+
     /// Flushes a node that is written to until a flush has little to do: the last one, for which guests wait, has even less.
     pub(super) async fn flush_mostly(&self, node: &Arc<Node>) -> std::io::Result<()> {
         for _ in 0..MAX_FLUSHES {
@@ -234,6 +280,11 @@ impl Control {
         let Some(new) = opened.nodes().last() else {
             return Err(Error::failed(format!("{what} was not opened")));
         };
+        self.check_fit(what, node, new)
+    }
+
+    /// Refuses a node that cannot take another's place, and tells it what clients will write.
+    fn check_fit(&self, what: &str, node: &Arc<Node>, new: &Arc<Node>) -> Result<()> {
         if new.size() != node.size() {
             return Err(Error::invalid(format!(
                 "{what} has {} bytes, but the node has {}: give them the same size",

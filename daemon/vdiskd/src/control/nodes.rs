@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use vdisk_api::{Error, NodeOptions, Reply, Result};
+use vdisk_api::{DetectZeroes, Discard, Error, NodeChange, NodeOptions, Reply, Result};
 use vdisk_block::{Node, Opened, Plan};
 
-use super::{Control, Event, bitmaps};
+use super::{Control, Event, NodeEvent, bitmaps};
 
 impl Control {
     pub(super) async fn add_node(&mut self, options: NodeOptions) -> Result<Reply> {
@@ -247,6 +247,131 @@ impl Control {
             }
         }
         Ok(Reply::Done)
+    }
+
+    pub(super) fn set_write_threshold(&mut self, name: &str, threshold: u64) -> Result<Reply> {
+        let node = self.world().graph.node(name)?;
+        self.tell_of_writes_beyond(&node, threshold);
+        self.events.push(Event::NodeChanged(name.to_owned()));
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn tell_of_writes_beyond(&self, node: &Arc<Node>, threshold: u64) {
+        let (events, name) = (self.node_events.clone(), node.name().to_owned());
+        node.set_write_threshold(threshold, move |amount| {
+            let node = name.clone();
+            let _ = events.send(NodeEvent {
+                node,
+                threshold,
+                amount,
+            });
+        });
+    }
+
+    /// Changes options of a node, all of them or none.
+    pub(super) async fn reopen_node(&mut self, name: &str, change: NodeChange) -> Result<Reply> {
+        let node = {
+            let world = self.world();
+            world.graph.check_claim(name)?;
+            world.graph.node(name)?
+        };
+        let discard = change.discard.unwrap_or(match node.discards() {
+            true => Discard::Unmap,
+            false => Discard::Ignore,
+        });
+        let detect_zeroes = change.detect_zeroes.unwrap_or(node.detect_zeroes());
+        if detect_zeroes == DetectZeroes::Unmap && discard != Discard::Unmap {
+            return Err(Error::invalid(format!(
+                "node '{name}': detect-zeroes is 'unmap', which frees blocks: set discard=unmap as well"
+            )));
+        }
+        self.state.reserve()?;
+        let to_read_only = change.read_only.filter(|r| *r != node.is_read_only());
+        match to_read_only {
+            Some(true) => {
+                self.world().graph.check_unwritten(name)?;
+                self.flush_mostly(&node)
+                    .await
+                    .map_err(|e| Error::io(format_args!("node '{name}' cannot be flushed"), &e))?;
+            }
+            Some(false) => {
+                let world = self.world();
+                if let Some(overlay) = world.graph.overlays(name).first() {
+                    return Err(Error::in_use(format!(
+                        "node '{name}' is the backing file of node '{}', which would change with it: remove that first",
+                        overlay.name()
+                    )));
+                }
+                world.graph.check_sole(name)?;
+            }
+            None => {}
+        }
+        let (_, drained) = self.hold(name).await;
+        match to_read_only {
+            Some(true) => self.make_read_only(&node).await,
+            Some(false) => self.make_writable(&node).await?,
+            None => {}
+        }
+        node.set_discard(discard);
+        node.set_detect_zeroes(detect_zeroes);
+        {
+            let mut world = self.world();
+            world
+                .graph
+                .set_option(name, "discard", discard.name().into());
+            let detect = detect_zeroes.name().into();
+            world.graph.set_option(name, "detect-zeroes", detect);
+        }
+        for guard in &drained {
+            guard.invalidate();
+        }
+        self.save();
+        drop(drained);
+        tracing::info!(node = name, ?change, "node reopened");
+        let (_, above) = self.world().graph.above(name);
+        for node in above {
+            self.events.push(Event::NodeChanged(node.name().to_owned()));
+        }
+        let related = self.world().graph.related(name);
+        let exports: Vec<String> = {
+            let world = self.world();
+            let all = world.exports.iter();
+            let touched = all.filter(|(_, e)| related.contains(&e.node()));
+            touched.map(|(id, _)| id.clone()).collect()
+        };
+        let exports = exports.into_iter().map(Event::ExportChanged);
+        self.events.extend(exports);
+        Ok(Reply::Done)
+    }
+
+    /// Makes writes of a node possible that was opened for reading. The caller has drained everything above.
+    pub(super) async fn make_writable(&self, node: &Arc<Node>) -> Result<()> {
+        let there = node.clone();
+        tokio::task::spawn_blocking(move || there.make_writable())
+            .await
+            .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))??;
+        let thread = self.world().any_thread()?;
+        let there = node.clone();
+        let activated = thread
+            .run_async(move |_| async move { there.activate().await })
+            .await
+            .map_err(std::io::Error::other)
+            .flatten();
+        if let Err(e) = activated {
+            self.make_read_only(node).await;
+            let what = format_args!("node '{}' cannot be made ready for writing", node.name());
+            return Err(Error::io(what, &e));
+        }
+        Ok(())
+    }
+
+    /// The reverse; what went wrong is logged.
+    pub(super) async fn make_read_only(&self, node: &Arc<Node>) {
+        if let Err(error) = self.settle(node).await {
+            tracing::error!(node = node.name(), %error, "the last changes cannot be written");
+        }
+        let there = node.clone();
+        let _ = tokio::task::spawn_blocking(move || there.make_read_only()).await;
     }
 
     pub(super) async fn flush_node(&mut self, name: &str) -> Result<Reply> {

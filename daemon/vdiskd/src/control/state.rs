@@ -455,6 +455,9 @@ impl Control {
             node.succeed(&backing);
         }
         world.graph.set_implicit(&stored.name, stored.implicit);
+        if stored.write_threshold > 0 {
+            self.tell_of_writes_beyond(&node, stored.write_threshold);
+        }
         for bitmap in &stored.bitmaps {
             tracing::warn!(
                 node = stored.name,

@@ -175,6 +175,17 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 node.parents_changed(emitter).await?;
                 node.read_only_changed(emitter).await?;
                 node.children_changed(emitter).await?;
+                node.write_threshold_changed(emitter).await?;
+                node.discard_mode_changed(emitter).await?;
+                node.detect_zeroes_changed(emitter).await?;
+            }
+        }
+        Event::ThresholdExceeded(name, event) => {
+            if let Ok(object) = server.interface::<_, NodeObject>(node_path(&name)).await {
+                let (node, emitter) = (object.get().await, object.signal_emitter());
+                NodeObject::write_threshold_exceeded(emitter, event.threshold, event.amount)
+                    .await?;
+                node.write_threshold_changed(emitter).await?;
             }
         }
         Event::ExportAdded(id) => {

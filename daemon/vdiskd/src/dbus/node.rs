@@ -1,12 +1,13 @@
 //! org.vdisk1.Node
 
 use vdisk_api::{
-    BitmapAction, BitmapOptions, Command, Error, JobOptions, NodeOptions, RepairWhat, Reply,
-    SnapshotAction,
+    BitmapAction, BitmapOptions, Command, Error, JobOptions, NodeChange, NodeOptions, RepairWhat,
+    Reply, SnapshotAction,
 };
 use vdisk_block::{NodeInfo, Parent};
 use vdisk_dbus::{bitmap_path, export_path, job_path, node_path};
 use zbus::interface;
+use zbus::object_server::SignalEmitter;
 use zbus::{OwnedObjectPath, Variant};
 
 use super::Failure;
@@ -150,6 +151,56 @@ impl NodeObject {
             .move_nodes(Command::InsertFilter { node, filter })
             .await?;
         Ok((node_path(&name), report))
+    }
+
+    #[zbus(out_args("report"))]
+    async fn replace(&self, with: String, options: Options) -> Result<Statistics, Failure> {
+        convert::no_options(options)?;
+        let node = self.name.clone();
+        self.move_nodes(Command::ReplaceNode { node, with }).await
+    }
+
+    async fn reopen(&self, options: Options) -> Result<(), Failure> {
+        let change = NodeChange::from_map(&self.name, convert::plain_options(options)?)?;
+        let node = self.name.clone();
+        self.control
+            .run(Command::ReopenNode { node, change })
+            .await?;
+        Ok(())
+    }
+
+    async fn set_write_threshold(&self, threshold: u64, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        let node = self.name.clone();
+        let command = Command::SetWriteThreshold { node, threshold };
+        self.control.run(command).await?;
+        Ok(())
+    }
+
+    #[zbus(signal)]
+    pub async fn write_threshold_exceeded(
+        emitter: &SignalEmitter<'_>,
+        threshold: u64,
+        amount: u64,
+    ) -> zbus::Result<()>;
+
+    #[zbus(property)]
+    fn write_threshold(&self) -> u64 {
+        let node = self.control.world().graph.node(&self.name);
+        node.map_or(0, |n| n.write_threshold())
+    }
+
+    #[zbus(property)]
+    fn discard_mode(&self) -> String {
+        let node = self.control.world().graph.node(&self.name);
+        let unmaps = node.is_ok_and(|n| n.discards());
+        if unmaps { "unmap" } else { "ignore" }.to_owned()
+    }
+
+    #[zbus(property)]
+    fn detect_zeroes(&self) -> String {
+        let node = self.control.world().graph.node(&self.name);
+        node.map_or("off", |n| n.detect_zeroes().name()).to_owned()
     }
 
     #[zbus(out_args("report"))]

@@ -112,8 +112,8 @@ impl Control {
             return;
         };
         let result = match (&parts.task, job.state.ending()) {
-            (Task::Mirror(m), Some(Ending::Pivot)) => self.pivot(job, &parts, m).await,
-            (Task::Mirror(m), _) => self.last_part(job, m).await,
+            (Task::Mirror(m, _), Some(Ending::Pivot)) => self.pivot(job, &parts, m).await,
+            (Task::Mirror(m, _), _) => self.last_part(job, m).await,
             (Task::Commit(c), Some(Ending::Pivot)) if c.active => {
                 self.pivot(job, &parts, &c.mirror).await
             }
@@ -393,8 +393,14 @@ impl Control {
             life.parts.take()
         };
         if let Some(parts) = &parts {
-            if let Task::Backup(backup, Some(increment)) = &parts.task {
-                increment.end(backup, success);
+            match &parts.task {
+                Task::Backup(backup, Some(increment)) => {
+                    increment.end(|bits| backup.missing(bits), success);
+                }
+                Task::Mirror(mirror, Some(increment)) => {
+                    increment.end(|bits| mirror.missing(bits), success);
+                }
+                _ => {}
             }
             parts.task.stop();
             // Guests' writes may still be at work on the target.

@@ -69,7 +69,7 @@ impl Status {
 
 #[derive(Clone)]
 enum Task {
-    Mirror(Arc<Mirror>),
+    Mirror(Arc<Mirror>, Option<Increment>),
     Backup(Arc<Backup>, Option<Increment>),
     Convert(Arc<Mirror>),
     Commit(Commit),
@@ -77,7 +77,7 @@ enum Task {
     Discard(Arc<Discard>),
 }
 
-/// The bitmap that a backup goes by, and what it had when the backup began.
+/// The bitmap that a job goes by, and what it had when the job began.
 #[derive(Clone)]
 struct Increment {
     bitmap: Arc<Bitmap>,
@@ -99,7 +99,7 @@ impl Increment {
     }
 
     /// The job has ended: what the next one has to copy is in the bitmap again.
-    fn end(&self, backup: &Backup, success: bool) {
+    fn end(&self, missing_of: impl FnOnce(&Bits), success: bool) {
         let Some(bits) = self.bits().take() else {
             return;
         };
@@ -108,7 +108,7 @@ impl Increment {
             (BitmapMode::OnSuccess, false) | (BitmapMode::Never, _) => self.bitmap.merge(&bits),
             (BitmapMode::Always, false) => {
                 let missing = Bits::new(bits.size(), bits.granularity());
-                backup.missing(&missing);
+                missing_of(&missing);
                 self.bitmap.merge(&missing);
             }
         }
@@ -138,7 +138,7 @@ struct Base {
 impl Task {
     fn work(&self) -> Arc<dyn Work> {
         match self {
-            Task::Mirror(m) | Task::Convert(m) => m.clone(),
+            Task::Mirror(m, _) | Task::Convert(m) => m.clone(),
             Task::Commit(c) => c.mirror.clone(),
             Task::Backup(b, _) => b.clone(),
             Task::Stream(s, _) => s.clone(),
@@ -149,7 +149,7 @@ impl Task {
     /// A mirror that is to be ended by its user.
     fn mirror(&self) -> Option<&Arc<Mirror>> {
         match self {
-            Task::Mirror(m) => Some(m),
+            Task::Mirror(m, _) => Some(m),
             Task::Commit(c) if c.active => Some(&c.mirror),
             _ => None,
         }
@@ -158,7 +158,7 @@ impl Task {
     /// Guests' writes do not concern it any more.
     fn stop(&self) {
         match self {
-            Task::Mirror(m) | Task::Convert(m) => m.stop(),
+            Task::Mirror(m, _) | Task::Convert(m) => m.stop(),
             Task::Commit(c) => c.mirror.stop(),
             Task::Backup(b, _) => b.stop(),
             Task::Discard(d) => d.stop(),

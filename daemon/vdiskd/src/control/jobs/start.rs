@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use vdisk_api::{
-    CopyErrorPolicy, CopyMode, Error, ErrorPolicy, JobKind, JobOptions, JobSync, Map, Reply, Result,
+    CopyErrorPolicy, CopyMode, Error, ErrorPolicy, JobBitmap, JobKind, JobOptions, JobSync, Map,
+    Reply, Result,
 };
 use vdisk_block::jobs::{
     self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Stream,
@@ -19,7 +20,7 @@ use crate::control::{Control, Event, World, bitmaps};
 /// Nodes that no other job may use meanwhile.
 fn claims(world: &World, task: &Task) -> Vec<String> {
     match task {
-        Task::Mirror(_) | Task::Backup(..) | Task::Convert(_) | Task::Discard(_) => Vec::new(),
+        Task::Mirror(..) | Task::Backup(..) | Task::Convert(_) | Task::Discard(_) => Vec::new(),
         Task::Commit(c) => c.chain.clone(),
         Task::Stream(stream, _) => {
             let mut claimed = vec![stream.node().name().to_owned()];
@@ -42,6 +43,18 @@ fn policy(p: ErrorPolicy) -> OnError {
     }
 }
 
+/// The bitmap that a job is to go by, if no other does.
+fn increment(source: &Arc<Node>, bitmap: Option<&JobBitmap>) -> Result<Option<Increment>> {
+    let of = |b: &JobBitmap| {
+        Ok(Increment {
+            bitmap: bitmaps::free(source, &b.name)?,
+            mode: b.mode,
+            bits: Arc::default(),
+        })
+    };
+    bitmap.map(of).transpose()
+}
+
 /// The task of a job that copies one node to another.
 fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<Task> {
     // Whatever its granularity is, it is not finer than this.
@@ -53,13 +66,16 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
     Ok(match o.kind {
         JobKind::Mirror {
             sync,
+            ref bitmap,
             copy_mode,
             granularity,
         } => {
+            let increment = increment(&source, bitmap.as_ref())?;
             let sync = match sync {
                 JobSync::Full => MirrorSync::Full,
                 JobSync::Top => MirrorSync::Top,
-                JobSync::None | JobSync::Bitmap => MirrorSync::None,
+                JobSync::None => MirrorSync::None,
+                JobSync::Bitmap => MirrorSync::Bits,
             };
             let cluster = target.limits().zero_alignment.max(65536);
             // Two pieces must not share a block of the storage.
@@ -70,7 +86,8 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             let granularity = granularity.unwrap_or(cluster).max(block);
             bitmaps::check_memory("its bits", source.size(), granularity)?;
             let blocking = copy_mode == CopyMode::WriteBlocking;
-            Task::Mirror(Mirror::new(source, target, sync, granularity, blocking))
+            let mirror = Mirror::new(source, target, sync, granularity, blocking);
+            Task::Mirror(mirror, increment)
         }
         JobKind::Backup {
             sync,
@@ -78,14 +95,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             compress,
             on_copy_error,
         } => {
-            let increment = match bitmap {
-                None => None,
-                Some(b) => Some(Increment {
-                    bitmap: bitmaps::free(&source, &b.name)?,
-                    mode: b.mode,
-                    bits: Arc::default(),
-                }),
-            };
+            let increment = increment(&source, bitmap.as_ref())?;
             let sync = match sync {
                 JobSync::Full => BackupSync::Full,
                 JobSync::Top => BackupSync::Top,
@@ -346,9 +356,16 @@ impl Control {
     async fn begin(&self, prepared: &PreparedJob) -> Result<()> {
         let PreparedJob { job, parts, .. } = prepared;
         match &parts.task {
-            Task::Mirror(m) => {
+            Task::Mirror(m, None) => {
                 self.announce(parts);
                 m.start();
+            }
+            Task::Mirror(m, Some(increment)) => {
+                self.announce(parts);
+                // No write is in the bitmap only, and none in neither.
+                let (_, _drained) = self.hold(&job.source).await;
+                m.start();
+                m.add(&increment.begin(job.id()));
             }
             Task::Convert(_) | Task::Stream(..) => {}
             Task::Discard(d) => d.start(),
@@ -632,35 +649,5 @@ impl Control {
         }
         events.push(Event::JobChanged(job.options.id.clone()));
         self.events.extend(events);
-    }
-
-    /// Makes writes of a node possible that was opened for reading. The caller has drained everything above.
-    pub(super) async fn make_writable(&self, node: &Arc<Node>) -> Result<()> {
-        let there = node.clone();
-        tokio::task::spawn_blocking(move || there.make_writable())
-            .await
-            .map_err(|e| Error::failed(format!("opening was interrupted: {e}")))??;
-        let thread = self.world().any_thread()?;
-        let there = node.clone();
-        let activated = thread
-            .run_async(move |_| async move { there.activate().await })
-            .await
-            .map_err(std::io::Error::other)
-            .flatten();
-        if let Err(e) = activated {
-            self.make_read_only(node).await;
-            let what = format_args!("node '{}' cannot be made ready for writing", node.name());
-            return Err(Error::io(what, &e));
-        }
-        Ok(())
-    }
-
-    /// The reverse; what went wrong is logged.
-    pub(super) async fn make_read_only(&self, node: &Arc<Node>) {
-        if let Err(error) = self.settle(node).await {
-            tracing::error!(node = node.name(), %error, "the last changes cannot be written");
-        }
-        let there = node.clone();
-        let _ = tokio::task::spawn_blocking(move || there.make_read_only()).await;
     }
 }
