@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vdisk_qemu_tests::blk_client::Client;
+use vdisk_qemu_tests::frontend::Frontend;
 use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
 use vdisk_qemu_tests::workload::{assert_same, change, compare};
 use vdisk_qemu_tests::{Daemon, Guest, GuestOptions};
@@ -484,4 +485,29 @@ fn a_commit_is_not_done_twice() {
     daemon.ctl(&["node", "remove", "d0"]);
     assert_sound(&base);
     assert_same(&read_with_qemu(&base), &model, 0, "base");
+}
+
+/// A front-end whose message the daemon was in the middle of is told to connect again: it would wait for ever for its answer.
+#[test]
+fn nobody_waits_for_an_answer_of_a_killed_daemon() {
+    let mut daemon = Daemon::managed(&[]);
+    let (_, socket) = daemon.export("d", MIB, &[], &[]);
+    for half in [false, true] {
+        let mut front = Frontend::start(&socket);
+        assert_eq!(front.simple(0, 0, 512), 0);
+        if half {
+            // GET_FEATURES (request, flags, size), and the beginning of another. It is read with what comes before, on the thread
+            // that answers calls.
+            let whole = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+            front.send_raw(&[&whole[..], &whole[..8]].concat(), &[]);
+            assert!(front.reply().is_some());
+            daemon.ctl(&["info"]);
+        }
+        daemon.kill();
+        daemon.go_on();
+        match half {
+            true => assert!(front.is_closed()),
+            false => assert_eq!(front.simple(0, 0, 512), 0),
+        }
+    }
 }

@@ -3,7 +3,9 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
+use rustix::event::EventfdFlags;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -13,29 +15,78 @@ use tokio::net::UnixStream;
 
 use super::message::{HEADER_LEN, Header, MAX_FDS, ProtocolError};
 
-pub struct Channel(UnixStream);
+pub struct Channel {
+    socket: UnixStream,
+    /// An eventfd that says whether a message is being read or answered: the next process must not go on in the middle of it.
+    mark: OnceLock<OwnedFd>,
+}
 
 impl Channel {
     pub fn new(stream: UnixStream) -> Channel {
-        Channel(stream)
+        Channel {
+            socket: stream,
+            mark: OnceLock::new(),
+        }
+    }
+
+    /// Has a message marked from when its first byte is read until [`Channel::answered`]. The mark is set now if a message is
+    /// being answered. Returns the mark, which outlives the process with whoever has it.
+    pub fn mark_messages(&self, given: Option<OwnedFd>, answering: bool) -> io::Result<&OwnedFd> {
+        if let Some(mark) = self.mark.get() {
+            return Ok(mark);
+        }
+        let mark = match given {
+            Some(mark) => mark,
+            None => {
+                let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+                rustix::event::eventfd(answering.into(), flags)?
+            }
+        };
+        Ok(self.mark.get_or_init(|| mark))
+    }
+
+    fn set_mark(&self) {
+        if let Some(mark) = self.mark.get() {
+            let _ = rustix::io::write(mark, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// The last message that was received is done with.
+    pub fn answered(&self) {
+        if let Some(mark) = self.mark.get() {
+            let _ = rustix::io::read(mark, &mut [0u8; 8][..]);
+        }
     }
 
     pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 
-    /// Reads until `buf` is full. Descriptors that come along are added to `fds`.
-    async fn read_full(&self, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    /// Reads until `buf` is full, with the `first` byte of a message or not. Descriptors that come along are added to `fds`.
+    async fn read_full(
+        &self,
+        buf: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        first: bool,
+    ) -> io::Result<usize> {
         let mut at = 0;
         while at < buf.len() {
-            self.0.readable().await?;
-            let n = self.0.try_io(Interest::READABLE, || {
-                receive(self.0.as_fd(), &mut buf[at..], fds)
+            self.socket.readable().await?;
+            let is_first = first && at == 0;
+            if is_first {
+                self.set_mark();
+            }
+            let n = self.socket.try_io(Interest::READABLE, || {
+                receive(self.socket.as_fd(), &mut buf[at..], fds)
             });
             match n {
                 Ok(0) => break,
                 Ok(n) => at += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if is_first {
+                        self.answered();
+                    }
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -46,7 +97,7 @@ impl Channel {
     pub async fn receive(&self) -> Result<Option<(Header, Vec<u8>, Vec<OwnedFd>)>, ProtocolError> {
         let mut fds = Vec::new();
         let mut header = [0; HEADER_LEN];
-        match self.read_full(&mut header, &mut fds).await {
+        match self.read_full(&mut header, &mut fds, true).await {
             Ok(0) => return Ok(None),
             Ok(HEADER_LEN) => {}
             Ok(_) => return Err(ProtocolError::Truncated),
@@ -56,7 +107,7 @@ impl Channel {
         }
         let header = Header::parse(&header)?;
         let mut payload = vec![0; header.len];
-        if self.read_full(&mut payload, &mut fds).await? < header.len {
+        if self.read_full(&mut payload, &mut fds, false).await? < header.len {
             return Err(ProtocolError::Truncated);
         }
         Ok(Some((header, payload, fds)))
@@ -65,11 +116,11 @@ impl Channel {
     pub async fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut at = 0;
         while at < bytes.len() {
-            self.0.writable().await?;
+            self.socket.writable().await?;
             // The descriptor goes with the first byte.
             let fd = fd.filter(|_| at == 0);
-            let n = self.0.try_io(Interest::WRITABLE, || {
-                transmit(self.0.as_fd(), &bytes[at..], fd)
+            let n = self.socket.try_io(Interest::WRITABLE, || {
+                transmit(self.socket.as_fd(), &bytes[at..], fd)
             });
             match n {
                 Ok(n) => at += n,

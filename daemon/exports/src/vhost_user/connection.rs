@@ -118,6 +118,16 @@ impl Connection<'_> {
         if !complete {
             return Err(invalid("what was kept of it does not fit the export"));
         }
+        let mut fds = fds;
+        if let Some(mark) = fds.mark.take() {
+            if is_set(&mark)? {
+                return Err(invalid(
+                    "the last daemon ended while it answered a message: the front-end has to connect again",
+                ));
+            }
+            self.fds.mark = Some(self.channel.mark_messages(Some(mark), false)?.try_clone()?);
+        }
+        let mark = self.fds.mark.take();
         let regions = state.regions.iter().zip(&fds.regions);
         let regions = regions.map(|(r, fd)| {
             GuestRegion::map(fd.as_fd(), r.guest_addr, r.size, r.user_addr, r.mmap_offset)
@@ -135,6 +145,7 @@ impl Connection<'_> {
         }
         self.state = state;
         self.fds = fds;
+        self.fds.mark = mark;
         self.apply_cache();
         self.apply_memory(memory).await?;
         for i in 0..self.queues.len() {
@@ -155,6 +166,16 @@ impl Connection<'_> {
         // Before that nothing is lost with it.
         if !self.kept && self.queues.iter().all(Option::is_none) {
             return;
+        }
+        if self.fds.mark.is_none() {
+            // A message is what has made this necessary.
+            let mark = self.channel.mark_messages(None, true);
+            match mark.and_then(|m| m.try_clone()) {
+                Ok(mark) => self.fds.mark = Some(mark),
+                Err(error) => {
+                    tracing::warn!(export = self.shared.id(), %error, "messages cannot be marked")
+                }
+            }
         }
         let (old, new) = self.shared.next_generation();
         let kept = parcel::pack(&self.state, &self.fds, self.channel.as_fd()).and_then(|parcel| {
@@ -204,6 +225,7 @@ impl Connection<'_> {
                 return Ok(());
             };
             self.answer(&header, &payload, fds).await?;
+            self.channel.answered();
         }
     }
 
@@ -867,6 +889,16 @@ fn check_eventfd(fd: &Option<OwnedFd>) -> Result<(), ProtocolError> {
     rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
         .map_err(std::io::Error::from)?;
     Ok(())
+}
+
+/// Whether an eventfd has been written to.
+fn is_set(event: &OwnedFd) -> std::io::Result<bool> {
+    let mut fds = [rustix::event::PollFd::new(
+        event,
+        rustix::event::PollFlags::IN,
+    )];
+    let now = rustix::event::Timespec::default();
+    Ok(rustix::event::poll(&mut fds, Some(&now))? > 0)
 }
 
 fn clone_fd(fd: &Option<OwnedFd>) -> std::io::Result<Option<OwnedFd>> {

@@ -39,6 +39,8 @@ struct Content {
     inflight: Option<usize>,
     log: Option<usize>,
     backend: Option<usize>,
+    #[serde(default)]
+    mark: Option<usize>,
 }
 
 fn invalid(message: &str) -> io::Error {
@@ -79,14 +81,15 @@ pub(super) fn pack(
         let [kick, call, err] = places;
         vrings.push(Vring { kick, call, err });
     }
-    let mut rest = [None; 3];
-    for (place, fd) in rest.iter_mut().zip([&fds.inflight, &fds.log, &fds.backend]) {
+    let mut rest = [None; 4];
+    let last = [&fds.inflight, &fds.log, &fds.backend, &fds.mark];
+    for (place, fd) in rest.iter_mut().zip(last) {
         if let Some(fd) = fd {
             all.push(fd.as_fd());
             *place = Some(all.len() - 1);
         }
     }
-    let [inflight, log, backend] = rest;
+    let [inflight, log, backend, mark] = rest;
     let content = Content {
         version: VERSION,
         state: state.clone(),
@@ -96,6 +99,7 @@ pub(super) fn pack(
         inflight,
         log,
         backend,
+        mark,
     };
     let bytes = serde_json::to_vec(&content).map_err(io::Error::other)?;
     if all.len() > MAX_FDS || bytes.len() > MAX_BYTES {
@@ -174,6 +178,7 @@ pub(super) fn unpack(parcel: BorrowedFd<'_>) -> io::Result<(State, Descriptors, 
         inflight: take(content.inflight)?,
         log: take(content.log)?,
         backend: take(content.backend)?,
+        mark: take(content.mark)?,
     };
     let connection = take(Some(content.connection))?;
     let connection = connection.ok_or_else(|| invalid("the connection is missing"))?;

@@ -74,6 +74,8 @@ pub struct Descriptors {
     pub log: Option<OwnedFd>,
     /// The channel for messages of our own.
     pub backend: Option<OwnedFd>,
+    /// Readable while a message is being read or answered.
+    pub mark: Option<OwnedFd>,
 }
 
 impl State {
