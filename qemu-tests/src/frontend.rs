@@ -200,7 +200,11 @@ impl Frontend {
 
     /// Whether the back-end has closed the connection (waits for it, or for the time-out).
     pub fn is_closed(&mut self) -> bool {
-        matches!(self.stream.read(&mut [0; 1]), Ok(0) | Err(_))
+        match self.stream.read(&mut [0; 1]) {
+            Ok(n) => n == 0,
+            // Nothing for half a minute: it is there, and silent.
+            Err(e) => e.kind() != std::io::ErrorKind::WouldBlock,
+        }
     }
 
     pub fn get_config(&mut self) -> Vec<u8> {
