@@ -14,15 +14,18 @@ use vdisk_api::{Error, ErrorKind, Result};
 pub struct Directories(Arc<ArcSwapOption<Vec<PathBuf>>>);
 
 impl Directories {
-    /// From now on only these and what is in them. Each must be there. What is open stays open.
-    pub fn restrict(&self, directories: &[PathBuf]) -> io::Result<()> {
+    /// Where folders really are; each must be there.
+    pub fn resolve(directories: &[PathBuf]) -> io::Result<Vec<PathBuf>> {
         let real = directories.iter().map(|d| {
             d.canonicalize()
                 .map_err(|e| io::Error::new(e.kind(), format!("'{}': {e}", d.display())))
         });
-        self.0
-            .store(Some(Arc::new(real.collect::<io::Result<_>>()?)));
-        Ok(())
+        real.collect()
+    }
+
+    /// From now on only these, as [`Directories::resolve`] returns them, and what is in them. What is open stays open.
+    pub fn restrict(&self, directories: Vec<PathBuf>) {
+        self.0.store(Some(Arc::new(directories)));
     }
 
     fn refuse(&self, what: &str, place: &Path, all: &[PathBuf]) -> Error {
@@ -83,7 +86,7 @@ mod tests {
         }
         std::os::unix::fs::symlink(outside.join("b"), inside.join("link")).unwrap();
         let only = Directories::default();
-        only.restrict(std::slice::from_ref(&inside)).unwrap();
+        only.restrict(Directories::resolve(std::slice::from_ref(&inside)).unwrap());
         let check = |path: &str| only.check("image", File::open(dir.path().join(path)).unwrap());
         assert!(check("in/deep/a").is_ok());
         for path in ["inside/b", "in/link", "in/../inside/b"] {
@@ -100,6 +103,6 @@ mod tests {
                 .check_new("image", Path::new("/new"))
                 .is_ok()
         );
-        assert!(only.restrict(&["/nowhere".into()]).is_err());
+        assert!(Directories::resolve(&["/nowhere".into()]).is_err());
     }
 }

@@ -81,6 +81,7 @@ pub struct StoredNode {
     pub whole_blocks: bool,
     pub bitmaps: Vec<StoredBitmap>,
     /// 0 for none.
+    #[serde(default)]
     pub write_threshold: u64,
 }
 
@@ -481,9 +482,31 @@ impl Graph {
         if let Some(entry) = self.nodes.get_mut(name) {
             entry.implicit = implicit;
         }
-        // Names that are made up stay new.
+    }
+
+    /// A name that was made up is not made up again.
+    pub fn take_name(&mut self, name: &str) {
         let number = name.strip_prefix("#block").and_then(|n| n.parse().ok());
         self.next_implicit = self.next_implicit.max(number.unwrap_or(0));
+    }
+
+    /// Refuses to open a node in another way that passes that on to an image below it, which somebody else may use.
+    pub fn check_reopens(&self, name: &str) -> Result<()> {
+        let entry = self.entry(name)?;
+        if entry.node.is_filter() {
+            let below = entry.children.first().map_or("", |(_, child)| child);
+            return Err(Error::not_supported(format!(
+                "node '{name}' is a filter, and as its child is: change node '{below}'"
+            )));
+        }
+        for (role, child) in &entry.children {
+            if *role != "backing" && self.is_image(child) {
+                return Err(Error::not_supported(format!(
+                    "node '{name}' stands on the image of node '{child}', which would change with it: add both anew"
+                )));
+            }
+        }
+        self.check_sole(name)
     }
 
     /// Takes a node, and the children that were made for it, out of the graph. They are to be deactivated and closed

@@ -19,9 +19,14 @@ const FIRST: i32 = 3;
 pub struct FdStore(Mutex<Vec<(String, OwnedFd)>>);
 
 impl FdStore {
+    /// Whether somebody is there who could keep something.
+    pub fn is_there() -> bool {
+        std::env::var_os("NOTIFY_SOCKET").is_some()
+    }
+
     /// None if nobody is there who could keep something. `passed` is in the store already.
     pub fn find(passed: &[(String, OwnedFd)]) -> io::Result<Option<FdStore>> {
-        if std::env::var_os("NOTIFY_SOCKET").is_none() {
+        if !FdStore::is_there() {
             return Ok(None);
         }
         let copy = |(name, fd): &(String, OwnedFd)| Ok((name.clone(), fd.try_clone()?));

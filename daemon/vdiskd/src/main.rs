@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use clap::{CommandFactory, Parser};
 use tokio::signal::unix::{SignalKind, signal};
-use vdisk_block::Runtime;
+use vdisk_block::{Directories, Runtime};
 use vdisk_exports::Keeper;
 use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
@@ -94,6 +94,7 @@ fn main() -> ExitCode {
         Err(error) => {
             logging::start();
             tracing::error!(error, "the configuration cannot be used");
+            before_another_try();
             return ExitCode::FAILURE;
         }
     };
@@ -118,8 +119,16 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error, "cannot start");
+            before_another_try();
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Under a service manager it is started anew at once, and again and again until what is wrong is mended: not too often.
+fn before_another_try() {
+    if FdStore::is_there() {
+        std::thread::sleep(Duration::from_secs(1));
     }
 }
 
@@ -217,6 +226,13 @@ fn defaults(
     })
 }
 
+/// The folders in which images may be, if not everywhere.
+fn allowed(config: &Config) -> Result<Option<Vec<PathBuf>>, String> {
+    let named = config.images.directories.as_deref();
+    let resolved = named.map(Directories::resolve).transpose();
+    resolved.map_err(|e| format!("images.directories: {e}"))
+}
+
 async fn run(args: Args, config: Config) -> Result<(), String> {
     let bus = match &args.bus_address {
         Some(address) => Bus::Address(address.clone()),
@@ -238,14 +254,13 @@ async fn run(args: Args, config: Config) -> Result<(), String> {
     let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
     let defaults = defaults(&args, &config, runtime_dir)?;
     let directories = defaults.runtime.directories.clone();
+    let folders = allowed(&config)?;
     let control = control::start(defaults, keeper, left, args.fresh)
         .await
         .map_err(|e| e.message)?;
     // What was open stays open, and limits are for what is new.
-    if let Some(all) = &config.images.directories {
-        directories
-            .restrict(all)
-            .map_err(|e| format!("images.directories: {e}"))?;
+    if let Some(all) = folders {
+        directories.restrict(all);
     }
     let engine = control.world().engine;
     let front = dbus::start(bus.clone(), control.clone())
@@ -258,22 +273,39 @@ async fn run(args: Args, config: Config) -> Result<(), String> {
     );
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
     tokio::spawn(service::watchdog(control.clone()));
+    let usual = if store.is_some() { IDLE_EXIT } else { 0 };
+    let idle_exit = args.idle_exit.or(config.service.idle_exit);
     let idle = async {
-        let usual = if store.is_some() { IDLE_EXIT } else { 0 };
-        match args.idle_exit.or(config.service.idle_exit).unwrap_or(usual) {
+        match idle_exit.unwrap_or(usual) {
             0 => std::future::pending().await,
             seconds => {
                 let limit = Duration::from_secs(seconds.into());
-                service::until_idle(&front, &control, limit).await;
+                service::until_idle(&front, &control, limit).await
             }
         }
     };
-    let mut again = false;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = hangup.recv(), if store.is_some() => again = true,
-        () = idle => tracing::info!("there is nothing to do"),
+    tokio::pin!(idle);
+    let (mut again, mut called) = (false, false);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv(), if store.is_some() => {
+                // The next one could not start with what is wrong.
+                let config = Config::load(args.config.as_deref());
+                if let Err(error) = config.and_then(|c| allowed(&c)) {
+                    tracing::error!(error, "the configuration cannot be used: all stays as it is");
+                    let _ = sd_notify::notify(&[NotifyState::Ready]);
+                    continue;
+                }
+                again = true;
+            }
+            still_called = &mut idle => {
+                tracing::info!("there is nothing to do");
+                called = still_called;
+            }
+        }
+        break;
     }
     match again {
         true => {
@@ -292,6 +324,7 @@ async fn run(args: Args, config: Config) -> Result<(), String> {
             Ok(never) => match never {},
             Err(e) => Err(format!("the new program: {e}")),
         },
+        _ if called => Err("called in the last moment: to be started once more".into()),
         _ => {
             tracing::info!("stopped");
             Ok(())

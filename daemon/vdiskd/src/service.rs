@@ -44,19 +44,18 @@ pub async fn watchdog(control: Handle) {
     }
 }
 
-/// Returns when the daemon has had nothing for `limit`, and nobody has called it: its name is given up then.
-pub async fn until_idle(front: &Front, control: &Handle, limit: Duration) {
+/// Returns when the daemon has had nothing for `limit`, and nobody has called it: its name is given up then, and it must end. True
+/// if there is something after all, which the next one has to do.
+pub async fn until_idle(front: &Front, control: &Handle, limit: Duration) -> bool {
     loop {
         tokio::time::sleep(limit.saturating_sub(front.quiet()).max(LAST_CALLS)).await;
         if front.quiet() < limit || !control.world().is_empty() {
             continue;
         }
-        // Whoever calls from now on has the bus start another.
+        // Whoever calls from now on has the bus start another, for which the service manager waits for this one's end.
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
         front.release_name().await;
         tokio::time::sleep(LAST_CALLS).await;
-        if control.world().is_empty() {
-            return;
-        }
-        front.take_name().await;
+        return !control.world().is_empty();
     }
 }

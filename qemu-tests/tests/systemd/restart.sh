@@ -136,7 +136,8 @@ cat >/etc/vdiskd/vdiskd.toml <<TOML
 directories = ["/srv/images"]
 [sockets]
 directory = "/run/vdiskd"
-mode = "0600"
+mode = "0660"
+group = "kvm"
 [limits]
 exports = 2
 queues = 4
@@ -152,7 +153,14 @@ vdiskctl node add x driver=qcow2 file.driver=file file.filename=/srv/images/x.qc
 refused 'limits.queues' vdiskctl export add x --node x --socket /run/vdiskd/x.sock --queues 5
 busctl call org.vdisk1 /org/vdisk1 org.vdisk1.Manager AddExport 'a{sv}' 5 id s x type s vhost-user-blk node-name s x \
     num-queues u 4 addr 'a{sv}' 1 path s x.sock
-[ "$(stat -c %a /run/vdiskd/x.sock)" = 600 ]
+[ "$(stat -c %a:%G /run/vdiskd/x.sock)" = 660:kvm ]
+# A mistake is found before anything ends.
+before=$(systemctl show -P MainPID vdiskd)
+echo 'mistake' >/etc/vdiskd/vdiskd.toml
+systemctl reload vdiskd
+sleep 1
+[ "$(systemctl show -P MainPID vdiskd)" = "$before" ]
+vdiskctl export show x >/dev/null
 refused 'limits.exports' vdiskctl export add y --node x --socket /run/vdiskd/y.sock --queues 1
 
 systemd-analyze security --no-pager vdiskd | tail -1

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vdisk_api::{
-    Error, ExportKind, ExportOptions, QueuePlacement, Reply, Result, SocketAddress,
+    Error, ExportKind, ExportOptions, Map, QueuePlacement, Reply, Result, SocketAddress,
     VhostUserBlkOptions,
 };
 use vdisk_block::{Backend, Parent, Permissions, Use};
@@ -74,6 +74,7 @@ impl Control {
             .map_err(|e| e.context(format_args!("export '{id}'")))?;
         let ExportKind::VhostUserBlk(kind) = &options.kind;
         let kind = &with_defaults(kind, &world.defaults.sockets);
+        let given = resolved(options.given, kind);
         let threads = place_queues(&world, &id, &options.placement, kind.num_queues)?;
         let backend = Backend::new(id.clone(), node);
         let parent = Parent::Export(id.clone());
@@ -118,9 +119,12 @@ impl Control {
             kind: options.kind.name(),
             queue_size: kind.queue_size,
             server,
-            given: options.given,
+            given,
         };
         world.exports.insert(id.clone(), Arc::new(export));
+        drop(world);
+        self.lost.forget_export(&id);
+        let world = self.world();
         let others = others_below(&world, &id);
         drop(world);
         self.export_changed_others(&options.node_name, others);
@@ -129,6 +133,10 @@ impl Control {
     }
 
     pub(super) async fn remove_export(&mut self, id: &str) -> Result<Reply> {
+        if self.world().export(id).is_err() && self.lost.forget_export(id) {
+            self.save();
+            return Ok(Reply::Done);
+        }
         let export = self.world().export(id)?;
         export.server.stop().await;
         let others = {
@@ -167,6 +175,25 @@ fn with_defaults(options: &VhostUserBlkOptions, sockets: &Sockets) -> VhostUserB
         *path = directory.join(&*path);
     }
     options
+}
+
+/// The options as they were given, with what was found for the socket: that stays, whatever vdiskd.toml says later.
+fn resolved(mut given: Map, options: &VhostUserBlkOptions) -> Map {
+    let SocketAddress::Unix(path) = &options.addr else {
+        return given;
+    };
+    let addr = [
+        ("type".to_owned(), "unix".into()),
+        ("path".to_owned(), path.to_string_lossy().into()),
+    ];
+    given.insert("addr".into(), Map::from_iter(addr).into());
+    if let Some(mode) = options.socket_mode {
+        given.insert("socket-mode".into(), format!("{mode:o}").into());
+    }
+    if let Some(group) = &options.socket_group {
+        given.insert("socket-group".into(), group.clone().into());
+    }
+    given
 }
 
 struct Others {

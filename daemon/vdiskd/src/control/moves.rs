@@ -218,6 +218,8 @@ impl Control {
             }
             let nobody = Parent::Job(String::new());
             world.graph.check_claim(name)?;
+            // A mirror would follow a node that nobody writes to any more.
+            world.graph.check_no_job(name)?;
             world.graph.check_claim(with)?;
             world.graph.check_replace(name, with, &nobody)?;
             let (_, above) = world.graph.above(name);

@@ -1,5 +1,6 @@
 //! Commands on nodes.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use vdisk_api::{DetectZeroes, Discard, Error, NodeChange, NodeOptions, Reply, Result};
@@ -30,6 +31,10 @@ impl Control {
     pub(super) fn insert(&mut self, opened: Opened) -> Result<Vec<String>> {
         let names = self.world().graph.insert(opened);
         let mut changed = Vec::new();
+        for name in &names {
+            // It is another one, if there was one that could not be restored.
+            self.lost.forget_node(name);
+        }
         for name in names.iter().rev() {
             let info = self.world().graph.info(name)?;
             tracing::info!(
@@ -111,6 +116,10 @@ impl Control {
     }
 
     pub(super) async fn remove_node(&mut self, name: &str) -> Result<Reply> {
+        if self.world().graph.node(name).is_err() && self.lost.forget_node(name) {
+            self.save();
+            return Ok(Reply::Done);
+        }
         let (children, removed) = {
             let mut world = self.world();
             let children = world.graph.info(name)?.children;
@@ -287,6 +296,13 @@ impl Control {
         }
         self.state.reserve()?;
         let to_read_only = change.read_only.filter(|r| *r != node.is_read_only());
+        if to_read_only.is_some() {
+            self.world().graph.check_reopens(name)?;
+        }
+        let bitmaps = |node: &Node| -> BTreeSet<String> {
+            node.bitmaps().iter().map(|b| b.name().to_owned()).collect()
+        };
+        let bitmaps_before = bitmaps(&node);
         match to_read_only {
             Some(true) => {
                 self.world().graph.check_unwritten(name)?;
@@ -302,13 +318,20 @@ impl Control {
                         overlay.name()
                     )));
                 }
-                world.graph.check_sole(name)?;
             }
             None => {}
         }
         let (_, drained) = self.hold(name).await;
         match to_read_only {
-            Some(true) => self.make_read_only(&node).await,
+            Some(true) => {
+                self.settle(&node).await.map_err(|e| {
+                    let what = format_args!(
+                        "node '{name}' stays writable: its last changes cannot be stored"
+                    );
+                    Error::io(what, &e)
+                })?;
+                self.make_read_only(&node).await;
+            }
             Some(false) => self.make_writable(&node).await?,
             None => {}
         }
@@ -324,6 +347,14 @@ impl Control {
         }
         for guard in &drained {
             guard.invalidate();
+        }
+        let bitmaps_after = bitmaps(&node);
+        for bitmap in bitmaps_before.symmetric_difference(&bitmaps_after) {
+            let (node, bitmap) = (name.to_owned(), bitmap.clone());
+            self.events.push(match bitmaps_after.contains(&bitmap) {
+                true => Event::BitmapAdded(node, bitmap),
+                false => Event::BitmapRemoved(node, bitmap),
+            });
         }
         self.save();
         drop(drained);

@@ -45,11 +45,52 @@ struct StoredJob {
     options: Map,
 }
 
-/// What could not be restored: it is tried again by the next daemon.
+/// What could not be restored: it is tried again by the next daemon, unless its name is given to something else.
 #[derive(Default)]
 pub(super) struct Lost {
     nodes: Vec<StoredNode>,
     exports: Vec<StoredExport>,
+}
+
+impl Lost {
+    fn count(&self) -> usize {
+        self.nodes.len() + self.exports.len()
+    }
+
+    /// Gives up a node, and what stands on it. False if there is none of this name.
+    pub fn forget_node(&mut self, name: &str) -> bool {
+        let before = self.nodes.len();
+        self.nodes.retain(|n| n.name != name);
+        let stands_on_it = |n: &StoredNode| children(n).any(|c| c == name);
+        let above: Vec<String> = self
+            .nodes
+            .iter()
+            .filter(|n| stands_on_it(n))
+            .map(|n| n.name.clone())
+            .collect();
+        let found = self.nodes.len() < before;
+        if found || !above.is_empty() {
+            self.exports
+                .retain(|e| e.options.get("node-name").and_then(|n| n.as_str()) != Some(name));
+        }
+        for name in above {
+            self.forget_node(&name);
+        }
+        found
+    }
+
+    /// Gives up an export. False if there is none of this name.
+    pub fn forget_export(&mut self, id: &str) -> bool {
+        let before = self.exports.len();
+        self.exports.retain(|e| e.id != id);
+        self.exports.len() < before
+    }
+}
+
+/// Names of a stored node's children.
+fn children(node: &StoredNode) -> impl Iterator<Item = &str> {
+    let options = ROLES.iter().filter_map(|role| node.options.get(*role));
+    options.filter_map(|child| child.as_str())
 }
 
 #[derive(Serialize, Deserialize)]
@@ -227,10 +268,8 @@ impl Control {
             });
             let lost = &self.lost;
             let mut nodes = world.graph.stored();
-            let is_new = |n: &&StoredNode| world.graph.node(&n.name).is_err();
-            nodes.extend(lost.nodes.iter().filter(is_new).cloned());
-            let is_lost = |e: &&StoredExport| !world.exports.contains_key(&e.id);
-            let lost_exports = lost.exports.iter().filter(is_lost).cloned();
+            nodes.extend(lost.nodes.iter().cloned());
+            let lost_exports = lost.exports.iter().cloned();
             let jobs = world.jobs.values().filter(|j| j.is_to_go_on());
             let jobs = jobs.map(|j| StoredJob {
                 id: j.id().to_owned(),
@@ -248,6 +287,7 @@ impl Control {
                 jobs: jobs.collect(),
             }
         };
+        self.world().lost = self.lost.count();
         let written = serde_json::to_vec_pretty(&state)
             .map_err(io::Error::from)
             .and_then(|content| self.state.write(content));
@@ -386,6 +426,10 @@ impl Control {
     async fn restore_nodes(&mut self, nodes: Vec<StoredNode>) -> BTreeMap<String, String> {
         let mut instead: BTreeMap<String, String> = BTreeMap::new();
         let mut left = Vec::new();
+        for node in &nodes {
+            // Nobody else gets a name that was made up for one that may be lost.
+            self.world().graph.take_name(&node.name);
+        }
         for mut node in nodes {
             for option in node.options.values_mut() {
                 if let Some(other) = option.as_str().and_then(|name| instead.get(name)) {
@@ -411,9 +455,14 @@ impl Control {
         }
         while !left.is_empty() {
             let names: BTreeSet<String> = left.iter().map(|n| n.name.clone()).collect();
+            // Two that stand on the same are checked against each other.
+            let mut used: BTreeSet<String> = BTreeSet::new();
             let waits = |node: &StoredNode| {
-                let mut children = ROLES.iter().filter_map(|role| node.options.get(*role));
-                children.any(|child| child.as_str().is_some_and(|c| names.contains(c)))
+                let waits = children(node).any(|c| names.contains(c) || used.contains(c));
+                if !waits {
+                    used.extend(children(node).map(str::to_owned));
+                }
+                waits
             };
             let (later, mut now): (Vec<_>, Vec<_>) = left.into_iter().partition(waits);
             left = later;
@@ -503,3 +552,41 @@ impl Control {
 
 /// A keeper that is shared.
 pub type SharedKeeper = Option<Arc<dyn Keeper>>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the first daemon that had a state wrote it: each one after it must be able to go on from there.
+    const FIRST: &str = r##"{"version": 1, "daemon": "0.1.0",
+        "iothreads": [{"name": "io0", "cpus": [], "poll_max_ns": 32000}],
+        "throttle_groups": {"gold": {"iops-total": 5}},
+        "nodes": [{"name": "#block1", "implicit": true, "whole_blocks": true, "bitmaps": [],
+                   "options": {"driver": "file", "filename": "/a", "read-only": false}},
+                  {"name": "a", "implicit": false, "whole_blocks": false,
+                   "bitmaps": [{"name": "b", "granularity": 65536, "recording": true}],
+                   "options": {"driver": "qcow2", "file": "#block1"}}],
+        "exports": [{"id": "e", "options": {"node-name": "a"}}],
+        "jobs": [{"id": "j", "operation": "stream", "node": "a", "options": {}}]}"##;
+
+    #[test]
+    fn the_first_states_can_still_be_read() {
+        let state: State = serde_json::from_str(FIRST).unwrap();
+        assert_eq!((state.nodes.len(), state.exports.len()), (2, 1));
+    }
+
+    #[test]
+    fn what_is_lost_goes_with_what_it_stands_on() {
+        let state: State = serde_json::from_str(FIRST).unwrap();
+        let lost = || Lost {
+            nodes: state.nodes.clone(),
+            exports: state.exports.clone(),
+        };
+        let mut all = lost();
+        assert!(!all.forget_node("x") && all.count() == 3);
+        assert!(all.forget_node("#block1") && all.count() == 0);
+        let mut above = lost();
+        assert!(above.forget_node("a") && above.count() == 1);
+        assert!(lost().forget_export("e") && !lost().forget_export("a"));
+    }
+}

@@ -1,7 +1,7 @@
 //! What there is.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -66,11 +66,20 @@ pub struct World {
     pub engine: EngineKind,
     /// What of an earlier daemon's state could not be restored, and why.
     pub problems: Vec<String>,
+    /// Objects that the next daemon will try to restore.
+    pub lost: usize,
 }
 
 /// The lock is only held for short looks and changes that cannot fail half-way.
 pub fn locked(world: &Mutex<World>) -> MutexGuard<'_, World> {
     world.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Whether writes to images are noted in the runtime folder that are not in the images yet.
+fn has_unfinished(dir: Option<&Path>) -> bool {
+    let files = dir.and_then(|d| std::fs::read_dir(d).ok());
+    let mut files = files.into_iter().flatten().flatten();
+    files.any(|f| f.path().extension().is_some_and(|e| e == "redo"))
 }
 
 impl World {
@@ -98,16 +107,21 @@ impl World {
             defaults,
             engine,
             problems: Vec::new(),
+            lost: 0,
         })
     }
 
     /// Nothing was configured, or all of it was removed.
     pub fn is_empty(&self) -> bool {
         let runtime = &self.defaults.runtime;
+        let usual = self.defaults.io_threads.max(1);
+        let is_usual = |name: &str| (0..usual).any(|i| name == format!("io{i}"));
         self.graph.names().next().is_none()
             && self.exports.is_empty()
             && self.jobs.is_empty()
-            && self.threads.len() <= self.defaults.io_threads.max(1)
+            && self.lost == 0
+            && self.threads.keys().all(|name| is_usual(name))
+            && !has_unfinished(runtime.dir.as_deref())
             && runtime.secrets.ids().is_empty()
             && runtime.throttle_groups.list().is_empty()
     }

@@ -118,12 +118,6 @@ impl Front {
     pub async fn release_name(&self) {
         let _ = self.connection().release_name(BUS_NAME).await;
     }
-
-    pub async fn take_name(&self) {
-        if let Err(error) = self.connection().request_name(BUS_NAME).await {
-            tracing::error!(%error, "the name on the bus cannot be taken again");
-        }
-    }
 }
 
 /// Serves on the bus; comes back to it if it goes away. Returns when the first connection stands.
