@@ -132,7 +132,9 @@ impl Guest {
         command.args(["-serial", &format!("file:{}", at("console"))]);
         command.args(["-kernel", &lab_path("kernel/vmlinuz").display().to_string()]);
         command.args(["-initrd", &lab_path("initramfs").display().to_string()]);
-        command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
+        // With one-shot timers, an emulated CPU whose interrupt is lost on a busy machine sleeps for ever.
+        let append = "console=ttyS0 panic=-1 quiet nohz=off highres=off";
+        command.args(["-append", append]);
         command.args(["-device", "isa-debug-exit,iobase=0x501,iosize=1"]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp"))]);
         command.args(["-device", "virtio-serial-pci"]);

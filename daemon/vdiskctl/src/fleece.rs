@@ -8,9 +8,8 @@ use zbus::{Connection, Variant};
 
 use crate::args::Fleece;
 use crate::error::{Error, Result};
-use crate::images::absolute;
 use crate::objects::{Objects, name_of, properties};
-use crate::options::{Options, options};
+use crate::options::{Options, absolute, options};
 use crate::output::{number, print_pause, text};
 
 async fn node<'a>(connection: &'a Connection, name: &str) -> Result<NodeProxy<'a>> {

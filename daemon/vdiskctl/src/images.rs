@@ -11,7 +11,7 @@ use crate::args::{Image, ImageFile, SnapshotCommand};
 use crate::error::{Error, Result};
 use crate::jobs;
 use crate::objects::{Objects, Properties, name_of, properties};
-use crate::options::{Options, options};
+use crate::options::{Options, absolute, options};
 use crate::output::{Rows, flag, number, print_json, print_pause, text};
 
 fn size(word: &str) -> Result<u64> {
@@ -31,13 +31,6 @@ fn image_options(words: &[String]) -> Result<Options<'_>> {
         out.insert("data-file", path);
     }
     Ok(out)
-}
-
-/// A path as the daemon, which has another working directory, understands it.
-pub fn absolute(path: &str) -> Variant<'static> {
-    let path = std::path::absolute(path).ok();
-    let path = path.and_then(|p| p.to_str().map(str::to_owned));
-    Variant::from(path.unwrap_or_default())
 }
 
 fn file_options(file: &ImageFile) -> Options<'_> {

@@ -10,9 +10,8 @@ use zbus::{Connection, Variant};
 
 use crate::args::{Convert, Copy, Discard, Job, JobCommand, Merge, Mirror};
 use crate::error::{Error, Result};
-use crate::images::absolute;
 use crate::objects::{Objects, Properties, name_of, properties};
-use crate::options::{Options, options};
+use crate::options::{Options, absolute, options};
 use crate::output::{Rows, names, number, print_json, print_pause, print_properties, text};
 
 /// How often a bar moves, at most and at last: short jobs are not waited for long.

@@ -21,3 +21,10 @@ pub fn options(words: &[String]) -> Result<Options<'_>> {
     }
     Ok(out)
 }
+
+/// A path as the daemon, which has another working directory, understands it.
+pub fn absolute(path: &str) -> Variant<'static> {
+    let path = std::path::absolute(path).ok();
+    let path = path.and_then(|p| p.to_str().map(str::to_owned));
+    Variant::from(path.unwrap_or_default())
+}
