@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vdisk_qemu_tests::blk_client::Client;
-use vdisk_qemu_tests::frontend::Frontend;
+use vdisk_qemu_tests::frontend::{Frontend, request};
 use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
 use vdisk_qemu_tests::workload::{assert_same, change, compare};
 use vdisk_qemu_tests::{Daemon, Guest, GuestOptions};
@@ -510,4 +510,21 @@ fn nobody_waits_for_an_answer_of_a_killed_daemon() {
             false => assert_eq!(front.simple(0, 0, 512), 0),
         }
     }
+}
+
+/// A queue that its front-end has stopped stays stopped, also one that had nothing to do.
+#[test]
+fn a_stopped_queue_stays_stopped() {
+    let mut daemon = Daemon::managed(&[]);
+    let (_, socket) = daemon.export("d", MIB, &[], &[]);
+    let mut front = Frontend::start(&socket);
+    // Without disabling it first.
+    front.send(request::GET_VRING_BASE, 0, &[0; 8], &[]);
+    assert!(front.reply().is_some());
+    // Whoever answers this has done with the message.
+    daemon.ctl(&["info"]);
+    daemon.kill();
+    daemon.go_on();
+    front.start_queue();
+    assert_eq!(front.simple(0, 0, 512), 0);
 }

@@ -118,16 +118,14 @@ impl Connection<'_> {
         if !complete {
             return Err(invalid("what was kept of it does not fit the export"));
         }
-        let mut fds = fds;
-        if let Some(mark) = fds.mark.take() {
-            if is_set(&mark)? {
+        if let Some(mark) = &fds.mark {
+            if is_set(mark)? {
                 return Err(invalid(
                     "the last daemon ended while it answered a message: the front-end has to connect again",
                 ));
             }
-            self.fds.mark = Some(self.channel.mark_messages(Some(mark), false)?.try_clone()?);
+            self.channel.mark_messages(Some(mark.try_clone()?), false)?;
         }
-        let mark = self.fds.mark.take();
         let regions = state.regions.iter().zip(&fds.regions);
         let regions = regions.map(|(r, fd)| {
             GuestRegion::map(fd.as_fd(), r.guest_addr, r.size, r.user_addr, r.mmap_offset)
@@ -145,7 +143,6 @@ impl Connection<'_> {
         }
         self.state = state;
         self.fds = fds;
-        self.fds.mark = mark;
         self.apply_cache();
         self.apply_memory(memory).await?;
         for i in 0..self.queues.len() {
@@ -235,19 +232,20 @@ impl Connection<'_> {
         payload: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<(), ProtocolError> {
-        let before = self.state.clone();
-        let has_fds = !fds.is_empty();
         let acks = header.needs_reply() && self.state.protocol_features & protocol::REPLY_ACK != 0;
         let result = match Request::parse(header.request, payload) {
             Ok(request) => {
-                self.handle(request, payload.len(), fds, header.request)
-                    .await
+                let only_asks = request.only_asks();
+                let result = self
+                    .handle(request, payload.len(), fds, header.request)
+                    .await;
+                if !only_asks {
+                    self.keep();
+                }
+                result
             }
             Err(e) => Err(e),
         };
-        if has_fds || matches!(&result, Ok(Reply::Payload(_, Some(_)))) || before != self.state {
-            self.keep();
-        }
         let (payload, fd) = match result {
             Ok(Reply::Payload(payload, fd)) => (payload, fd),
             Ok(Reply::None) if acks => (0u64.to_ne_bytes().to_vec(), None),

@@ -358,6 +358,19 @@ impl Request {
         Ok(parsed)
     }
 
+    /// It changes nothing of what was negotiated.
+    pub fn only_asks(&self) -> bool {
+        matches!(
+            self,
+            Request::GetFeatures
+                | Request::GetProtocolFeatures
+                | Request::GetQueueNum
+                | Request::GetMaxMemSlots
+                | Request::GetConfig { .. }
+                | Request::SetOwner
+        )
+    }
+
     /// How many descriptors come with it; None where any number is accepted (and unused).
     pub fn fds(&self) -> Option<usize> {
         match self {

@@ -11,16 +11,18 @@ pub fn all(control: &Handle) -> ThrottleGroups {
 }
 
 /// Makes a group, or changes its limits; the requests of its members feel it at once.
-pub fn set(control: &Handle, name: &str, limits: ThrottleLimits) -> Result<()> {
+pub async fn set(control: &Handle, name: &str, limits: ThrottleLimits) -> Result<()> {
     let runtime = tokio::runtime::Handle::try_current()
         .map_err(|e| Error::failed(format!("throttle group '{name}': {e}")))?;
     let is_new = all(control).set(name, limits, &runtime);
     tracing::info!(group = name, is_new, "throttle group set");
+    control.save().await;
     Ok(())
 }
 
-pub fn remove(control: &Handle, name: &str) -> Result<()> {
+pub async fn remove(control: &Handle, name: &str) -> Result<()> {
     all(control).remove(name)?;
     tracing::info!(group = name, "throttle group removed");
+    control.save().await;
     Ok(())
 }

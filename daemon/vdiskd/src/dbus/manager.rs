@@ -121,16 +121,12 @@ impl ManagerObject {
 
     async fn set_throttle_group(&self, name: String, limits: Options) -> Result<(), Failure> {
         let limits = ThrottleLimits::from_map(&name, convert::plain_options(limits)?)?;
-        throttle::set(&self.0, &name, limits)?;
-        self.0.save().await;
-        Ok(())
+        Ok(throttle::set(&self.0, &name, limits).await?)
     }
 
     async fn remove_throttle_group(&self, name: String, options: Options) -> Result<(), Failure> {
         convert::no_options(options)?;
-        throttle::remove(&self.0, &name)?;
-        self.0.save().await;
-        Ok(())
+        Ok(throttle::remove(&self.0, &name).await?)
     }
 
     #[zbus(out_args("groups"))]
