@@ -14,6 +14,8 @@ LIBEXECDIR = $(PREFIX)/libexec
 MANDIR = $(PREFIX)/share/man
 UNITDIR = $(PREFIX)/lib/systemd/system
 DBUSDIR = $(PREFIX)/share/dbus-1
+USERUNITDIR = $(PREFIX)/lib/systemd/user
+TMPFILESDIR = $(PREFIX)/lib/tmpfiles.d
 SYSUSERSDIR = $(PREFIX)/lib/sysusers.d
 PROGRAMS = target/release
 CARGO = cargo
@@ -98,6 +100,14 @@ install:
 	$(PROGRAMS)/vdiskctl completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/vdiskctl.fish
 	install -D -m 644 systemd/vdiskd.service $(DESTDIR)$(UNITDIR)/vdiskd.service
 	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(UNITDIR)/vdiskd.service
+	sed -e 's|^\(ExecStart=.*\)|\1 --instance %i|' -e 's|^BusName=.*|&.instance.%i|' \
+	    -e 's|^\(Runtime\|State\)Directory=.*|&-%i|' -e 's|^Description=.*|&, instance %i|' \
+	    $(DESTDIR)$(UNITDIR)/vdiskd.service >$(DESTDIR)$(UNITDIR)/vdiskd@.service
+	install -m 644 systemd/vdiskd-export@.socket $(DESTDIR)$(UNITDIR)/
+	install -D -m 644 systemd/user/vdiskd.service $(DESTDIR)$(USERUNITDIR)/vdiskd.service
+	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(USERUNITDIR)/vdiskd.service
+	install -D -m 644 systemd/user/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/services/org.vdisk1.service
+	install -D -m 644 systemd/vdiskd.tmpfiles $(DESTDIR)$(TMPFILESDIR)/vdiskd.conf
 	install -D -m 644 systemd/vdiskd.sysusers $(DESTDIR)$(SYSUSERSDIR)/vdiskd.conf
 	install -D -m 644 systemd/org.vdisk1.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.conf
 	install -D -m 644 systemd/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.service

@@ -13,6 +13,24 @@ pub use proxies::{
 /// The bus name.
 pub const BUS_NAME: &str = "org.vdisk1";
 
+/// The bus name of an instance: a daemon of its own beside the usual one.
+///
+/// # Errors
+/// If the name is more than letters, digits, `_` and `-`, or has a digit in front, which no bus name may have.
+pub fn bus_name(instance: Option<&str>) -> Result<String, String> {
+    let Some(name) = instance else {
+        return Ok(BUS_NAME.to_owned());
+    };
+    let first = |c: char| c.is_ascii_alphabetic() || c == '_';
+    let rest = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    match name.starts_with(first) && name.chars().all(rest) && name.len() <= 200 {
+        true => Ok(format!("{BUS_NAME}.instance.{name}")),
+        false => Err(format!(
+            "instance '{name}': give at most 200 letters, digits, '_' and '-', the first of them no digit and no '-'"
+        )),
+    }
+}
+
 /// The object of the daemon itself.
 pub const ROOT_PATH: &str = "/org/vdisk1";
 

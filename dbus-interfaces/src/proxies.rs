@@ -14,37 +14,54 @@ type Statistics = HashMap<String, OwnedVariant>;
     default_path = "/org/vdisk1"
 )]
 pub trait Manager {
+    #[zbus(allow_interactive_auth)]
     fn add_node(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn add_export(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn add_io_thread(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn transaction(
         &self,
         actions: Vec<(&str, Options<'_>)>,
         options: Options<'_>,
     ) -> zbus::Result<(Vec<OwnedObjectPath>, Statistics)>;
+    #[zbus(allow_interactive_auth)]
     fn add_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn remove_secret(&self, id: &str, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn set_throttle_group(&self, name: &str, limits: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn remove_throttle_group(&self, name: &str, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn list_throttle_groups(
         &self,
         options: Options<'_>,
     ) -> zbus::Result<HashMap<String, Statistics>>;
+    #[zbus(allow_interactive_auth)]
     fn create_image(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn start_image_job(
         &self,
         operation: &str,
         options: Options<'_>,
     ) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn measure_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn check_image(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn map_image(&self, start: u64, options: Options<'_>) -> zbus::Result<Vec<Statistics>>;
+    #[zbus(allow_interactive_auth)]
     fn amend_image(&self, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> zbus::Result<Vec<String>>;
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property)]
     fn problems(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn version(&self) -> zbus::Result<String>;
@@ -58,10 +75,15 @@ pub trait Manager {
 
 #[proxy(interface = "org.vdisk1.Node", default_service = "org.vdisk1")]
 pub trait Node {
+    #[zbus(allow_interactive_auth)]
     fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn resize(&self, size: u64, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn reopen(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn replace(&self, with: &str, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn set_write_threshold(&self, threshold: u64, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(signal)]
     fn write_threshold_exceeded(&self, threshold: u64, amount: u64) -> zbus::Result<()>;
@@ -71,22 +93,39 @@ pub trait Node {
     fn discard_mode(&self) -> zbus::Result<String>;
     #[zbus(property)]
     fn detect_zeroes(&self) -> zbus::Result<String>;
+    #[zbus(allow_interactive_auth)]
     fn flush(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn check(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn get_image_info(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn add_overlay(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
+    #[zbus(allow_interactive_auth)]
     fn insert_filter(&self, options: Options<'_>) -> zbus::Result<(OwnedObjectPath, Statistics)>;
+    #[zbus(allow_interactive_auth)]
     fn take_out(&self, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn add_bitmap(&self, name: &str, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn mirror(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn backup(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn convert(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn commit(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn stream(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn discard(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn start_check(&self, options: Options<'_>) -> zbus::Result<OwnedObjectPath>;
+    #[zbus(allow_interactive_auth)]
     fn create_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn apply_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
+    #[zbus(allow_interactive_auth)]
     fn delete_snapshot(&self, name: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn name(&self) -> zbus::Result<String>;
@@ -108,7 +147,9 @@ pub trait Node {
 
 #[proxy(interface = "org.vdisk1.Export", default_service = "org.vdisk1")]
 pub trait Export {
+    #[zbus(allow_interactive_auth)]
     fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn id(&self) -> zbus::Result<String>;
@@ -120,6 +161,10 @@ pub trait Export {
     fn writable(&self) -> zbus::Result<bool>;
     #[zbus(property)]
     fn clients(&self) -> zbus::Result<u32>;
+    #[zbus(property)]
+    fn persistent(&self) -> zbus::Result<bool>;
+    #[zbus(property)]
+    fn set_persistent(&self, on: bool) -> zbus::Result<()>;
     #[zbus(property)]
     fn io_threads(&self) -> zbus::Result<Vec<OwnedObjectPath>>;
     #[zbus(property, name = "Path")]
@@ -149,8 +194,11 @@ pub trait VhostUserBlk {
 
 #[proxy(interface = "org.vdisk1.IoThread", default_service = "org.vdisk1")]
 pub trait IoThread {
+    #[zbus(allow_interactive_auth)]
     fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn update(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn get_statistics(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn name(&self) -> zbus::Result<String>;
@@ -166,13 +214,21 @@ pub trait IoThread {
 
 #[proxy(interface = "org.vdisk1.Job", default_service = "org.vdisk1")]
 pub trait Job {
+    #[zbus(allow_interactive_auth)]
     fn pause(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn resume(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn cancel(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn complete(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn finalize(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn dismiss(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn set_speed(&self, speed: u64, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn change(&self, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(signal)]
     fn completed(&self, success: bool, message: String) -> zbus::Result<()>;
@@ -210,10 +266,15 @@ pub trait Job {
 
 #[proxy(interface = "org.vdisk1.Bitmap", default_service = "org.vdisk1")]
 pub trait Bitmap {
+    #[zbus(allow_interactive_auth)]
     fn remove(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn clear(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn enable(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn disable(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
     fn merge(&self, sources: Vec<String>, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property(emits_changed_signal = "const"))]
     fn name(&self) -> zbus::Result<String>;

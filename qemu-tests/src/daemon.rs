@@ -130,6 +130,8 @@ impl Daemon {
             .args(["--bus-address", &self.address])
             .arg("--runtime-dir")
             .arg(self.dir.path().join("run"))
+            .arg("--state-dir")
+            .arg(self.dir.path().join("state"))
             .args(&self.args)
             .env("VDISKD_LOG", "debug,zbus=warn")
             .stderr(Stdio::piped())

@@ -8,7 +8,7 @@ use vdisk_qemu_tests::blk_client::Client;
 use vdisk_qemu_tests::frontend::{Frontend, request};
 use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
 use vdisk_qemu_tests::workload::{assert_same, change, compare};
-use vdisk_qemu_tests::{Daemon, Guest, GuestOptions};
+use vdisk_qemu_tests::{Daemon, Guest, GuestOptions, program, wait_for};
 
 const MIB: u64 = 1 << 20;
 
@@ -527,4 +527,192 @@ fn a_stopped_queue_stays_stopped() {
     daemon.go_on();
     front.start_queue();
     assert_eq!(front.simple(0, 0, 512), 0);
+}
+
+/// A machine that starts anew has nothing in its runtime folder.
+fn start_of_the_machine(daemon: &mut Daemon) {
+    daemon.kill();
+    std::fs::remove_dir_all(daemon.path("run")).unwrap();
+    daemon.go_on();
+}
+
+fn ids(daemon: &Daemon, kind: &str, key: &str) -> Vec<String> {
+    let list = daemon.ctl_json(&[kind, "list"]);
+    let all = list.as_array().unwrap().iter();
+    all.map(|o| o[key].as_str().unwrap().to_owned()).collect()
+}
+
+/// Persistent exports outlive the machine, with all that they stand on and as it was last; nothing else does.
+#[test]
+fn persistent_exports_outlive_the_machine() {
+    let mut daemon = Daemon::start(&[]);
+    let base = daemon.path("base.qcow2");
+    daemon.ctl(&["image", "create", text(&base), "16M"]);
+    add_qcow2(&daemon, "disk", &base, &["discard=unmap"]);
+    daemon.ctl(&["iothread", "add", "fast", "poll-max-ns=1000"]);
+    daemon.ctl(&["iothread", "add", "idle"]);
+    daemon.ctl(&["throttle", "set", "gold", "iops-total=5000"]);
+    daemon.ctl(&["throttle", "set", "silver", "iops-total=7"]);
+    daemon.export_node("vm", "disk", &["--iothread", "fast", "--persistent"]);
+    let raw = daemon.image("raw", MIB);
+    daemon.export_file("passing", &raw, &[], &[]);
+    let file = daemon.path("state/persistent.json");
+    assert_eq!(
+        std::fs::metadata(&file).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+
+    // What changes under it is known to it before guests go on.
+    let over = daemon.path("over.qcow2");
+    daemon.ctl(&["snapshot", "overlay", "disk", "over", text(&over)]);
+    daemon.ctl(&["throttle", "insert", "over", "gold", "--name", "limit"]);
+    let mut client = Client::connect(&daemon.socket("vm"), 1, 1, 1 << 16);
+    assert_eq!(client.write(0, &[7; 4096]), 0);
+    assert_eq!(client.flush(), 0);
+    drop(client);
+    start_of_the_machine(&mut daemon);
+    assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+    assert_eq!(ids(&daemon, "export", "Id"), ["vm"]);
+    let nodes: Vec<String> = ids(&daemon, "node", "Name");
+    let mut named: Vec<&String> = nodes.iter().filter(|n| !n.starts_with('#')).collect();
+    named.sort();
+    assert_eq!(named, ["disk", "limit", "over"]);
+    let mut threads = ids(&daemon, "iothread", "Name");
+    threads.sort();
+    assert_eq!(threads, ["fast", "io0"]);
+    let groups = daemon.ctl_json(&["throttle", "list"]);
+    assert!(groups.to_string().contains("gold") && !groups.to_string().contains("silver"));
+    let mut client = Client::connect(&daemon.socket("vm"), 1, 1, 1 << 16);
+    let mut read = [0; 4096];
+    assert_eq!((client.read(0, &mut read), read), (0, [7; 4096]));
+    drop(client);
+
+    // It is still there for a daemon that forgets everything else, and when its image is away for a while.
+    daemon.kill();
+    daemon.start_again();
+    assert_eq!(ids(&daemon, "export", "Id"), ["vm"]);
+    let away = daemon.path("away");
+    std::fs::rename(&over, &away).unwrap();
+    start_of_the_machine(&mut daemon);
+    let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+    assert!(problems.contains("over.qcow2"), "{problems}");
+    assert!(ids(&daemon, "export", "Id").is_empty());
+    std::fs::rename(&away, &over).unwrap();
+    start_of_the_machine(&mut daemon);
+    assert_eq!(ids(&daemon, "export", "Id"), ["vm"]);
+
+    // A damaged file is put aside and named.
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    start_of_the_machine(&mut daemon);
+    let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+    assert!(problems.contains("persistent.bad"), "{problems}");
+    daemon.kill();
+    std::fs::rename(daemon.path("state/persistent.bad"), &file).unwrap();
+    std::fs::write(&file, &whole).unwrap();
+    start_of_the_machine(&mut daemon);
+
+    daemon.ctl(&["export", "set", "vm", "persistent=off"]);
+    assert!(!file.exists());
+    daemon.ctl(&["export", "set", "vm", "persistent=on"]);
+    assert!(file.exists());
+    daemon.ctl(&["export", "remove", "vm"]);
+    assert!(!file.exists());
+    start_of_the_machine(&mut daemon);
+    assert!(ids(&daemon, "node", "Name").is_empty());
+}
+
+/// What cannot be kept is not promised, and what cannot be written any more is named.
+#[test]
+fn a_state_that_cannot_be_written_is_named() {
+    let daemon = Daemon::start(&[]);
+    let raw = daemon.image("raw", MIB);
+    // Where the folder would be is a file.
+    std::fs::write(daemon.path("state"), "").unwrap();
+    daemon.export_file("vm", &raw, &[], &[]);
+    let (_, e) = daemon.ctl_error(&["export", "set", "vm", "persistent=on"]);
+    assert!(e.contains("persistent.json") && e.contains("'vm'"), "{e}");
+    assert_eq!(
+        daemon.ctl_json(&["export", "show", "vm"])["Persistent"],
+        false
+    );
+    assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+    let new = daemon.socket("new");
+    let args = [
+        "export",
+        "add",
+        "new",
+        "--node",
+        "vm",
+        "--socket",
+        text(&new),
+        "--persistent",
+    ];
+    daemon.ctl_error(&args);
+    assert_eq!(ids(&daemon, "export", "Id"), ["vm"]);
+    std::fs::remove_file(daemon.path("state")).unwrap();
+    daemon.ctl(&["export", "set", "vm", "persistent=on"]);
+
+    // From a folder that is gone nothing is restored: as long as that is so, it is a problem.
+    let (run, away) = (daemon.path("run"), daemon.path("away"));
+    std::fs::rename(&run, &away).unwrap();
+    daemon.ctl(&["iothread", "add", "fast"]);
+    let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+    assert!(
+        problems.contains("state.json") && problems.contains("cannot be written"),
+        "{problems}"
+    );
+    std::fs::rename(&away, &run).unwrap();
+    daemon.ctl(&["iothread", "add", "faster"]);
+    assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+}
+
+/// I/O threads that a daemon begins with are as the user has left them.
+#[test]
+fn removed_and_moved_threads_stay_so() {
+    let mut daemon = Daemon::start(&["--io-threads", "3"]);
+    daemon.ctl(&["iothread", "remove", "io1"]);
+    daemon.ctl(&["iothread", "remove", "io2"]);
+    daemon.ctl(&["iothread", "add", "io2", "cpus=1"]);
+    let before = everything(&daemon);
+    daemon.kill();
+    daemon.go_on();
+    assert_eq!(everything(&daemon), before);
+    assert_eq!(ids(&daemon, "iothread", "Name"), ["io0", "io2"]);
+}
+
+/// Daemons of different names share a bus, and nothing else.
+#[test]
+fn instances_are_apart() {
+    let daemon = Daemon::start(&[]);
+    let mut other = std::process::Command::new(program("vdiskd"))
+        .args([
+            "--bus-address",
+            daemon.bus_address(),
+            "--instance",
+            "tenant-1",
+        ])
+        .arg("--state-dir")
+        .arg(daemon.path("other-state"))
+        .env("RUNTIME_DIRECTORY", daemon.path("other-run"))
+        .spawn()
+        .unwrap();
+    wait_for("the other daemon", || {
+        let out = daemon.try_ctl(&["--instance", "tenant-1", "info"]);
+        out.status.success().then_some(())
+    });
+    daemon.ctl(&["--instance", "tenant-1", "iothread", "add", "theirs"]);
+    daemon.ctl(&["iothread", "add", "mine"]);
+    assert_eq!(ids(&daemon, "iothread", "Name"), ["io0", "mine"]);
+    let theirs = daemon.ctl(&["--instance", "tenant-1", "iothread", "list"]);
+    assert!(
+        theirs.contains("theirs") && !theirs.contains("mine"),
+        "{theirs}"
+    );
+    let (code, e) = daemon.ctl_error(&["--instance", "1x", "info"]);
+    assert!(code == 2 && e.contains("'1x'"), "{e}");
+    let (code, _) = daemon.ctl_error(&["--instance", "nobody", "info"]);
+    assert_eq!(code, 6);
+    other.kill().unwrap();
+    other.wait().unwrap();
 }

@@ -80,6 +80,11 @@ pub enum Command {
     RemoveExport {
         id: String,
     },
+    /// Whether an export outlives the machine, with all that it stands on.
+    SetPersistent {
+        export: String,
+        on: bool,
+    },
     AddIoThread(IoThreadOptions),
     UpdateIoThread {
         name: String,

@@ -23,6 +23,8 @@ pub enum SocketAddress {
     Unix(PathBuf),
     /// A listening socket that the caller passed.
     Fd(Arc<OwnedFd>),
+    /// One that the service manager passed to the daemon, by name. The socket itself is looked up when the export is added.
+    Named(String, Option<Arc<OwnedFd>>),
 }
 
 /// Which I/O thread serves a queue.
@@ -122,16 +124,20 @@ impl ExportOptions {
     }
 }
 
-fn vhost_user_blk(f: &mut Fields, listener: Option<OwnedFd>) -> Result<VhostUserBlkOptions> {
-    let addr = match (f.object("addr")?, listener) {
-        (None, Some(fd)) => SocketAddress::Fd(Arc::new(fd)),
+fn address(f: &mut Fields, listener: Option<OwnedFd>) -> Result<SocketAddress> {
+    match (f.object("addr")?, listener) {
+        (None, Some(fd)) => Ok(SocketAddress::Fd(Arc::new(fd))),
         (Some(map), None) => {
             let mut a = Fields::new(format!("{}, addr", f.what()), map);
-            if let Some(kind) = a.string("type")?
-                && kind != "unix"
-            {
+            let kind = a.string("type")?.unwrap_or("unix".into());
+            if kind == "fd" {
+                let name = a.required_string("str")?;
+                a.finish()?;
+                return Ok(SocketAddress::Named(name, None));
+            }
+            if kind != "unix" {
                 return Err(Error::not_supported(format!(
-                    "{}: option 'type' is '{kind}': vhost-user needs a unix socket",
+                    "{}: option 'type' is '{kind}': vhost-user needs a unix socket (unix, or fd with the name of one that systemd passed)",
                     a.what()
                 )));
             }
@@ -146,18 +152,20 @@ fn vhost_user_blk(f: &mut Fields, listener: Option<OwnedFd>) -> Result<VhostUser
                     ),
                 ));
             }
-            SocketAddress::Unix(path.into())
+            Ok(SocketAddress::Unix(path.into()))
         }
         (Some(_), Some(_)) => {
-            return Err(f.error("addr", "is given beside a passed socket: give one of them"));
+            Err(f.error("addr", "is given beside a passed socket: give one of them"))
         }
-        (None, None) => {
-            return Err(f.error(
-                "addr",
-                "is missing: give addr.type=unix and addr.path, or pass a listening socket",
-            ));
-        }
-    };
+        (None, None) => Err(f.error(
+            "addr",
+            "is missing: give addr.type=unix and addr.path, or pass a listening socket",
+        )),
+    }
+}
+
+fn vhost_user_blk(f: &mut Fields, listener: Option<OwnedFd>) -> Result<VhostUserBlkOptions> {
+    let addr = address(f, listener)?;
     let socket_mode = match f.string("socket-mode")? {
         None => None,
         Some(s) => Some(
@@ -352,6 +360,11 @@ mod tests {
                 vec!["108", "107"],
             ),
             (json!({"addr": {"type": "inet", "path": "x"}}), vec!["inet"]),
+            (json!({"addr": {"type": "fd"}}), vec!["addr", "str"]),
+            (
+                json!({"addr": {"type": "fd", "str": "x", "path": "/s"}}),
+                vec!["path"],
+            ),
             (json!({"socket-mode": "999"}), vec!["socket-mode", "999"]),
             (json!({"iothread": 7}), vec!["iothread", "7"]),
             (

@@ -20,6 +20,10 @@ pub struct Args {
     #[arg(long, global = true, value_name = "ADDRESS", env = "VDISK_BUS_ADDRESS")]
     pub bus_address: Option<String>,
 
+    /// Talk to this instance (vdiskd@NAME.service) instead of the usual daemon
+    #[arg(long, global = true, value_name = "NAME", env = "VDISK_INSTANCE")]
+    pub instance: Option<String>,
+
     /// Print JSON for scripts
     #[arg(long, global = true)]
     pub json: bool,
@@ -596,6 +600,14 @@ pub enum Export {
     ///
     /// Example: vdiskctl export add vm1-vda --node disk0 --socket /run/vdiskd/vm1-vda.sock --writable
     Add(AddExport),
+    /// Change an export: persistent=on has it come back when the machine starts, with everything that it stands on
+    ///
+    /// Example: vdiskctl export set vm1-vda persistent=on
+    Set {
+        id: String,
+        #[arg(value_name = "KEY=VALUE", required = true)]
+        options: Vec<String>,
+    },
     /// End an export
     Remove { id: String },
     /// List all exports
@@ -614,9 +626,12 @@ pub struct AddExport {
     /// The node to offer
     #[arg(long, value_name = "NODE")]
     pub node: String,
-    /// Path of the unix socket to make
-    #[arg(long, value_name = "PATH")]
+    /// Path of the unix socket to make, or fd:NAME for one that systemd passed (FileDescriptorName= of vdiskd.socket)
+    #[arg(long, value_name = "PATH|fd:NAME")]
     pub socket: Option<String>,
+    /// Have it come back when the machine starts, with everything that it stands on
+    #[arg(long)]
+    pub persistent: bool,
     /// Let the guest write
     #[arg(long)]
     pub writable: bool,

@@ -2,10 +2,11 @@
 
 use serde_json::Value as Json;
 use vdisk_api::{format_size, parse_size};
-use vdisk_dbus::{BitmapProxy, NodeProxy, bitmap_path, node_path};
-use zbus::{Connection, Variant};
+use vdisk_dbus::bitmap_path;
+use zbus::Variant;
 
 use crate::args::{Bitmap, BitmapCommand};
+use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::Objects;
 use crate::options::Options;
@@ -37,8 +38,8 @@ fn rows(objects: &Objects) -> Rows {
     rows
 }
 
-pub async fn bitmap(connection: &Connection, command: BitmapCommand, json: bool) -> Result<()> {
-    let objects = Objects::load(connection).await?;
+pub async fn bitmap(daemon: &Daemon, command: BitmapCommand, json: bool) -> Result<()> {
+    let objects = Objects::load(daemon).await?;
     let (BitmapCommand::Add { bitmap, .. }
     | BitmapCommand::Merge { bitmap, .. }
     | BitmapCommand::Remove(bitmap)
@@ -78,8 +79,8 @@ pub async fn bitmap(connection: &Connection, command: BitmapCommand, json: bool)
             })?;
             options.insert("granularity", Variant::from(bytes));
         }
-        let proxy = NodeProxy::builder(connection).path(node_path(node));
-        proxy.build().await?.add_bitmap(name, options).await?;
+        let proxy = daemon.node(node);
+        proxy.await?.add_bitmap(name, options).await?;
         return Ok(());
     }
     if objects.get(path.as_str()).is_none() {
@@ -87,7 +88,7 @@ pub async fn bitmap(connection: &Connection, command: BitmapCommand, json: bool)
             "node '{node}' has no bitmap '{name}': see vdiskctl bitmap list"
         )));
     }
-    let proxy = BitmapProxy::builder(connection).path(path).build().await?;
+    let proxy = daemon.bitmap(path).await?;
     let none = Options::new();
     match command {
         BitmapCommand::Remove(_) => proxy.remove(none).await?,

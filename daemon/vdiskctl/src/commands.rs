@@ -6,13 +6,11 @@ use clap::CommandFactory;
 use futures_util::StreamExt;
 use serde_json::Value as Json;
 use vdisk_api::{format_size, parse_size};
-use vdisk_dbus::{
-    ExportProxy, IoThreadProxy, ManagerProxy, NodeProxy, export_path, iothread_path, node_path,
-};
-use zbus::connection::Builder;
-use zbus::{Connection, Variant};
+use vdisk_dbus::ManagerProxy;
+use zbus::Variant;
 
 use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
+use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, properties};
 use crate::options::{Options, options};
@@ -20,20 +18,6 @@ use crate::output::{
     Rows, flag, format_ns, names, number, print_json, print_pause, print_properties, text,
 };
 use crate::{bitmaps, fleece, images, jobs, secrets, stats, throttle, tree};
-
-async fn connect(args: &Args) -> Result<Connection> {
-    let builder = match &args.bus_address {
-        Some(address) => {
-            let parsed: zbus::Address = address
-                .parse()
-                .map_err(|e| Error::invalid(format!("bus address '{address}': {e}")))?;
-            Builder::address(parsed)
-        }
-        None if args.session => Builder::session(),
-        None => Builder::system(),
-    };
-    Ok(builder.build().await?)
-}
 
 fn print_object(p: &Properties, json: bool) {
     if json {
@@ -149,35 +133,31 @@ pub async fn run(args: Args) -> Result<()> {
         }
         _ => {}
     }
-    let connection = connect(&args).await?;
-    let manager = ManagerProxy::new(&connection).await?;
+    let daemon = Daemon::connect(&args).await?;
+    let manager = daemon.manager().await?;
     let json = args.json;
     match args.command {
-        Command::Node(command) => node(&connection, &manager, command, json).await,
-        Command::Image(command) => images::image(&connection, &manager, command, json).await,
+        Command::Node(command) => node(&daemon, &manager, command, json).await,
+        Command::Image(command) => images::image(&daemon, &manager, command, json).await,
         Command::Secret(command) => secrets::secret(&manager, command, json).await,
-        Command::Throttle(command) => {
-            throttle::throttle(&connection, &manager, command, json).await
-        }
-        Command::Snapshot(command) => images::snapshot(&connection, &manager, command, json).await,
-        Command::Backup { node, copy } => {
-            jobs::backup(&connection, &manager, &node, &copy, json).await
-        }
-        Command::Fleece(command) => fleece::fleece(&connection, &manager, command, json).await,
-        Command::Mirror(mirror) => jobs::mirror(&connection, &manager, &mirror, json).await,
-        Command::Commit(merge) => jobs::merge(&connection, &merge, true, json).await,
-        Command::Stream(merge) => jobs::merge(&connection, &merge, false, json).await,
-        Command::Convert(convert) => jobs::convert(&connection, &manager, &convert, json).await,
-        Command::Discard(discard) => jobs::discard(&connection, &manager, &discard, json).await,
+        Command::Throttle(command) => throttle::throttle(&daemon, &manager, command, json).await,
+        Command::Snapshot(command) => images::snapshot(&daemon, &manager, command, json).await,
+        Command::Backup { node, copy } => jobs::backup(&daemon, &manager, &node, &copy, json).await,
+        Command::Fleece(command) => fleece::fleece(&daemon, &manager, command, json).await,
+        Command::Mirror(mirror) => jobs::mirror(&daemon, &manager, &mirror, json).await,
+        Command::Commit(merge) => jobs::merge(&daemon, &merge, true, json).await,
+        Command::Stream(merge) => jobs::merge(&daemon, &merge, false, json).await,
+        Command::Convert(convert) => jobs::convert(&daemon, &manager, &convert, json).await,
+        Command::Discard(discard) => jobs::discard(&daemon, &manager, &discard, json).await,
         Command::Transaction { actions, grouped } => {
             jobs::transaction(&manager, &actions, grouped, json).await
         }
-        Command::Bitmap(command) => bitmaps::bitmap(&connection, command, json).await,
-        Command::Job(command) => jobs::job(&connection, command, json).await,
-        Command::Export(command) => export(&connection, &manager, command, json).await,
-        Command::IoThread(command) => iothread(&connection, &manager, command, json).await,
+        Command::Bitmap(command) => bitmaps::bitmap(&daemon, command, json).await,
+        Command::Job(command) => jobs::job(&daemon, command, json).await,
+        Command::Export(command) => export(&daemon, &manager, command, json).await,
+        Command::IoThread(command) => iothread(&daemon, &manager, command, json).await,
         Command::Tree => {
-            let objects = Objects::load(&connection).await?;
+            let objects = Objects::load(&daemon).await?;
             if json {
                 print_json(&tree::json(&objects));
             } else {
@@ -229,12 +209,11 @@ fn man_page(out: &mut Vec<u8>) -> std::io::Result<()> {
 }
 
 async fn node(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: Node,
     json: bool,
 ) -> Result<()> {
-    let proxy = |name: &str| NodeProxy::builder(connection).path(node_path(name));
     match command {
         Node::Add {
             name,
@@ -245,11 +224,11 @@ async fn node(
             manager.add_node(options).await?;
         }
         Node::Remove { name } => {
-            Objects::load(connection).await?.find("node", &name)?;
-            proxy(&name).build().await?.remove(HashMap::new()).await?;
+            Objects::load(daemon).await?.find("node", &name)?;
+            daemon.node(&name).await?.remove(HashMap::new()).await?;
         }
         Node::Resize { name, size, shrink } => {
-            let objects = Objects::load(connection).await?;
+            let objects = Objects::load(daemon).await?;
             let before = number(objects.find("node", &name)?, "Size");
             let bad = || {
                 Error::invalid(format!(
@@ -264,7 +243,7 @@ async fn node(
             if shrink {
                 options.insert("shrink", Variant::from(true));
             }
-            let node = proxy(&name).build().await?;
+            let node = daemon.node(&name).await?;
             node.resize(new.ok_or_else(bad)?, options).await?;
         }
         Node::Insert {
@@ -272,10 +251,10 @@ async fn node(
             name,
             options: words,
         } => {
-            Objects::load(connection).await?.find("node", &node)?;
+            Objects::load(daemon).await?.find("node", &node)?;
             let mut options = options(&words)?;
             options.insert("node-name", Variant::from(name.as_str()));
-            let (_, report) = proxy(&node).build().await?.insert_filter(options).await?;
+            let (_, report) = daemon.node(&node).await?.insert_filter(options).await?;
             print_pause(
                 &format!("'{name}' is over '{node}' now"),
                 properties(report),
@@ -286,14 +265,14 @@ async fn node(
             name,
             options: words,
         } => {
-            Objects::load(connection).await?.find("node", &name)?;
-            proxy(&name).build().await?.reopen(options(&words)?).await?;
+            Objects::load(daemon).await?.find("node", &name)?;
+            daemon.node(&name).await?.reopen(options(&words)?).await?;
         }
         Node::Replace { name, with } => {
-            let objects = Objects::load(connection).await?;
+            let objects = Objects::load(daemon).await?;
             objects.find("node", &name)?;
             objects.find("node", &with)?;
-            let proxy = proxy(&name).build().await?;
+            let proxy = daemon.node(&name).await?;
             let report = proxy.replace(&with, Options::new()).await?;
             print_pause(
                 &format!("'{with}' has the place of '{name}' now"),
@@ -302,13 +281,13 @@ async fn node(
             );
         }
         Node::Threshold { name, offset, wait } => {
-            Objects::load(connection).await?.find("node", &name)?;
+            Objects::load(daemon).await?.find("node", &name)?;
             let bytes = parse_size(&offset).ok_or_else(|| {
                 Error::invalid(format!(
                     "'{offset}' is not an offset: give bytes or a number with k, M, G or T; 0 for none"
                 ))
             })?;
-            let proxy = proxy(&name).build().await?;
+            let proxy = daemon.node(&name).await?;
             let mut reached = proxy.receive_write_threshold_exceeded().await?;
             proxy.set_write_threshold(bytes, Options::new()).await?;
             if wait && bytes > 0 {
@@ -322,57 +301,87 @@ async fn node(
             }
         }
         Node::TakeOut { name } => {
-            Objects::load(connection).await?.find("node", &name)?;
-            let report = proxy(&name).build().await?.take_out(Options::new()).await?;
+            Objects::load(daemon).await?.find("node", &name)?;
+            let report = daemon.node(&name).await?.take_out(Options::new()).await?;
             print_pause(&format!("'{name}' is gone"), properties(report), json);
         }
         Node::Flush { name } => {
-            Objects::load(connection).await?.find("node", &name)?;
-            proxy(&name).build().await?.flush(HashMap::new()).await?;
+            Objects::load(daemon).await?.find("node", &name)?;
+            daemon.node(&name).await?.flush(HashMap::new()).await?;
         }
         Node::Check { name, repair } => {
-            Objects::load(connection).await?.find("node", &name)?;
+            Objects::load(daemon).await?.find("node", &name)?;
             let mut options = Options::new();
             if let Some(what) = &repair {
                 options.insert("repair", Variant::from(what.as_str()));
             }
             let options = jobs::watched(options, "check", false);
-            let path = proxy(&name).build().await?.start_check(options).await?;
-            let report = jobs::result_of(connection, path.as_str()).await?;
+            let path = daemon.node(&name).await?.start_check(options).await?;
+            let report = jobs::result_of(daemon, path.as_str()).await?;
             return images::print_report(&report, json);
         }
-        Node::List => print_list(&Objects::load(connection).await?, "node", json, node_rows),
+        Node::List => print_list(&Objects::load(daemon).await?, "node", json, node_rows),
         Node::Show { name } => {
-            print_object(Objects::load(connection).await?.find("node", &name)?, json);
+            print_object(Objects::load(daemon).await?.find("node", &name)?, json);
         }
     }
     Ok(())
 }
 
 async fn export(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: Export,
     json: bool,
 ) -> Result<()> {
     match command {
-        Export::Add(add) => add_export(manager, &add).await?,
-        Export::Remove { id } => {
-            Objects::load(connection).await?.find("export", &id)?;
-            let export = ExportProxy::builder(connection).path(export_path(&id));
-            export.build().await?.remove(HashMap::new()).await?;
+        Export::Add(add) => {
+            add_export(manager, &add).await?;
+            if add.persistent
+                && let Err(e) = set_export(daemon, &add.id, true).await
+            {
+                // All of it or nothing.
+                let export = daemon.export(&add.id).await?;
+                export.remove(HashMap::new()).await?;
+                return Err(e);
+            }
         }
-        Export::List => print_list(
-            &Objects::load(connection).await?,
-            "export",
-            json,
-            export_rows,
-        ),
+        Export::Set { id, options: words } => {
+            Objects::load(daemon).await?.find("export", &id)?;
+            for (key, value) in options(&words)? {
+                if key != "persistent" {
+                    return Err(Error::invalid(format!(
+                        "option '{key}' cannot be changed: there is 'persistent'"
+                    )));
+                }
+                let on = match &value {
+                    Variant::Str(s) if ["on", "yes", "true"].contains(&s.as_str()) => true,
+                    Variant::Str(s) if ["off", "no", "false"].contains(&s.as_str()) => false,
+                    _ => {
+                        return Err(Error::invalid(
+                            "option 'persistent': give on or off".to_owned(),
+                        ));
+                    }
+                };
+                set_export(daemon, &id, on).await?;
+            }
+        }
+        Export::Remove { id } => {
+            Objects::load(daemon).await?.find("export", &id)?;
+            let export = daemon.export(&id);
+            export.await?.remove(HashMap::new()).await?;
+        }
+        Export::List => print_list(&Objects::load(daemon).await?, "export", json, export_rows),
         Export::Show { id } => {
-            print_object(Objects::load(connection).await?.find("export", &id)?, json);
+            print_object(Objects::load(daemon).await?.find("export", &id)?, json);
         }
     }
     Ok(())
+}
+
+async fn set_export(daemon: &Daemon, id: &str, persistent: bool) -> Result<()> {
+    let export = daemon.export(id).await?;
+    Ok(export.set_persistent(persistent).await?)
 }
 
 async fn add_export(manager: &ManagerProxy<'_>, add: &AddExport) -> Result<()> {
@@ -384,7 +393,10 @@ async fn add_export(manager: &ManagerProxy<'_>, add: &AddExport) -> Result<()> {
     set("id", Variant::from(add.id.clone()))?;
     set("type", Variant::from(add.kind.clone()))?;
     set("node-name", Variant::from(add.node.clone()))?;
-    if let Some(path) = &add.socket {
+    if let Some(name) = add.socket.as_deref().and_then(|s| s.strip_prefix("fd:")) {
+        set("addr.type", Variant::from("fd"))?;
+        set("addr.str", Variant::from(name.to_owned()))?;
+    } else if let Some(path) = &add.socket {
         // The daemon's working directory is not ours.
         let path = std::path::absolute(path).map_err(|e| Error::invalid(e.to_string()))?;
         set("addr.type", Variant::from("unix"))?;
@@ -423,12 +435,11 @@ async fn add_export(manager: &ManagerProxy<'_>, add: &AddExport) -> Result<()> {
 }
 
 async fn iothread(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: IoThread,
     json: bool,
 ) -> Result<()> {
-    let proxy = |name: &str| IoThreadProxy::builder(connection).path(iothread_path(name));
     match command {
         IoThread::Add {
             name,
@@ -440,22 +451,22 @@ async fn iothread(
             name,
             options: words,
         } => {
-            Objects::load(connection).await?.find("iothread", &name)?;
-            let thread = proxy(&name).build().await?;
+            Objects::load(daemon).await?.find("iothread", &name)?;
+            let thread = daemon.iothread(&name).await?;
             thread.update(options(&words)?).await?;
         }
         IoThread::Remove { name } => {
-            Objects::load(connection).await?.find("iothread", &name)?;
-            proxy(&name).build().await?.remove(HashMap::new()).await?;
+            Objects::load(daemon).await?.find("iothread", &name)?;
+            daemon.iothread(&name).await?.remove(HashMap::new()).await?;
         }
         IoThread::List => print_list(
-            &Objects::load(connection).await?,
+            &Objects::load(daemon).await?,
             "iothread",
             json,
             iothread_rows,
         ),
         IoThread::Show { name } => {
-            let objects = Objects::load(connection).await?;
+            let objects = Objects::load(daemon).await?;
             print_object(objects.find("iothread", &name)?, json);
         }
     }

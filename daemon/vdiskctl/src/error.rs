@@ -95,7 +95,7 @@ fn standard(name: &str, message: String) -> Error {
     let (kind, message) = match short {
         "ServiceUnknown" | "NameHasNoOwner" => (
             "Unreachable",
-            "vdiskd is not running on this bus: start it (systemctl start vdiskd), or name its bus with --bus-address".to_owned(),
+            "vdiskd is not running on this bus: start it (systemctl start vdiskd, or vdiskd@NAME for an instance), or name its bus with --bus-address".to_owned(),
         ),
         "AccessDenied" => (
             "NotAuthorized",

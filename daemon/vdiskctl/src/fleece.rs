@@ -3,18 +3,19 @@
 use std::collections::HashMap;
 
 use serde_json::Value as Json;
-use vdisk_dbus::{ManagerProxy, NodeProxy, node_path};
-use zbus::{Connection, Variant};
+use vdisk_dbus::{ManagerProxy, NodeProxy};
+use zbus::Variant;
 
 use crate::args::Fleece;
+use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::{Objects, name_of, properties};
 use crate::options::{Options, absolute, options};
 use crate::output::{number, print_pause, text};
 
-async fn node<'a>(connection: &'a Connection, name: &str) -> Result<NodeProxy<'a>> {
-    let proxy = NodeProxy::builder(connection).path(node_path(name));
-    Ok(proxy.build().await?)
+async fn node<'a>(daemon: &'a Daemon, name: &str) -> Result<NodeProxy<'a>> {
+    let proxy = daemon.node(name);
+    Ok(proxy.await?)
 }
 
 /// The name of the filter that keeps the moment.
@@ -23,7 +24,7 @@ fn filter_name(name: &str) -> String {
 }
 
 pub async fn fleece(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: Fleece,
     json: bool,
@@ -36,7 +37,7 @@ pub async fn fleece(
             break_guest_write,
             options: words,
         } => {
-            let objects = Objects::load(connection).await?;
+            let objects = Objects::load(daemon).await?;
             let size = number(objects.find("node", &source)?, "Size");
             if objects.find("node", &name).is_ok() {
                 return Err(Error::failed(format!(
@@ -60,7 +61,7 @@ pub async fn fleece(
             if break_guest_write {
                 filter.insert("on-cbw-error", Variant::from("break-guest-write"));
             }
-            let report = match node(connection, &source).await?.insert_filter(filter).await {
+            let report = match node(daemon, &source).await?.insert_filter(filter).await {
                 Ok((_, report)) => properties(report),
                 Err(e) => {
                     let _ = std::fs::remove_file(&filename);
@@ -73,7 +74,7 @@ pub async fn fleece(
                 ("file", Variant::from(filter_name.as_str())),
             ]);
             if let Err(e) = manager.add_node(access).await {
-                let filter = node(connection, &filter_name).await?;
+                let filter = node(daemon, &filter_name).await?;
                 let _ = filter.take_out(Options::new()).await;
                 let _ = std::fs::remove_file(&filename);
                 return Err(e.into());
@@ -85,7 +86,7 @@ pub async fn fleece(
             );
         }
         Fleece::End { name } => {
-            let objects = Objects::load(connection).await?;
+            let objects = Objects::load(daemon).await?;
             let shown = objects.find("node", &name)?;
             let filter = child(shown.get("Children"), "file");
             let filter = filter
@@ -101,11 +102,8 @@ pub async fn fleece(
                 Some(target) => text(objects.find("node", &target)?, "Filename"),
                 None => String::new(),
             };
-            node(connection, &name)
-                .await?
-                .remove(Options::new())
-                .await?;
-            let filter = node(connection, &filter).await?;
+            node(daemon, &name).await?.remove(Options::new()).await?;
+            let filter = node(daemon, &filter).await?;
             let report = properties(filter.take_out(Options::new()).await?);
             if !scratch.is_empty() {
                 let _ = std::fs::remove_file(&scratch);

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value as Json};
 use vdisk_api::{format_size, parse_size};
-use vdisk_dbus::{ManagerProxy, NodeProxy, node_path};
-use zbus::{Connection, Variant};
+use vdisk_dbus::ManagerProxy;
+use zbus::Variant;
 
 use crate::args::{Image, ImageFile, SnapshotCommand};
+use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::jobs;
 use crate::objects::{Objects, Properties, name_of, properties};
@@ -42,7 +43,7 @@ fn file_options(file: &ImageFile) -> Options<'_> {
 }
 
 pub async fn image(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: Image,
     json: bool,
@@ -77,7 +78,7 @@ pub async fn image(
             if detach {
                 return jobs::goes_on(&name_of(path.as_str()), json);
             }
-            jobs::result_of(connection, path.as_str()).await?;
+            jobs::result_of(daemon, path.as_str()).await?;
         }
         Image::Info(file) => {
             let info = properties(manager.get_image_info(file_options(&file)).await?);
@@ -85,14 +86,14 @@ pub async fn image(
         }
         Image::Check(file) => {
             let path = start("check", file_options(&file), false).await?;
-            let report = jobs::result_of(connection, path.as_str()).await?;
+            let report = jobs::result_of(daemon, path.as_str()).await?;
             return print_report(&report, json);
         }
         Image::Repair { file, leaks } => {
             let mut options = file_options(&file);
             options.insert("repair", Variant::from(if leaks { "leaks" } else { "all" }));
             let path = start("repair", options, false).await?;
-            let report = jobs::result_of(connection, path.as_str()).await?;
+            let report = jobs::result_of(daemon, path.as_str()).await?;
             return print_report(&report, json);
         }
         Image::Measure {
@@ -353,7 +354,7 @@ async fn make_overlay(manager: &ManagerProxy<'_>, below: &Properties, file: &str
 
 /// Puts an overlay over a node that may be in use.
 async fn overlay(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: &SnapshotCommand,
     json: bool,
@@ -368,7 +369,7 @@ async fn overlay(
     else {
         return Ok(());
     };
-    let objects = Objects::load(connection).await?;
+    let objects = Objects::load(daemon).await?;
     let below = objects.find("node", node)?;
     if objects.find("node", name).is_ok() {
         return Err(Error::failed(format!(
@@ -384,8 +385,8 @@ async fn overlay(
     }
     options.insert("node-name", Variant::from(name.as_str()));
     options.insert("file.filename", absolute(filename));
-    let proxy = NodeProxy::builder(connection).path(node_path(node));
-    let added = proxy.build().await?.add_overlay(options).await;
+    let proxy = daemon.node(node);
+    let added = proxy.await?.add_overlay(options).await;
     let report = match added {
         Ok((_, report)) => properties(report),
         Err(e) => {
@@ -400,7 +401,7 @@ async fn overlay(
 }
 
 pub async fn snapshot(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: SnapshotCommand,
     json: bool,
@@ -410,13 +411,13 @@ pub async fn snapshot(
     | SnapshotCommand::List { node }
     | SnapshotCommand::Apply { node, .. }
     | SnapshotCommand::Delete { node, .. }) = &command;
-    Objects::load(connection).await?.find("node", node)?;
-    let proxy = NodeProxy::builder(connection).path(node_path(node));
-    let proxy = proxy.build().await?;
+    Objects::load(daemon).await?.find("node", node)?;
+    let proxy = daemon.node(node);
+    let proxy = proxy.await?;
     let none = HashMap::new;
     match &command {
         SnapshotCommand::Overlay { .. } => {
-            overlay(connection, manager, &command, json).await?;
+            overlay(daemon, manager, &command, json).await?;
         }
         SnapshotCommand::Create { name, .. } => {
             proxy.create_snapshot(name, none()).await?;

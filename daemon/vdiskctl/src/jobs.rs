@@ -5,10 +5,11 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value as Json, json};
 use vdisk_api::{format_size, parse_size};
-use vdisk_dbus::{JobProxy, ManagerProxy, NodeProxy, job_path, node_path};
-use zbus::{Connection, Variant};
+use vdisk_dbus::ManagerProxy;
+use zbus::Variant;
 
 use crate::args::{Convert, Copy, Discard, Job, JobCommand, Merge, Mirror};
+use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, name_of, properties};
 use crate::options::{Options, absolute, options};
@@ -92,17 +93,14 @@ enum End {
 }
 
 /// Shows a job's progress until it has come to an end of `ends`. Ctrl-C cancels it if `owner` says so.
-async fn watch(connection: &Connection, id: &str, ends: &[End], owner: bool) -> Result<Properties> {
-    let proxy = JobProxy::builder(connection)
-        .path(job_path(id))
-        .build()
-        .await?;
+async fn watch(daemon: &Daemon, id: &str, ends: &[End], owner: bool) -> Result<Properties> {
+    let proxy = daemon.job(id).await?;
     let bar = bar();
     bar.set_prefix(id.to_owned());
     let mut interrupted = false;
     let mut pause = FIRST_LOOK;
     loop {
-        let objects = Objects::load(connection).await?;
+        let objects = Objects::load(daemon).await?;
         let Ok(p) = objects.find("job", id) else {
             bar.finish_and_clear();
             return Err(Error::not_found(format!(
@@ -157,11 +155,11 @@ pub fn watched<'a>(mut options: Options<'a>, operation: &str, detach: bool) -> O
 }
 
 /// Shows a job's progress to its end, forgets it, and returns what it has found.
-pub async fn result_of(connection: &Connection, path: &str) -> Result<Properties> {
+pub async fn result_of(daemon: &Daemon, path: &str) -> Result<Properties> {
     let id = name_of(path);
-    let p = watch(connection, &id, &[End::Concluded], true).await?;
-    let proxy = JobProxy::builder(connection).path(job_path(&id));
-    proxy.build().await?.dismiss(Options::new()).await?;
+    let p = watch(daemon, &id, &[End::Concluded], true).await?;
+    let proxy = daemon.job(&id);
+    proxy.await?.dismiss(Options::new()).await?;
     check_success(&p)?;
     Ok(match p.get("Result") {
         Some(Json::Object(found)) => found.clone(),
@@ -171,7 +169,7 @@ pub async fn result_of(connection: &Connection, path: &str) -> Result<Properties
 
 /// Discards the zeroes of a node, or of an image that nobody uses.
 pub async fn discard(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     discard: &Discard,
     json: bool,
@@ -205,29 +203,24 @@ pub async fn discard(
             name
         }
     };
-    let result = discard_node(connection, discard, &node, json).await;
+    let result = discard_node(daemon, discard, &node, json).await;
     if is_file {
         let opened = Target { node, made: None };
-        opened.remove(connection, true).await;
+        opened.remove(daemon, true).await;
     }
     result
 }
 
-async fn discard_node(
-    connection: &Connection,
-    discard: &Discard,
-    node: &str,
-    json: bool,
-) -> Result<()> {
-    Objects::load(connection).await?.find("node", node)?;
-    let proxy = NodeProxy::builder(connection).path(node_path(node));
+async fn discard_node(daemon: &Daemon, discard: &Discard, node: &str, json: bool) -> Result<()> {
+    Objects::load(daemon).await?.find("node", node)?;
+    let proxy = daemon.node(node);
     let mut options = watched(options(&discard.options)?, "discard", discard.detach);
     set_speed(&mut options, discard.speed.as_deref())?;
-    let path = proxy.build().await?.discard(options).await?;
+    let path = proxy.await?.discard(options).await?;
     if discard.detach {
         return goes_on(&name_of(path.as_str()), json);
     }
-    let found = result_of(connection, path.as_str()).await?;
+    let found = result_of(daemon, path.as_str()).await?;
     match json {
         true => print_json(&Json::Object(found)),
         false => anstream::println!("{} given back", format_size(number(&found, "freed"))),
@@ -244,12 +237,9 @@ pub fn goes_on(id: &str, json: bool) -> Result<()> {
 }
 
 /// Says what became of a job that was watched to its end, and forgets it.
-async fn conclude(connection: &Connection, p: &Properties, done: &str, json: bool) -> Result<()> {
+async fn conclude(daemon: &Daemon, p: &Properties, done: &str, json: bool) -> Result<()> {
     let id = text(p, "Id");
-    let proxy = JobProxy::builder(connection)
-        .path(job_path(&id))
-        .build()
-        .await?;
+    let proxy = daemon.job(&id).await?;
     proxy.dismiss(Options::new()).await?;
     check_success(p)?;
     if json {
@@ -276,7 +266,7 @@ struct Target {
 impl Target {
     /// Makes the image, if it is not there, and adds a node for it.
     async fn add(
-        connection: &Connection,
+        daemon: &Daemon,
         manager: &ManagerProxy<'_>,
         copy: &Copy,
         size: u64,
@@ -306,16 +296,16 @@ impl Target {
         match manager.add_node(options).await {
             Ok(_) => Ok(target),
             Err(e) => {
-                target.remove(connection, false).await;
+                target.remove(daemon, false).await;
                 Err(e.into())
             }
         }
     }
 
     /// Closes the node, and deletes an image that was made for nothing.
-    async fn remove(self, connection: &Connection, keep: bool) {
-        let proxy = NodeProxy::builder(connection).path(node_path(&self.node));
-        if let Ok(node) = proxy.build().await {
+    async fn remove(self, daemon: &Daemon, keep: bool) {
+        let proxy = daemon.node(&self.node);
+        if let Ok(node) = proxy.await {
             let _ = node.remove(Options::new()).await;
         }
         if let (Some(file), false) = (self.made, keep) {
@@ -364,7 +354,7 @@ enum Kind {
 
 /// Makes the image that is copied to, with its node `name`, and starts a job; its id. Nothing stays of what cannot be started.
 async fn start(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     kind: Kind,
     node: &str,
@@ -372,17 +362,17 @@ async fn start(
     name: String,
     more: Options<'_>,
 ) -> Result<(String, Target)> {
-    let objects = Objects::load(connection).await?;
+    let objects = Objects::load(daemon).await?;
     let size = number(objects.find("node", node)?, "Size");
-    let target = Target::add(connection, manager, copy, size, name).await?;
+    let target = Target::add(daemon, manager, copy, size, name).await?;
     let started = async {
         let name = target.node.clone();
         let mut options = job_options(copy, &name)?;
         for (key, value) in more {
             options.entry(key).or_insert(value);
         }
-        let proxy = NodeProxy::builder(connection).path(node_path(node));
-        let proxy = proxy.build().await?;
+        let proxy = daemon.node(node);
+        let proxy = proxy.await?;
         let path = match kind {
             Kind::Backup => proxy.backup(options).await?,
             Kind::Mirror => proxy.mirror(options).await?,
@@ -393,7 +383,7 @@ async fn start(
     match started.await {
         Ok(id) => Ok((id, target)),
         Err(e) => {
-            target.remove(connection, false).await;
+            target.remove(daemon, false).await;
             Err(e)
         }
     }
@@ -406,7 +396,7 @@ fn copy_name(copy: &Copy, node: &str, suffix: &str) -> String {
 }
 
 pub async fn backup(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     node: &str,
     copy: &Copy,
@@ -414,14 +404,14 @@ pub async fn backup(
 ) -> Result<()> {
     let name = copy_name(copy, node, "backup");
     let none = Options::new();
-    let (id, target) = start(connection, manager, Kind::Backup, node, copy, name, none).await?;
+    let (id, target) = start(daemon, manager, Kind::Backup, node, copy, name, none).await?;
     if copy.detach {
         return started_in_background(&id, &target.node, json);
     }
-    let p = watch(connection, &id, &[End::Concluded], true).await?;
+    let p = watch(daemon, &id, &[End::Concluded], true).await?;
     let failed = !trouble(&p).is_empty();
-    let result = conclude(connection, &p, "backed up", json).await;
-    target.remove(connection, !failed).await;
+    let result = conclude(daemon, &p, "backed up", json).await;
+    target.remove(daemon, !failed).await;
     result
 }
 
@@ -436,7 +426,7 @@ fn started_in_background(id: &str, target: &str, json: bool) -> Result<()> {
 }
 
 pub async fn mirror(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     mirror: &Mirror,
     json: bool,
@@ -447,41 +437,38 @@ pub async fn mirror(
     if mirror.write_blocking {
         more.insert("copy-mode", Variant::from("write-blocking"));
     }
-    let (id, target) = start(connection, manager, Kind::Mirror, node, copy, name, more).await?;
+    let (id, target) = start(daemon, manager, Kind::Mirror, node, copy, name, more).await?;
     let name = target.node.clone();
     if copy.detach {
         return started_in_background(&id, &name, json);
     }
-    let mut p = watch(connection, &id, &[End::Concluded, End::Ready], true).await?;
-    let job = JobProxy::builder(connection)
-        .path(job_path(&id))
-        .build()
-        .await?;
+    let mut p = watch(daemon, &id, &[End::Concluded, End::Ready], true).await?;
+    let job = daemon.job(&id).await?;
     if text(&p, "State") == "ready" {
         match mirror.pivot {
             true => job.complete(Options::new()).await?,
             false => job.cancel(Options::new()).await?,
         }
-        p = watch(connection, &id, &[End::Concluded], true).await?;
+        p = watch(daemon, &id, &[End::Concluded], true).await?;
     }
     let failed = !trouble(&p).is_empty();
     let done = match mirror.pivot {
         true => format!("'{name}' has the place of '{node}' now"),
         false => "mirrored".to_owned(),
     };
-    let result = conclude(connection, &p, &done, json).await;
+    let result = conclude(daemon, &p, &done, json).await;
     if failed || !mirror.pivot {
-        target.remove(connection, !failed).await;
+        target.remove(daemon, !failed).await;
     }
     result
 }
 
 /// Commits an overlay, or streams into it.
-pub async fn merge(connection: &Connection, merge: &Merge, commit: bool, json: bool) -> Result<()> {
+pub async fn merge(daemon: &Daemon, merge: &Merge, commit: bool, json: bool) -> Result<()> {
     let node = &merge.node;
-    Objects::load(connection).await?.find("node", node)?;
-    let proxy = NodeProxy::builder(connection).path(node_path(node));
-    let proxy = proxy.build().await?;
+    Objects::load(daemon).await?.find("node", node)?;
+    let proxy = daemon.node(node);
+    let proxy = proxy.await?;
     let mut options = options(&merge.options)?;
     if let Some(base) = &merge.base {
         options.insert("base-node", Variant::from(base.as_str()));
@@ -498,22 +485,22 @@ pub async fn merge(connection: &Connection, merge: &Merge, commit: bool, json: b
     if merge.detach {
         return goes_on(&id, json);
     }
-    let mut p = watch(connection, &id, &[End::Concluded, End::Ready], true).await?;
+    let mut p = watch(daemon, &id, &[End::Concluded, End::Ready], true).await?;
     if text(&p, "State") == "ready" {
-        let job = JobProxy::builder(connection).path(job_path(&id));
-        job.build().await?.complete(Options::new()).await?;
-        p = watch(connection, &id, &[End::Concluded], true).await?;
+        let job = daemon.job(&id);
+        job.await?.complete(Options::new()).await?;
+        p = watch(daemon, &id, &[End::Concluded], true).await?;
     }
     let done = match commit {
         true => "committed",
         false => "streamed",
     };
-    conclude(connection, &p, done, json).await
+    conclude(daemon, &p, done, json).await
 }
 
 /// Copies an image file, or a node that nobody writes to.
 pub async fn convert(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     convert: &Convert,
     json: bool,
@@ -540,19 +527,19 @@ pub async fn convert(
             name
         }
     };
-    let result = convert_node(connection, manager, &source, copy, json).await;
+    let result = convert_node(daemon, manager, &source, copy, json).await;
     if is_file {
         let opened = Target {
             node: source,
             made: None,
         };
-        opened.remove(connection, true).await;
+        opened.remove(daemon, true).await;
     }
     result
 }
 
 async fn convert_node(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     source: &str,
     copy: &Copy,
@@ -562,10 +549,10 @@ async fn convert_node(
     let name = copy.name.clone();
     let name = name.unwrap_or_else(|| format!("convert-target-{me}"));
     let more = Options::from([("job-id", Variant::from(format!("convert-{me}")))]);
-    let (id, target) = start(connection, manager, Kind::Convert, source, copy, name, more).await?;
-    let p = watch(connection, &id, &[End::Concluded], true).await?;
-    let result = conclude(connection, &p, "converted", json).await;
-    target.remove(connection, result.is_ok()).await;
+    let (id, target) = start(daemon, manager, Kind::Convert, source, copy, name, more).await?;
+    let p = watch(daemon, &id, &[End::Concluded], true).await?;
+    let result = conclude(daemon, &p, "converted", json).await;
+    target.remove(daemon, result.is_ok()).await;
     result
 }
 
@@ -607,8 +594,8 @@ pub async fn transaction(
     Ok(())
 }
 
-pub async fn job(connection: &Connection, command: JobCommand, json: bool) -> Result<()> {
-    let objects = Objects::load(connection).await?;
+pub async fn job(daemon: &Daemon, command: JobCommand, json: bool) -> Result<()> {
+    let objects = Objects::load(daemon).await?;
     let id = match &command {
         JobCommand::List => {
             match json {
@@ -632,17 +619,14 @@ pub async fn job(connection: &Connection, command: JobCommand, json: bool) -> Re
     };
     let Job { id } = id;
     let found = objects.find("job", id)?;
-    let proxy = JobProxy::builder(connection)
-        .path(job_path(id))
-        .build()
-        .await?;
+    let proxy = daemon.job(id).await?;
     match &command {
         JobCommand::List => {}
         JobCommand::Show(_) if json => print_json(&Json::Object(found.clone())),
         JobCommand::Show(_) => print_properties(found),
         JobCommand::Watch(_) => {
             let ends = [End::Concluded, End::Ready, End::Resting];
-            let p = watch(connection, id, &ends, false).await?;
+            let p = watch(daemon, id, &ends, false).await?;
             match json {
                 true => print_json(&Json::Object(p)),
                 false => anstream::println!("{}", line(&p)),

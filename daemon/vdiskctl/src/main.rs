@@ -3,6 +3,7 @@
 mod args;
 mod bitmaps;
 mod commands;
+mod daemon;
 mod error;
 mod fleece;
 mod images;

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use serde_json::{Map, Value as Json};
-use vdisk_dbus::{BUS_NAME, ROOT_PATH};
-use zbus::{Connection, OwnedVariant, Variant};
+use vdisk_dbus::ROOT_PATH;
+use zbus::{OwnedVariant, Variant};
 
+use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 
 /// The properties of one object, of all its interfaces of ours together.
@@ -54,8 +55,8 @@ pub fn name_of(path: &str) -> String {
 }
 
 impl Objects {
-    pub async fn load(connection: &Connection) -> Result<Objects> {
-        let manager = zbus::fdo::ObjectManagerProxy::new(connection, BUS_NAME, ROOT_PATH).await?;
+    pub async fn load(daemon: &Daemon) -> Result<Objects> {
+        let manager = daemon.objects().await?;
         let managed = manager
             .get_managed_objects()
             .await

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use serde_json::Value as Json;
 use vdisk_api::format_size;
-use vdisk_dbus::{ManagerProxy, NodeProxy, node_path};
-use zbus::{Connection, Variant};
+use vdisk_dbus::ManagerProxy;
+use zbus::Variant;
 
 use crate::args::Throttle;
+use crate::daemon::Daemon;
 use crate::error::Result;
 use crate::objects::{Objects, Properties, properties};
 use crate::options::{Options, options};
@@ -51,7 +52,7 @@ fn limits(group: &Properties) -> String {
 }
 
 pub async fn throttle(
-    connection: &Connection,
+    daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: Throttle,
     json: bool,
@@ -85,22 +86,22 @@ pub async fn throttle(
             rows.print();
         }
         Throttle::Insert { node, group, name } => {
-            Objects::load(connection).await?.find("node", &node)?;
+            Objects::load(daemon).await?.find("node", &node)?;
             let name = name.unwrap_or_else(|| format!("{node}-throttle"));
             let options = Options::from([
                 ("driver", Variant::from("throttle")),
                 ("node-name", Variant::from(name.as_str())),
                 ("throttle-group", Variant::from(group.as_str())),
             ]);
-            let proxy = NodeProxy::builder(connection).path(node_path(&node));
-            let (_, report) = proxy.build().await?.insert_filter(options).await?;
+            let proxy = daemon.node(&node);
+            let (_, report) = proxy.await?.insert_filter(options).await?;
             let what = format!("'{name}' limits '{node}' now");
             print_pause(&what, properties(report), json);
         }
         Throttle::TakeOut { filter } => {
-            Objects::load(connection).await?.find("node", &filter)?;
-            let proxy = NodeProxy::builder(connection).path(node_path(&filter));
-            let report = proxy.build().await?.take_out(Options::new()).await?;
+            Objects::load(daemon).await?.find("node", &filter)?;
+            let proxy = daemon.node(&filter);
+            let report = proxy.await?.take_out(Options::new()).await?;
             print_pause(&format!("'{filter}' is gone"), properties(report), json);
         }
     }

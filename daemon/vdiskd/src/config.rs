@@ -7,6 +7,9 @@ use serde::Deserialize;
 /// Where it is unless another file is named.
 pub const PATH: &str = "/etc/vdiskd/vdiskd.toml";
 
+/// The folder of those of instances, which have the last word there.
+const INSTANCES: &str = "/etc/vdiskd/instances";
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
@@ -99,8 +102,8 @@ fn read(path: &Path) -> Result<Option<toml::Table>, String> {
 }
 
 impl Config {
-    /// Reads the file and those beside it, in the order of their names. The usual file need not be there.
-    pub fn load(given: Option<&Path>) -> Result<Config, String> {
+    /// Reads the file and those beside it, in the order of their names, and that of the instance. The usual file need not be there.
+    pub fn load(given: Option<&Path>, instance: Option<&str>) -> Result<Config, String> {
         let path = given.unwrap_or(Path::new(PATH));
         let mut all = toml::Table::new();
         match read(path)? {
@@ -113,6 +116,9 @@ impl Config {
             .unwrap_or_default();
         beside.retain(|p| p.extension().is_some_and(|e| e == "toml"));
         beside.sort();
+        if let (None, Some(name)) = (given, instance) {
+            beside.push(Path::new(INSTANCES).join(format!("{name}.toml")));
+        }
         for path in beside {
             if let Some(table) = read(&path)? {
                 merge(&mut all, table);
@@ -169,7 +175,7 @@ mod tests {
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        Config::load(Some(&main))
+        Config::load(Some(&main), None)
     }
 
     #[test]
@@ -208,6 +214,6 @@ mod tests {
             let e = load(&[("vdiskd.toml", ""), ("vdiskd.toml.d/10.toml", text)]).unwrap_err();
             assert!(e.contains(why) && e.contains("10.toml"), "{text}: {e}");
         }
-        assert!(Config::load(Some(Path::new("/nowhere/vdiskd.toml"))).is_err());
+        assert!(Config::load(Some(Path::new("/nowhere/vdiskd.toml")), None).is_err());
     }
 }

@@ -12,11 +12,20 @@ use command_fds::{CommandFdExt, FdMapping};
 use sd_notify::NotifyState;
 use vdisk_exports::Keeper;
 
+/// What the names of kept descriptors begin with, before a dot.
+const KINDS: [&str; 3] = ["listener", "connection", "secret"];
+
 /// The first descriptor that is passed (SD_LISTEN_FDS_START).
 const FIRST: i32 = 3;
 
-/// systemd's FD store, with copies of what is in it.
-pub struct FdStore(Mutex<Vec<(String, OwnedFd)>>);
+/// Descriptors by name.
+pub type Named = Vec<(String, OwnedFd)>;
+
+/// systemd's FD store, with copies of what is in it, and of the sockets that it passes to each process.
+pub struct FdStore {
+    kept: Mutex<Named>,
+    sockets: Mutex<Named>,
+}
 
 impl FdStore {
     /// Whether somebody is there who could keep something.
@@ -24,18 +33,21 @@ impl FdStore {
         std::env::var_os("NOTIFY_SOCKET").is_some()
     }
 
-    /// None if nobody is there who could keep something. `passed` is in the store already.
-    pub fn find(passed: &[(String, OwnedFd)]) -> io::Result<Option<FdStore>> {
+    /// None if nobody is there who could keep something. `kept` is in the store already.
+    pub fn find(passed: &Passed) -> io::Result<Option<FdStore>> {
         if !FdStore::is_there() {
             return Ok(None);
         }
         let copy = |(name, fd): &(String, OwnedFd)| Ok((name.clone(), fd.try_clone()?));
-        let copies = passed.iter().map(copy).collect::<io::Result<_>>()?;
-        Ok(Some(FdStore(Mutex::new(copies))))
+        let copies = |all: &Named| all.iter().map(copy).collect::<io::Result<Named>>();
+        Ok(Some(FdStore {
+            kept: Mutex::new(copies(&passed.kept)?),
+            sockets: Mutex::new(copies(&passed.sockets)?),
+        }))
     }
 
     fn copies(&self) -> MutexGuard<'_, Vec<(String, OwnedFd)>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.kept.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Becomes the program that is installed now, with everything that is kept.
@@ -43,7 +55,8 @@ impl FdStore {
         let program = std::env::args_os().next().unwrap_or_default();
         let mut command = Command::new(program);
         command.args(std::env::args_os().skip(1));
-        let copies = std::mem::take(&mut *self.copies());
+        let mut copies = std::mem::take(&mut *self.copies());
+        copies.append(&mut self.sockets.lock().unwrap_or_else(|e| e.into_inner()));
         let names: Vec<&str> = copies.iter().map(|(name, _)| name.as_str()).collect();
         command
             .env("LISTEN_PID", std::process::id().to_string())
@@ -85,13 +98,22 @@ impl Keeper for FdStore {
     }
 }
 
+/// What was passed to this process.
+#[derive(Default)]
+pub struct Passed {
+    /// What an earlier process has had kept.
+    pub kept: Named,
+    /// Listening sockets of socket units (systemd.socket(5)).
+    pub sockets: Named,
+}
+
 /// What was passed to this process, by name.
-pub fn passed() -> Vec<(String, OwnedFd)> {
+pub fn passed() -> Passed {
     let all = match sd_listen_fds::get() {
         Ok(all) => all,
         Err(error) => {
             tracing::error!(%error, "the passed file descriptors cannot be used");
-            return Vec::new();
+            return Passed::default();
         }
     };
     let named = all.into_iter().map(|(name, fd)| {
@@ -100,5 +122,9 @@ pub fn passed() -> Vec<(String, OwnedFd)> {
         let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
         (name.unwrap_or_default(), fd)
     });
-    named.collect()
+    let (kept, sockets) = named.partition(|(name, _)| {
+        let kind = name.split_once('.').map(|(kind, _)| kind);
+        kind.is_some_and(|kind| KINDS.contains(&kind))
+    });
+    Passed { kept, sockets }
 }

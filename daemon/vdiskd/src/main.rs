@@ -23,7 +23,7 @@ use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 use config::Config;
 use control::{Defaults, Sockets};
 use dbus::Bus;
-use fd_store::FdStore;
+use fd_store::{FdStore, Passed};
 use sd_notify::NotifyState;
 
 /// Serves disk images to virtual machines.
@@ -44,6 +44,10 @@ struct Args {
     /// Serve on the bus at this D-Bus address
     #[arg(long, value_name = "ADDRESS")]
     bus_address: Option<String>,
+
+    /// Be an instance of this name, beside other daemons on the bus: as org.vdisk1.instance.NAME, with folders of its own
+    #[arg(long, value_name = "NAME")]
+    instance: Option<String>,
 
     /// Read this file instead of /etc/vdiskd/vdiskd.toml (and those in FILE.d), see vdiskd.toml(5). What is given here counts more
     #[arg(long, value_name = "FILE")]
@@ -71,11 +75,16 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 
+    /// Folder for what must outlive the machine: persistent exports (default: $STATE_DIRECTORY, or vdiskd in $XDG_STATE_HOME
+    /// or /var/lib; made when it is needed)
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+
     /// End after so many seconds with nothing to serve and without a call; 0 for never. The bus starts it again. (Default: 60 under a service manager, 0 otherwise)
     #[arg(long, value_name = "SECONDS")]
     idle_exit: Option<u32>,
 
-    /// Begin with nothing: forget what an earlier daemon has left
+    /// Begin with nothing but persistent exports: forget what an earlier daemon has left
     #[arg(long)]
     fresh: bool,
 
@@ -89,7 +98,11 @@ fn main() -> ExitCode {
     if args.man {
         return print_man_page();
     }
-    let config = match Config::load(args.config.as_deref()) {
+    if let Err(error) = vdisk_dbus::bus_name(args.instance.as_deref()) {
+        eprintln!("error: {error}");
+        return ExitCode::from(2);
+    }
+    let config = match Config::load(args.config.as_deref(), args.instance.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             logging::start();
@@ -103,19 +116,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     logging::start();
-    let runtime = match tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(16)
-        .thread_name("vdiskd-blocking")
-        .build()
-    {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "cannot start");
-            return ExitCode::FAILURE;
-        }
-    };
-    match runtime.block_on(run(args, config)) {
+    match start(args, config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error, "cannot start");
@@ -123,6 +124,20 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Takes what must be this daemon's alone before there are threads, and serves.
+fn start(args: Args, config: Config) -> Result<(), String> {
+    let passed = fd_store::passed();
+    let runtime_dir = runtime_dir(&args)?;
+    let _lock = runtime_dir.as_deref().map(lock).transpose()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(16)
+        .thread_name("vdiskd-blocking")
+        .build()
+        .map_err(|e| e.to_string())?;
+    runtime.block_on(run(args, config, passed, runtime_dir))
 }
 
 /// Under a service manager it is started anew at once, and again and again until what is wrong is mended: not too often.
@@ -140,14 +155,35 @@ fn print_man_page() -> ExitCode {
     }
 }
 
+/// What the folders of a daemon are called.
+fn folder_name(instance: Option<&str>) -> String {
+    match instance {
+        None => "vdiskd".into(),
+        Some(name) => format!("vdiskd-{name}"),
+    }
+}
+
+/// Where what outlives the machine is.
+fn state_dir(args: &Args) -> PathBuf {
+    if let Some(given) = &args.state_dir {
+        return given.clone();
+    }
+    if let Some(dir) = std::env::var_os("STATE_DIRECTORY") {
+        return dir.into();
+    }
+    let base = std::env::var_os("XDG_STATE_HOME").unwrap_or_else(|| "/var/lib".into());
+    PathBuf::from(base).join(folder_name(args.instance.as_deref()))
+}
+
 /// Finds and makes the runtime folder. None if the user did not name one and none of the usual places will do.
-fn runtime_dir(given: Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+fn runtime_dir(args: &Args) -> Result<Option<PathBuf>, String> {
+    let given = args.runtime_dir.clone();
     let from_environment = || {
         if let Some(dir) = std::env::var_os("RUNTIME_DIRECTORY") {
             return PathBuf::from(dir);
         }
         let base = std::env::var_os("XDG_RUNTIME_DIR").unwrap_or_else(|| "/run".into());
-        PathBuf::from(base).join("vdiskd")
+        PathBuf::from(base).join(folder_name(args.instance.as_deref()))
     };
     let is_given = given.is_some();
     let dir = given.unwrap_or_else(from_environment);
@@ -172,7 +208,7 @@ const IDLE_EXIT: u32 = 60;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Makes the runtime folder this daemon's alone, for as long as the file is open.
-async fn lock(dir: &Path) -> Result<File, String> {
+fn lock(dir: &Path) -> Result<File, String> {
     let path = dir.join("lock");
     let what = format!("runtime folder '{}'", dir.display());
     let file = File::options()
@@ -191,7 +227,7 @@ async fn lock(dir: &Path) -> Result<File, String> {
                     "{what} is in use by another vdiskd: stop that one, or give another --runtime-dir"
                 ));
             }
-            Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
 }
@@ -201,6 +237,7 @@ fn defaults(
     args: &Args,
     config: &Config,
     runtime_dir: Option<PathBuf>,
+    sockets: fd_store::Named,
 ) -> Result<Defaults, String> {
     let engine = match (args.io_engine, &config.io.engine) {
         (Some(engine), _) => engine,
@@ -220,7 +257,12 @@ fn defaults(
             directory: config.sockets.directory.clone(),
             mode: config.sockets.mode.as_deref().and_then(config::octal),
             group: config.sockets.group.clone(),
+            passed: sockets
+                .into_iter()
+                .map(|(name, fd)| (name, Arc::new(fd)))
+                .collect(),
         },
+        state_dir: Some(state_dir(args)),
         max_exports: config.limits.exports.unwrap_or(usize::MAX),
         max_queues: config.limits.queues.unwrap_or(u16::MAX),
     })
@@ -233,7 +275,12 @@ fn allowed(config: &Config) -> Result<Option<Vec<PathBuf>>, String> {
     resolved.map_err(|e| format!("images.directories: {e}"))
 }
 
-async fn run(args: Args, config: Config) -> Result<(), String> {
+async fn run(
+    args: Args,
+    config: Config,
+    passed: Passed,
+    runtime_dir: Option<PathBuf>,
+) -> Result<(), String> {
     let bus = match &args.bus_address {
         Some(address) => Bus::Address(address.clone()),
         None if args.session => Bus::Session,
@@ -243,19 +290,14 @@ async fn run(args: Args, config: Config) -> Result<(), String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
-    let runtime_dir = runtime_dir(args.runtime_dir.clone())?;
-    let _lock = match &runtime_dir {
-        Some(dir) => Some(lock(dir).await?),
-        None => None,
-    };
-    let left = fd_store::passed();
-    let store = FdStore::find(&left).map_err(|e| format!("passed file descriptors: {e}"))?;
+    let name = vdisk_dbus::bus_name(args.instance.as_deref())?;
+    let store = FdStore::find(&passed).map_err(|e| format!("passed file descriptors: {e}"))?;
     let store = store.map(Arc::new);
     let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
-    let defaults = defaults(&args, &config, runtime_dir)?;
+    let defaults = defaults(&args, &config, runtime_dir, passed.sockets)?;
     let directories = defaults.runtime.directories.clone();
     let folders = allowed(&config)?;
-    let control = control::start(defaults, keeper, left, args.fresh)
+    let control = control::start(defaults, keeper, passed.kept, args.fresh)
         .await
         .map_err(|e| e.message)?;
     // What was open stays open, and limits are for what is new.
@@ -263,7 +305,7 @@ async fn run(args: Args, config: Config) -> Result<(), String> {
         directories.restrict(all);
     }
     let engine = control.world().engine;
-    let front = dbus::start(bus.clone(), control.clone())
+    let front = dbus::start(bus.clone(), name, control.clone())
         .await
         .map_err(|e| format!("D-Bus ({bus:?}): {e}"))?;
     tracing::info!(
@@ -292,7 +334,7 @@ async fn run(args: Args, config: Config) -> Result<(), String> {
             _ = interrupt.recv() => {}
             _ = hangup.recv(), if store.is_some() => {
                 // The next one could not start with what is wrong.
-                let config = Config::load(args.config.as_deref());
+                let config = Config::load(args.config.as_deref(), args.instance.as_deref());
                 if let Err(error) = config.and_then(|c| allowed(&c)) {
                     tracing::error!(error, "the configuration cannot be used: all stays as it is");
                     let _ = sd_notify::notify(&[NotifyState::Ready]);

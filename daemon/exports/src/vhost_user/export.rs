@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use vdisk_api::{Error, Result, VhostUserBlkOptions};
+use vdisk_api::{Error, Result, SocketAddress, VhostUserBlkOptions};
 use vdisk_block::{Backend, Direction};
 use vdisk_io::IoThread;
 
@@ -109,7 +109,10 @@ impl VhostUserBlk {
                 }
                 let (mode, group) = (options.socket_mode, options.socket_group.as_deref());
                 let listener = Listener::open(&device.id, &options.addr, mode, group)?;
+                // The next process gets one that has a name as this one did.
+                let is_passed_again = matches!(options.addr, SocketAddress::Named(..));
                 if let Some(keeper) = &keeper
+                    && !is_passed_again
                     && let Err(error) =
                         keeper.keep(&listener_name(&device.id), listener.socket.as_fd())
                 {

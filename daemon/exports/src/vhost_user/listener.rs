@@ -86,7 +86,10 @@ impl Listener {
         group: Option<&str>,
     ) -> Result<Listener> {
         match address {
-            SocketAddress::Fd(fd) => {
+            SocketAddress::Named(name, None) => Err(Error::not_found(format!(
+                "export '{export}': no socket named '{name}' was passed to the daemon: see FileDescriptorName= of its socket units"
+            ))),
+            SocketAddress::Fd(fd) | SocketAddress::Named(_, Some(fd)) => {
                 let error =
                     |e: io::Error| Error::io(format_args!("export '{export}': passed socket"), &e);
                 check_listening(export, fd)?;

@@ -1,6 +1,7 @@
 //! Commands on exports.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use vdisk_api::{
     Error, ExportKind, ExportOptions, Map, QueuePlacement, Reply, Result, SocketAddress,
@@ -120,6 +121,7 @@ impl Control {
             queue_size: kind.queue_size,
             server,
             given,
+            persistent: AtomicBool::new(false),
         };
         world.exports.insert(id.clone(), Arc::new(export));
         drop(world);
@@ -129,6 +131,26 @@ impl Control {
         drop(world);
         self.export_changed_others(&options.node_name, others);
         self.events.push(Event::ExportAdded(id));
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn set_persistent(&mut self, id: &str, on: bool) -> Result<Reply> {
+        let export = self.world().export(id)?;
+        let before = export.is_persistent();
+        if on && self.world().defaults.state_dir.is_none() {
+            return Err(Error::not_supported(format!(
+                "export '{id}': this daemon has no state folder: start it with --state-dir, or under a unit with StateDirectory="
+            )));
+        }
+        export.set_persistent(on);
+        self.save();
+        if let Some(why) = self.persistent_trouble() {
+            export.set_persistent(before);
+            self.save();
+            return Err(Error::failed(format!("export '{id}': {why}")));
+        }
+        tracing::info!(export = id, persistent = on, "export changed");
+        self.events.push(Event::ExportChanged(id.to_owned()));
         Ok(Reply::Done)
     }
 
@@ -170,6 +192,9 @@ fn with_defaults(options: &VhostUserBlkOptions, sockets: &Sockets) -> VhostUserB
     let mut options = options.clone();
     options.socket_mode = options.socket_mode.or(sockets.mode);
     options.socket_group = options.socket_group.or_else(|| sockets.group.clone());
+    if let SocketAddress::Named(name, socket) = &mut options.addr {
+        *socket = sockets.passed.get(name).cloned();
+    }
     if let (SocketAddress::Unix(path), Some(directory)) = (&mut options.addr, &sockets.directory) {
         // An absolute path stays what it is.
         *path = directory.join(&*path);

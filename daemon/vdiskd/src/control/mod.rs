@@ -52,6 +52,8 @@ pub enum Event {
     /// It has ended, one way or the other.
     JobCompleted(String),
     JobRemoved(String),
+    /// Something is amiss, or well again.
+    ProblemsChanged,
 }
 
 /// A write reached beyond the threshold of a node.
@@ -134,6 +136,8 @@ struct Control {
     /// What the command at hand has changed.
     events: Vec<Event>,
     state: StateFile,
+    /// What of it outlives the machine.
+    persistent: StateFile,
     keeper: SharedKeeper,
     lost: Lost,
 }
@@ -146,7 +150,8 @@ pub async fn start(
     left: Vec<(String, OwnedFd)>,
     fresh: bool,
 ) -> Result<Handle> {
-    let state = StateFile::in_folder(defaults.runtime.dir.as_deref());
+    let state = StateFile::in_runtime_folder(defaults.runtime.dir.as_deref());
+    let persistent = StateFile::in_state_folder(defaults.state_dir.as_deref());
     let world = Arc::new(Mutex::new(World::new(defaults)?));
     let (tx, rx) = mpsc::unbounded_channel();
     let (export_events, from_exports) = mpsc::unbounded_channel();
@@ -160,13 +165,12 @@ pub async fn start(
         node_events,
         events: Vec::new(),
         state,
+        persistent,
         keeper: keeper.clone(),
         lost: Lost::default(),
     };
-    match fresh {
-        false => control.restore(left).await,
-        true => control.forget_all(left),
-    }
+    secrets::take_credentials(&control.world().defaults.runtime.secrets);
+    control.restore(left, fresh).await;
     tokio::spawn(control.serve(rx, from_exports, from_jobs, from_nodes));
     Ok(Handle { tx, world, keeper })
 }
@@ -198,6 +202,7 @@ impl Control {
                     }
                     Some(Message::Save(done)) => {
                         self.save();
+                        self.publish().await;
                         let _ = done.send(());
                     }
                     Some(Message::Shutdown(done)) => {
@@ -270,6 +275,7 @@ impl Control {
             Command::Job { id, action } => self.job_action(&id, action).await,
             Command::AddExport(options) => self.add_export(options),
             Command::RemoveExport { id } => self.remove_export(&id).await,
+            Command::SetPersistent { export, on } => self.set_persistent(&export, on),
             Command::AddIoThread(options) => self.add_iothread(options),
             Command::UpdateIoThread { name, update } => self.update_iothread(&name, update),
             Command::RemoveIoThread { name } => self.remove_iothread(&name),
@@ -284,6 +290,7 @@ impl Control {
         // The next one finds what there was before.
         self.save();
         self.state.close();
+        self.persistent.close();
         self.cancel_jobs().await;
         while self.has_jobs()
             && let Some(event) = jobs.recv().await

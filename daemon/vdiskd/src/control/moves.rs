@@ -25,7 +25,7 @@ pub(super) struct PreparedOverlay {
 
 impl Control {
     pub(super) async fn add_overlay(&mut self, name: &str, options: NodeOptions) -> Result<Reply> {
-        self.state.reserve()?;
+        self.reserve_state()?;
         let PreparedOverlay {
             name: overlay,
             node,
@@ -160,7 +160,7 @@ impl Control {
             let plan = world.graph.plan(options)?;
             (world.graph.node(name)?, plan)
         };
-        self.state.reserve()?;
+        self.reserve_state()?;
         let opened = self.open_above(&what, &node, plan).await?;
         let (start, drained) = self.hold(name).await;
         let names = self.put_in_place(name, opened, &drained);
@@ -175,7 +175,7 @@ impl Control {
     pub(super) async fn take_out(&mut self, name: &str) -> Result<Reply> {
         // Whatever is wrong is to be known before anybody has to wait.
         self.world().graph.node(name)?;
-        self.state.reserve()?;
+        self.reserve_state()?;
         let (start, drained) = self.hold(name).await;
         let (removed, below) = self.world().graph.take_out(name)?;
         let Some(filter) = removed.first() else {
@@ -234,7 +234,7 @@ impl Control {
             (node, new)
         };
         self.check_fit(&what, &node, &new)?;
-        self.state.reserve()?;
+        self.reserve_state()?;
         self.flush_mostly(&node)
             .await
             .map_err(|e| Error::io(format_args!("node '{name}' cannot be flushed"), &e))?;

@@ -294,7 +294,7 @@ impl Control {
                 "node '{name}': detect-zeroes is 'unmap', which frees blocks: set discard=unmap as well"
             )));
         }
-        self.state.reserve()?;
+        self.reserve_state()?;
         let to_read_only = change.read_only.filter(|r| *r != node.is_read_only());
         if to_read_only.is_some() {
             self.world().graph.check_reopens(name)?;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::path::PathBuf;
 
 use vdisk_api::{Error, MAX_SECRET, Result, Secret, SecretOptions, SecretSource};
 use vdisk_block::Secrets;
@@ -61,4 +62,29 @@ pub fn remove(control: &Handle, id: &str) -> Result<()> {
 /// All secrets.
 pub fn all(control: &Handle) -> Secrets {
     control.world().defaults.runtime.secrets.clone()
+}
+
+/// Adds what systemd passes as credentials named `secret.ID` (systemd.exec(5), LoadCredential).
+pub fn take_credentials(secrets: &Secrets) {
+    let folder = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    let files = folder.and_then(|f| std::fs::read_dir(f).ok());
+    for file in files.into_iter().flatten().flatten() {
+        let name = file.file_name();
+        let Some(id) = name.to_str().and_then(|n| n.strip_prefix("secret.")) else {
+            continue;
+        };
+        let secret = File::open(file.path()).and_then(read);
+        let added = secret
+            .map_err(|e| {
+                Error::io(
+                    format_args!("secret '{id}': its credential cannot be read"),
+                    &e,
+                )
+            })
+            .and_then(|secret| secrets.add(id, secret));
+        match added {
+            Ok(()) => tracing::info!(secret = id, "secret added from a credential"),
+            Err(error) => tracing::error!(secret = id, error = error.message, "not added"),
+        }
+    }
 }

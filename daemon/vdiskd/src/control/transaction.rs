@@ -28,7 +28,7 @@ impl Control {
             self.undo(prepared).await;
             return Err(e);
         }
-        if let Err(e) = self.state.reserve() {
+        if let Err(e) = self.reserve_state() {
             self.undo(prepared).await;
             return Err(e);
         }

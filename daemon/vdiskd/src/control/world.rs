@@ -1,7 +1,9 @@
 //! What there is.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -21,6 +23,8 @@ pub struct Defaults {
     /// I/O threads to start with.
     pub io_threads: usize,
     pub runtime: Runtime,
+    /// A folder that outlives the machine.
+    pub state_dir: Option<PathBuf>,
     pub sockets: Sockets,
     /// Exports at a time, and queues of one.
     pub max_exports: usize,
@@ -34,6 +38,8 @@ pub struct Sockets {
     pub directory: Option<PathBuf>,
     pub mode: Option<u32>,
     pub group: Option<String>,
+    /// Listening sockets that systemd passed, by name (FileDescriptorName= of a socket unit).
+    pub passed: BTreeMap<String, Arc<OwnedFd>>,
 }
 
 /// An export, with what the control plane knows of it.
@@ -45,12 +51,22 @@ pub struct Export {
     pub queue_size: u16,
     /// The options as they were given.
     pub given: Map,
+    pub persistent: AtomicBool,
 }
 
 impl Export {
     /// The name of the node that is offered at the moment.
     pub fn node(&self) -> String {
         self.backend.node().name().to_owned()
+    }
+
+    /// It outlives the machine.
+    pub fn is_persistent(&self) -> bool {
+        self.persistent.load(Relaxed)
+    }
+
+    pub fn set_persistent(&self, on: bool) {
+        self.persistent.store(on, Relaxed);
     }
 }
 
@@ -66,6 +82,8 @@ pub struct World {
     pub engine: EngineKind,
     /// What of an earlier daemon's state could not be restored, and why.
     pub problems: Vec<String>,
+    /// Why the state cannot be written.
+    pub state_trouble: Vec<String>,
     /// Objects that the next daemon will try to restore.
     pub lost: usize,
 }
@@ -107,6 +125,7 @@ impl World {
             defaults,
             engine,
             problems: Vec::new(),
+            state_trouble: Vec::new(),
             lost: 0,
         })
     }
@@ -124,6 +143,12 @@ impl World {
             && !has_unfinished(runtime.dir.as_deref())
             && runtime.secrets.ids().is_empty()
             && runtime.throttle_groups.list().is_empty()
+    }
+
+    /// All that is amiss.
+    pub fn all_problems(&self) -> Vec<String> {
+        let now = self.state_trouble.iter();
+        self.problems.iter().chain(now).cloned().collect()
     }
 
     pub fn export(&self, id: &str) -> Result<Arc<Export>> {

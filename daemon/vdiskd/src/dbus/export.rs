@@ -71,6 +71,20 @@ impl ExportObject {
     }
 
     #[zbus(property)]
+    fn persistent(&self) -> zbus::fdo::Result<bool> {
+        Ok(find(&self.control, &self.id)?.is_persistent())
+    }
+
+    #[zbus(property)]
+    async fn set_persistent(&self, on: bool) -> Result<(), Failure> {
+        let export = self.id.clone();
+        self.control
+            .run(Command::SetPersistent { export, on })
+            .await?;
+        Ok(())
+    }
+
+    #[zbus(property)]
     fn path(&self) -> zbus::fdo::Result<String> {
         let export = find(&self.control, &self.id)?;
         let path = match export.server.slow_reason() {

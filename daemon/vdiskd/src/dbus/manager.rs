@@ -201,9 +201,9 @@ impl ManagerObject {
         secrets::all(&self.0).ids()
     }
 
-    #[zbus(property(emits_changed_signal = "const"))]
+    #[zbus(property)]
     fn problems(&self) -> Vec<String> {
-        self.0.world().problems.clone()
+        self.0.world().all_problems()
     }
 
     #[zbus(property(emits_changed_signal = "const"))]

@@ -16,9 +16,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
-use vdisk_dbus::{
-    BUS_NAME, ROOT_PATH, bitmap_path, export_path, iothread_path, job_path, node_path,
-};
+use vdisk_dbus::{ROOT_PATH, bitmap_path, export_path, iothread_path, job_path, node_path};
 use zbus::connection::Builder;
 use zbus::{Connection, MessageStream};
 
@@ -54,7 +52,7 @@ fn builder(bus: &Bus) -> zbus::Result<Builder<'static>> {
 }
 
 /// Connects, takes the name and serves every object there is.
-async fn connect(bus: &Bus, control: &Handle) -> zbus::Result<Connection> {
+async fn connect(bus: &Bus, name: &str, control: &Handle) -> zbus::Result<Connection> {
     let connection = builder(bus)?
         .serve_at(ROOT_PATH, zbus::fdo::ObjectManager)
         .serve_at(ROOT_PATH, ManagerObject(control.clone()))
@@ -92,17 +90,21 @@ async fn connect(bus: &Bus, control: &Handle) -> zbus::Result<Connection> {
         }
     });
     // Last: whoever sees the name sees the objects.
-    connection.request_name(BUS_NAME).await?;
+    connection.request_name(name).await?;
     Ok(connection)
 }
 
 /// The daemon on the bus.
 #[derive(Clone)]
-pub struct Front(Arc<Mutex<(Connection, Instant)>>);
+pub struct Front {
+    name: String,
+    /// The connection, and when the last message came.
+    state: Arc<Mutex<(Connection, Instant)>>,
+}
 
 impl Front {
     fn state(&self) -> MutexGuard<'_, (Connection, Instant)> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn connection(&self) -> Connection {
@@ -116,14 +118,17 @@ impl Front {
 
     /// Has the bus start another daemon for calls from now on.
     pub async fn release_name(&self) {
-        let _ = self.connection().release_name(BUS_NAME).await;
+        let _ = self.connection().release_name(self.name.as_str()).await;
     }
 }
 
 /// Serves on the bus; comes back to it if it goes away. Returns when the first connection stands.
-pub async fn start(bus: Bus, control: Handle) -> zbus::Result<Front> {
-    let connection = connect(&bus, &control).await?;
-    let front = Front(Arc::new(Mutex::new((connection, Instant::now()))));
+pub async fn start(bus: Bus, name: String, control: Handle) -> zbus::Result<Front> {
+    let connection = connect(&bus, &name, &control).await?;
+    let front = Front {
+        name,
+        state: Arc::new(Mutex::new((connection, Instant::now()))),
+    };
     let there = front.clone();
     tokio::spawn(async move {
         loop {
@@ -134,7 +139,7 @@ pub async fn start(bus: Bus, control: Handle) -> zbus::Result<Front> {
             tracing::error!("the connection to the bus was lost; guests are served on");
             loop {
                 tokio::time::sleep(RECONNECT).await;
-                match connect(&bus, &control).await {
+                match connect(&bus, &there.name, &control).await {
                     Ok(c) => {
                         there.state().0 = c;
                         tracing::info!("connected to the bus again");
@@ -203,6 +208,7 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 export.node_changed(emitter).await?;
                 export.path_changed(emitter).await?;
                 export.path_reason_changed(emitter).await?;
+                export.persistent_changed(emitter).await?;
             }
         }
         Event::BitmapAdded(node, name) => {
@@ -248,6 +254,12 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
             if let Ok(object) = server.interface::<_, JobObject>(job_path(&id)).await {
                 let (success, message) = object.get().await.outcome();
                 JobObject::completed(object.signal_emitter(), success, message).await?;
+            }
+        }
+        Event::ProblemsChanged => {
+            if let Ok(object) = server.interface::<_, ManagerObject>(ROOT_PATH).await {
+                let (manager, emitter) = (object.get().await, object.signal_emitter());
+                manager.problems_changed(emitter).await?;
             }
         }
         Event::IoThreadAdded(name) => {

@@ -178,7 +178,7 @@ impl Control {
         }
         // There may be exports that were not there when it began.
         self.announce(parts);
-        self.state.reserve().map_err(refused)?;
+        self.reserve_state().map_err(refused)?;
         let (start, drained) = self.hold(from).await;
         finish(thread, mirror.clone()).await?;
         mirror.stop();

@@ -1,0 +1,321 @@
+//! What an earlier daemon has left is taken up.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use vdisk_api::{
+    DriverOptions, Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map,
+    NodeOptions, Result, Secret, ThrottleLimits,
+};
+use vdisk_block::{Opened, Plan, StoredNode};
+use vdisk_exports::Left;
+
+use super::{Control, State, StoredJob, StoredThread, children};
+
+fn read_secret(fd: OwnedFd) -> io::Result<Secret> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::from(fd);
+    let mut bytes = vec![0; file.metadata()?.len() as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(Secret::new(bytes))
+}
+
+/// Whether a job that was interrupted does the same when it is started once more.
+fn can_start_again(kind: &JobKind) -> bool {
+    match kind {
+        JobKind::Commit { .. } | JobKind::Stream { .. } | JobKind::Discard => true,
+        // What was written meanwhile is in the source.
+        JobKind::Mirror { sync, .. } => matches!(sync, JobSync::Full | JobSync::Top),
+        _ => false,
+    }
+}
+
+impl Control {
+    /// Takes up what an earlier daemon has left: its state, and descriptors by name. A `fresh` one only takes up what is
+    /// persistent, as the first one after a start of the machine does.
+    pub(in crate::control) async fn restore(
+        &mut self,
+        mut left: Vec<(String, OwnedFd)>,
+        fresh: bool,
+    ) {
+        let mut state = None;
+        if !fresh {
+            match self.state.read() {
+                Ok(found) => state = found,
+                Err(e) => self.problem(e),
+            }
+        }
+        if let Some(state) = &state {
+            self.settle_usual_threads(state);
+        } else {
+            match self.persistent.read() {
+                Ok(found) => state = found,
+                Err(e) => self.problem(e),
+            }
+        }
+        let mut mine = Vec::new();
+        if let Some(state) = state {
+            if !fresh {
+                mine = std::mem::take(&mut left);
+            }
+            self.restore_state(state, &mut mine).await;
+        }
+        self.events.clear();
+        left.append(&mut mine);
+        self.forget_all(left);
+    }
+
+    /// Threads that are there from the start and that the user removed, or added again otherwise, go.
+    fn settle_usual_threads(&mut self, state: &State) {
+        let mut world = self.world();
+        let before = (0..state.usual_threads).map(|i| format!("io{i}"));
+        let gone: Vec<String> = before
+            .filter(|name| {
+                let stored = state.iothreads.iter().find(|t| t.name == *name);
+                let there = world.threads.get(name);
+                there.is_some_and(|t| stored.is_none_or(|s| s.cpus != t.cpus()))
+            })
+            .collect();
+        for name in gone {
+            if let Some(thread) = world.threads.remove(&name) {
+                thread.stop();
+            }
+        }
+    }
+
+    fn problem(&mut self, error: Error) {
+        tracing::error!(error = error.message, "not restored");
+        self.world().problems.push(error.message);
+    }
+
+    async fn restore_state(&mut self, state: State, left: &mut Vec<(String, OwnedFd)>) {
+        for thread in state.iothreads {
+            if let Err(e) = self.restore_thread(thread) {
+                self.problem(e);
+            }
+        }
+        for (name, limits) in state.throttle_groups {
+            let groups = self.world().defaults.runtime.throttle_groups.clone();
+            match ThrottleLimits::from_map(&name, limits) {
+                Ok(limits) => {
+                    groups.set(&name, limits, &tokio::runtime::Handle::current());
+                }
+                Err(e) => self.problem(e),
+            }
+        }
+        let secrets = self.world().defaults.runtime.secrets.clone();
+        for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("secret.")) {
+            let id = name.strip_prefix("secret.").unwrap_or(&name);
+            let what = format!("secret '{id}'");
+            if secrets.get(id).is_ok() {
+                continue;
+            }
+            let secret = read_secret(fd)
+                .map_err(|e| Error::io(&what, &e))
+                .and_then(|secret| secrets.add(id, secret));
+            if let Err(e) = secret {
+                self.problem(e);
+            }
+        }
+        let nodes = state.nodes.len();
+        let instead = self.restore_nodes(state.nodes).await;
+        let exports = state.exports.len();
+        for export in state.exports {
+            let mut mine = Left::default();
+            let rest = std::mem::take(left).into_iter().filter_map(|(name, fd)| {
+                let fd = mine.take(&export.id, &name, fd)?;
+                Some((name, fd))
+            });
+            *left = rest.collect();
+            let names = mine.names();
+            let mut options = export.options.clone();
+            if let Some(name) = options.get_mut("node-name")
+                && let Some(other) = name.as_str().and_then(|n| instead.get(n))
+            {
+                *name = other.clone().into();
+            }
+            if let Err(e) = self.restore_export(options, mine) {
+                // Its front-end is to see that nobody is there.
+                for name in names {
+                    if let Some(keeper) = &self.keeper {
+                        keeper.forget(&name);
+                    }
+                }
+                self.lost.exports.push(export);
+                self.problem(e);
+            } else if export.persistent
+                && let Ok(there) = self.world().export(&export.id)
+            {
+                there.set_persistent(true);
+            }
+        }
+        let orphans = self.world().graph.remove_orphans();
+        for node in orphans {
+            if let Err(error) = self.close(&node).await {
+                tracing::error!(node = node.name(), %error, "cannot be closed as it should be");
+            }
+        }
+        for job in state.jobs {
+            let what = format!("job '{}'", job.id);
+            if let Err(e) = self.restore_job(job).await {
+                self.problem(e.context(what));
+            }
+        }
+        let problems = self.world().problems.len();
+        tracing::info!(
+            nodes,
+            exports,
+            problems,
+            from = state.daemon,
+            "state restored"
+        );
+    }
+
+    fn restore_thread(&mut self, thread: StoredThread) -> Result<()> {
+        let poll_max = Duration::from_nanos(thread.poll_max_ns);
+        let there = self.world().threads.get(&thread.name).cloned();
+        if let Some(there) = there
+            && there.cpus() == thread.cpus
+        {
+            there.set_poll_max(poll_max);
+            return Ok(());
+        }
+        let options = IoThreadOptions {
+            name: thread.name,
+            cpus: thread.cpus,
+            poll_max: Some(poll_max),
+        };
+        self.add_iothread(options).map(|_| ())
+    }
+
+    /// Restores nodes, children first, as many at once as do not need each other. Returns for nodes that cannot be what they
+    /// were which others have their places.
+    async fn restore_nodes(&mut self, nodes: Vec<StoredNode>) -> BTreeMap<String, String> {
+        let mut instead: BTreeMap<String, String> = BTreeMap::new();
+        let mut left = Vec::new();
+        for node in &nodes {
+            // Nobody else gets a name that was made up for one that may be lost.
+            self.world().graph.take_name(&node.name);
+        }
+        for mut node in nodes {
+            for option in node.options.values_mut() {
+                if let Some(other) = option.as_str().and_then(|name| instead.get(name)) {
+                    *option = other.clone().into();
+                }
+            }
+            let driver = node.options.get("driver").and_then(|d| d.as_str());
+            match driver {
+                Some("copy-before-write") => {
+                    let file = node.options.get("file").and_then(|f| f.as_str());
+                    instead.insert(node.name.clone(), file.unwrap_or_default().to_owned());
+                }
+                Some("snapshot-access") => {}
+                _ => {
+                    left.push(node);
+                    continue;
+                }
+            }
+            self.problem(Error::failed(format!(
+                "node '{}': what it kept of one moment ended with the daemon that kept it: start that again",
+                node.name
+            )));
+        }
+        while !left.is_empty() {
+            let names: BTreeSet<String> = left.iter().map(|n| n.name.clone()).collect();
+            // Two that stand on the same are checked against each other.
+            let mut used: BTreeSet<String> = BTreeSet::new();
+            let waits = |node: &StoredNode| {
+                let waits = children(node).any(|c| names.contains(c) || used.contains(c));
+                if !waits {
+                    used.extend(children(node).map(str::to_owned));
+                }
+                waits
+            };
+            let (later, mut now): (Vec<_>, Vec<_>) = left.into_iter().partition(waits);
+            left = later;
+            if now.is_empty() {
+                // They stand on each other: no daemon has written that.
+                now = std::mem::take(&mut left);
+            }
+            let plans: Vec<Result<Plan>> = now.iter().map(|node| self.plan_stored(node)).collect();
+            let opened = plans.into_iter().map(async |plan| match plan {
+                Ok(plan) => self.open_ready(plan).await,
+                Err(e) => Err(e),
+            });
+            let opened = join_all(opened).await;
+            for (node, opened) in now.into_iter().zip(opened) {
+                let restored = opened.and_then(|opened| self.restore_node(&node, opened));
+                if let Err(e) = restored {
+                    self.problem(e.context(format_args!("node '{}'", node.name)));
+                    self.lost.nodes.push(node);
+                }
+            }
+        }
+        instead
+    }
+
+    fn plan_stored(&self, stored: &StoredNode) -> Result<Plan> {
+        let mut options = NodeOptions::restored(&stored.name, stored.options.clone())?;
+        if let DriverOptions::File(file) = &mut options.driver {
+            file.whole_blocks = stored.whole_blocks;
+        }
+        self.world().graph.plan(options)
+    }
+
+    fn restore_node(&mut self, stored: &StoredNode, opened: Opened) -> Result<()> {
+        self.insert(opened)?;
+        let mut world = self.world();
+        let node = world.graph.node(&stored.name)?;
+        if let Some(backing) = world.graph.backing(&stored.name)? {
+            // The daemon may have ended before it was flushed.
+            node.succeed(&backing);
+        }
+        world.graph.set_implicit(&stored.name, stored.implicit);
+        if stored.write_threshold > 0 {
+            self.tell_of_writes_beyond(&node, stored.write_threshold);
+        }
+        for bitmap in &stored.bitmaps {
+            tracing::warn!(
+                node = stored.name,
+                bitmap = bitmap.name,
+                "what the bitmap had is lost: it has everything now, so that nothing is left out"
+            );
+            node.add_bitmap(&bitmap.name, bitmap.granularity, bitmap.recording);
+            if let Some(bitmap) = node.bitmap(&bitmap.name) {
+                bitmap.bits().set(&(0..node.size()));
+            }
+        }
+        Ok(())
+    }
+
+    fn restore_export(&mut self, options: Map, mut left: Left) -> Result<()> {
+        let listener = match options.contains_key("addr") {
+            true => None,
+            false => left.listener.take(),
+        };
+        let options = ExportOptions::from_map(options, listener)?;
+        self.add_export_with(options, left).map(|_| ())
+    }
+
+    async fn restore_job(&mut self, job: StoredJob) -> Result<()> {
+        if job.node.is_empty() {
+            return Err(Error::failed(
+                "the daemon was restarted, and the image is not whole: start the job again",
+            ));
+        }
+        let options = JobOptions::from_map(&job.operation, &job.node, job.options)?;
+        if !can_start_again(&options.kind) {
+            let error = Error::failed(format!(
+                "the daemon was restarted, and a {} cannot go on: start it again",
+                job.operation
+            ));
+            self.bury_job(options, error.clone());
+            return Err(error);
+        }
+        tracing::info!(job = job.id, "the job begins again");
+        self.start_job(options).await.map(|_| ())
+    }
+}
