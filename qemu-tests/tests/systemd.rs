@@ -22,3 +22,10 @@ fn the_service_is_not_noticed() {
     let out = run("restart.sh");
     assert!(out.ends_with("all is well"), "{out}");
 }
+
+/// polkit decides, by a real polkitd: who may look, manage, name files, attach; files that are passed open need no right but the caller's.
+#[test]
+fn polkit_decides() {
+    let out = run("access.sh");
+    assert!(out.ends_with("all is well"), "{out}");
+}

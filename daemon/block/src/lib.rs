@@ -16,6 +16,7 @@
 mod backend;
 mod bitmap;
 mod crypt;
+mod descriptors;
 mod directories;
 mod drivers;
 mod graph;
@@ -32,6 +33,7 @@ mod throttle;
 pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};
 pub use bitmap::Bitmap;
 pub use crypt::{Encrypted, luks_failed, read_header};
+pub use descriptors::{Descriptors, Pending};
 pub use directories::Directories;
 pub use drivers::qcow2::NodeStorage;
 pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};

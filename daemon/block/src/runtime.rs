@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::descriptors::Descriptors;
 use crate::directories::Directories;
 use vdisk_api::{Error, Result, Secret};
 
@@ -18,6 +19,8 @@ pub struct Runtime {
     pub throttle_groups: ThrottleGroups,
     /// Where images may be.
     pub directories: Directories,
+    /// Files that were passed open.
+    pub descriptors: Descriptors,
 }
 
 /// The secrets that nodes may name. Clones are the same.

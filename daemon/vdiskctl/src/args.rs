@@ -178,6 +178,9 @@ pub enum Node {
     Add {
         /// The new node's name
         name: String,
+        /// Open files here, with your own rights, and pass them: the daemon needs none of its own
+        #[arg(long)]
+        pass: bool,
         /// Options: driver=… and what the driver takes
         #[arg(value_name = "KEY=VALUE", required = true)]
         options: Vec<String>,

@@ -13,7 +13,7 @@ use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, properties};
-use crate::options::{Options, options};
+use crate::options::{Options, options, pass_files};
 use crate::output::{
     Rows, flag, format_ns, names, number, print_json, print_pause, print_properties, text,
 };
@@ -217,9 +217,13 @@ async fn node(
     match command {
         Node::Add {
             name,
+            pass,
             options: words,
         } => {
             let mut options = options(&words)?;
+            if pass {
+                pass_files(&mut options)?;
+            }
             options.insert("node-name", Variant::from(name.as_str()));
             manager.add_node(options).await?;
         }

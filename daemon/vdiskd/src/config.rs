@@ -23,6 +23,8 @@ pub struct Config {
     pub sockets: Sockets,
     #[serde(default)]
     pub limits: Limits,
+    #[serde(default)]
+    pub access: Access,
 }
 
 /// `[io]`
@@ -62,6 +64,17 @@ pub struct Sockets {
     /// Permissions of sockets, octal digits in a string.
     pub mode: Option<String>,
     pub group: Option<String>,
+}
+
+/// `[access]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Access {
+    /// Who may do everything, without polkit.
+    #[serde(default)]
+    pub users: Vec<String>,
+    #[serde(default)]
+    pub groups: Vec<String>,
 }
 
 /// `[limits]`

@@ -13,7 +13,7 @@ use sd_notify::NotifyState;
 use vdisk_exports::Keeper;
 
 /// What the names of kept descriptors begin with, before a dot.
-const KINDS: [&str; 3] = ["listener", "connection", "secret"];
+const KINDS: [&str; 4] = ["listener", "connection", "secret", "fd"];
 
 /// The first descriptor that is passed (SD_LISTEN_FDS_START).
 const FIRST: i32 = 3;

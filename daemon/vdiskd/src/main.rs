@@ -22,7 +22,7 @@ use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
 use config::Config;
 use control::{Defaults, Sockets};
-use dbus::Bus;
+use dbus::{Bus, Trusted};
 use fd_store::{FdStore, Passed};
 use sd_notify::NotifyState;
 
@@ -112,6 +112,10 @@ fn main() -> ExitCode {
         }
     };
     if args.check_config {
+        if let Err(error) = check(&config) {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
         println!("the configuration is well");
         return ExitCode::SUCCESS;
     }
@@ -268,11 +272,46 @@ fn defaults(
     })
 }
 
+/// What is only found out when the configuration is used.
+fn check(config: &Config) -> Result<(), String> {
+    allowed(config)?;
+    trusted(config)?;
+    Ok(())
+}
+
 /// The folders in which images may be, if not everywhere.
 fn allowed(config: &Config) -> Result<Option<Vec<PathBuf>>, String> {
     let named = config.images.directories.as_deref();
     let resolved = named.map(Directories::resolve).transpose();
     resolved.map_err(|e| format!("images.directories: {e}"))
+}
+
+/// Who needs no polkit, by number.
+fn trusted(config: &Config) -> Result<Trusted, String> {
+    let user = |name: &String| match nix::unistd::User::from_name(name) {
+        Ok(Some(user)) => Ok(user.uid.as_raw()),
+        Ok(None) => Err(format!("access.users: there is no user '{name}'")),
+        Err(e) => Err(format!("access.users: user '{name}': {e}")),
+    };
+    let group = |name: &String| match nix::unistd::Group::from_name(name) {
+        Ok(Some(group)) => Ok(group.gid.as_raw()),
+        Ok(None) => Err(format!("access.groups: there is no group '{name}'")),
+        Err(e) => Err(format!("access.groups: group '{name}': {e}")),
+    };
+    Ok(Trusted {
+        users: config
+            .access
+            .users
+            .iter()
+            .map(user)
+            .collect::<Result<_, _>>()?,
+        groups: config
+            .access
+            .groups
+            .iter()
+            .map(group)
+            .collect::<Result<_, _>>()?,
+    })
 }
 
 async fn run(
@@ -297,6 +336,7 @@ async fn run(
     let defaults = defaults(&args, &config, runtime_dir, passed.sockets)?;
     let directories = defaults.runtime.directories.clone();
     let folders = allowed(&config)?;
+    let trusted = trusted(&config)?;
     let control = control::start(defaults, keeper, passed.kept, args.fresh)
         .await
         .map_err(|e| e.message)?;
@@ -305,7 +345,7 @@ async fn run(
         directories.restrict(all);
     }
     let engine = control.world().engine;
-    let front = dbus::start(bus.clone(), name, control.clone())
+    let front = dbus::start(bus.clone(), name, control.clone(), trusted)
         .await
         .map_err(|e| format!("D-Bus ({bus:?}): {e}"))?;
     tracing::info!(
@@ -335,7 +375,7 @@ async fn run(
             _ = hangup.recv(), if store.is_some() => {
                 // The next one could not start with what is wrong.
                 let config = Config::load(args.config.as_deref(), args.instance.as_deref());
-                if let Err(error) = config.and_then(|c| allowed(&c)) {
+                if let Err(error) = config.and_then(|c| check(&c)) {
                     tracing::error!(error, "the configuration cannot be used: all stays as it is");
                     let _ = sd_notify::notify(&[NotifyState::Ready]);
                     continue;

@@ -124,7 +124,7 @@ refused 'Read-only file system' vdiskctl node add x driver=file filename=/usr/se
 refused 'cannot be made' vdiskctl image create /etc/x.qcow2 1M
 # Somebody else may look, and not touch.
 setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl export list >/dev/null
-refused 'not allowed' setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl iothread add mine
+refused 'org.vdisk1.manage' setpriv --reuid=65534 --regid=65534 --clear-groups vdiskctl iothread add mine
 
 # What is configured counts from a reload on.
 mkdir -p /etc/vdiskd /srv/elsewhere

@@ -15,6 +15,7 @@ use vdisk_io::{Fallocate, IoFile, IoVecs, OpKind, block_device_size};
 use super::{
     Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, locks, reactor,
 };
+use crate::descriptors::Descriptors;
 use crate::directories::Directories;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::permission::{Permissions, Use};
@@ -30,6 +31,7 @@ struct File {
     locking: Option<Locking>,
     filename: String,
     directories: Directories,
+    descriptors: Descriptors,
     is_device: bool,
     no_flush: bool,
     limits: Limits,
@@ -40,7 +42,15 @@ struct File {
     no_punch_hole: AtomicBool,
 }
 
-fn open_fd(path: &str, write: bool, direct: bool) -> io::Result<OwnedFd> {
+fn open_fd(
+    descriptors: &Descriptors,
+    path: &str,
+    write: bool,
+    direct: bool,
+) -> io::Result<OwnedFd> {
+    if Descriptors::is_one(path) {
+        return descriptors.open(path, write, direct);
+    }
     let mut flags = libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
     if direct {
         flags |= libc::O_DIRECT;
@@ -64,7 +74,8 @@ pub(super) fn open(
     let what = format!("node '{name}': '{path}'");
     let cannot = |e: &io::Error| Error::io(format_args!("{what} cannot be opened"), e);
 
-    let meta = std::fs::metadata(path).map_err(|e| cannot(&e))?;
+    let descriptors = &runtime.descriptors;
+    let meta = descriptors.metadata(path).map_err(|e| cannot(&e))?;
     let kind = meta.file_type();
     if is_device && !kind.is_block_device() {
         return Err(Error::invalid(format!(
@@ -84,7 +95,7 @@ pub(super) fn open(
 
     let direct = node.cache.direct;
     let mut read_only = node.read_only;
-    let fd = match open_fd(path, !read_only, direct) {
+    let fd = match open_fd(descriptors, path, !read_only, direct) {
         Err(e)
             if node.auto_read_only
                 && !read_only
@@ -94,7 +105,7 @@ pub(super) fn open(
                 ) =>
         {
             read_only = true;
-            open_fd(path, false, direct)
+            open_fd(descriptors, path, false, direct)
         }
         other => other,
     };
@@ -105,7 +116,9 @@ pub(super) fn open(
         _ => cannot(&e),
     })?;
 
-    runtime.directories.check(&what, &fd)?;
+    if !Descriptors::is_one(path) {
+        runtime.directories.check(&what, &fd)?;
+    }
 
     if !node.force_share {
         locks::lock(&fd, &what, &image_use(read_only), options.locking)?;
@@ -153,6 +166,7 @@ pub(super) fn open(
             locking: (!node.force_share).then_some(options.locking),
             filename: path.to_owned(),
             directories: runtime.directories.clone(),
+            descriptors: runtime.descriptors.clone(),
             is_device,
             no_flush: node.cache.no_flush,
             limits,
@@ -344,11 +358,14 @@ impl Driver for File {
         let file = match self.writable.get() {
             Some(file) => file.clone(),
             None => {
-                let fd = open_fd(&self.filename, true, self.file.is_direct());
+                let direct = self.file.is_direct();
+                let fd = open_fd(&self.descriptors, &self.filename, true, direct);
                 let cannot = format_args!("{what} cannot be opened for writing");
                 let fd = fd.map_err(|e| Error::io(cannot, &e))?;
-                self.directories.check(&what, &fd)?;
-                IoFile::new(fd, self.file.is_direct())
+                if !Descriptors::is_one(&self.filename) {
+                    self.directories.check(&what, &fd)?;
+                }
+                IoFile::new(fd, direct)
             }
         };
         // A reader does not share what a writer needs, not even its own.

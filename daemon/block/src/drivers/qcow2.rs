@@ -93,7 +93,7 @@ struct Qcow2 {
     read_only: AtomicBool,
     name: String,
     /// Where changes are noted for the next daemon.
-    runtime_dir: Option<PathBuf>,
+    runtime: Runtime,
     /// Something waits to give unused clusters back.
     tidying: Arc<AtomicBool>,
 }
@@ -294,7 +294,7 @@ pub(super) fn open(
             backing: backing.into(),
             read_only: AtomicBool::new(read_only),
             name: name.to_owned(),
-            runtime_dir: runtime.dir.clone(),
+            runtime: runtime.clone(),
             tidying: Arc::default(),
             encrypted: header.luks.is_some(),
             data: data_file.unwrap_or_else(|| file.clone()),
@@ -304,16 +304,16 @@ pub(super) fn open(
 }
 
 /// Where changes of the image in this file are noted: by what the file is, not by its name.
-fn redo_path(name: &str, file: &Node, dir: Option<&Path>) -> Option<PathBuf> {
+fn redo_path(name: &str, file: &Node, runtime: &Runtime) -> Option<PathBuf> {
     use std::os::unix::fs::MetadataExt;
-    let Some(dir) = dir else {
+    let Some(dir) = &runtime.dir else {
         tracing::warn!(
             node = name,
             "there is no runtime folder (--runtime-dir): writes that were not flushed are lost if the daemon is killed"
         );
         return None;
     };
-    let meta = std::fs::metadata(file.filename()?).ok()?;
+    let meta = runtime.descriptors.metadata(&file.filename()?).ok()?;
     let (dev, inode) = match meta.rdev() {
         0 => (meta.dev(), meta.ino()),
         device => (device, 0),
@@ -632,7 +632,7 @@ impl Driver for Qcow2 {
             if self.read_only.load(Ordering::Relaxed) && !unfinished {
                 return Ok(());
             }
-            let redo = redo_path(&self.name, &self.file, self.runtime_dir.as_deref());
+            let redo = redo_path(&self.name, &self.file, &self.runtime);
             if !self.read_only.load(Ordering::Relaxed) {
                 return self.image.activate(redo.as_deref()).await;
             }

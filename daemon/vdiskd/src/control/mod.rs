@@ -17,12 +17,13 @@ pub mod throttle;
 mod transaction;
 mod world;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use vdisk_api::{Command, Error, Reply, Result};
+use vdisk_block::Pending;
 use vdisk_exports::vhost_user::ExportEvent;
 
 use jobs::JobEvent;
@@ -88,6 +89,20 @@ impl Handle {
     /// Who keeps what outlives the process.
     pub fn keeper(&self) -> &SharedKeeper {
         &self.keeper
+    }
+
+    /// Takes a file that a caller passed open, and has it kept for a restart.
+    pub fn pass(&self, fd: OwnedFd) -> Result<Pending> {
+        let descriptors = self.world().defaults.runtime.descriptors.clone();
+        let copy = fd.try_clone();
+        let copy = copy.map_err(|e| Error::failed(format!("a passed descriptor: {e}")))?;
+        let pending = descriptors.add(fd);
+        if let Some(keeper) = &self.keeper
+            && let Err(error) = keeper.keep(&state::descriptor_name(pending.number), copy.as_fd())
+        {
+            tracing::warn!(file = pending.name(), %error, "it cannot be kept for a restart");
+        }
+        Ok(pending)
     }
 
     /// Writes the state down.

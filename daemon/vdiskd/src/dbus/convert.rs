@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use vdisk_api::{Error, Map, Result, Secret, SecretSource};
+use vdisk_block::Pending;
 use zbus::{OwnedVariant, Variant};
 
 use super::statistics::{Statistics, owned};
+use crate::control::Handle;
 
 pub type Options = HashMap<String, OwnedVariant>;
 
@@ -29,6 +31,54 @@ pub fn options(given: Options) -> Result<(Map, Option<OwnedFd>)> {
         }
     }
     Ok((map, socket))
+}
+
+/// Translates options of nodes, whose files may be passed open: under any key that is, or ends with, `filename`. What was passed
+/// stays for as long as it is returned, and as a node uses it.
+pub fn node_options(given: Options, control: &Handle) -> Result<(Map, Vec<Pending>)> {
+    let mut passed = Vec::new();
+    let mut named = Options::new();
+    for (key, value) in given {
+        let value = name_files(&key, &value, control, &mut passed)?;
+        named.insert(key, value);
+    }
+    Ok((plain_options(named)?, passed))
+}
+
+/// The value with names for what was passed open.
+fn name_files(
+    key: &str,
+    value: &Variant<'_>,
+    control: &Handle,
+    passed: &mut Vec<Pending>,
+) -> Result<OwnedVariant> {
+    let copied = |value: &Variant<'_>| {
+        let copy = value.try_to_owned();
+        copy.map_err(|e| Error::failed(format!("option '{key}': {e}")))
+    };
+    match value {
+        Variant::Fd(fd) if key.rsplit('.').next() == Some("filename") => {
+            let fd = fd.as_fd().try_clone_to_owned();
+            let fd = fd.map_err(|e| Error::failed(format!("option '{key}': {e}")))?;
+            let pending = control.pass(fd)?;
+            let name = owned(Variant::from(pending.name()));
+            passed.push(pending);
+            Ok(name)
+        }
+        Variant::Variant(inner) => name_files(key, inner, control, passed),
+        Variant::Dict(entries) => {
+            let mut named = HashMap::new();
+            for (key, entry) in entries.iter() {
+                let Variant::Str(key) = key else {
+                    return copied(value);
+                };
+                let entry = name_files(key, entry, control, passed)?;
+                named.insert(key.to_string(), entry);
+            }
+            Ok(owned(Variant::from(named)))
+        }
+        other => copied(other),
+    }
 }
 
 /// Translates options where no file descriptor has a meaning.

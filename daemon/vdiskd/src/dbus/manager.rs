@@ -22,7 +22,8 @@ pub struct ManagerObject(pub Handle);
 impl ManagerObject {
     #[zbus(out_args("node"))]
     async fn add_node(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
-        let options = NodeOptions::from_map(convert::plain_options(options)?)?;
+        let (options, _passed) = convert::node_options(options, &self.0)?;
+        let options = NodeOptions::from_map(options)?;
         let name = options.node_name.clone().unwrap_or_default();
         let reply = self.0.run(Command::AddNode(options)).await?;
         let name = match reply {

@@ -1,6 +1,7 @@
 //! The D-Bus front: a thin adapter on the control plane. Objects live in one file each; they translate
 //! arguments to commands, and what there is to properties.
 
+mod access;
 mod bitmap;
 mod convert;
 mod error;
@@ -21,6 +22,8 @@ use zbus::connection::Builder;
 use zbus::{Connection, MessageStream};
 
 use crate::control::{Event, Handle};
+pub use access::Trusted;
+use access::{Access, Guarded};
 use bitmap::BitmapObject;
 use error::Failure;
 use export::{ExportObject, VhostUserBlkObject};
@@ -52,10 +55,18 @@ fn builder(bus: &Bus) -> zbus::Result<Builder<'static>> {
 }
 
 /// Connects, takes the name and serves every object there is.
-async fn connect(bus: &Bus, name: &str, control: &Handle) -> zbus::Result<Connection> {
+async fn connect(
+    bus: &Bus,
+    name: &str,
+    control: &Handle,
+    access: &Arc<Access>,
+) -> zbus::Result<Connection> {
     let connection = builder(bus)?
-        .serve_at(ROOT_PATH, zbus::fdo::ObjectManager)
-        .serve_at(ROOT_PATH, ManagerObject(control.clone()))
+        .serve_at(ROOT_PATH, Guarded::new(zbus::fdo::ObjectManager, access))
+        .serve_at(
+            ROOT_PATH,
+            Guarded::new(ManagerObject(control.clone()), access),
+        )
         .build()
         .await?;
     let (observer, mut events) = mpsc::unbounded_channel();
@@ -76,13 +87,13 @@ async fn connect(bus: &Bus, name: &str, control: &Handle) -> zbus::Result<Connec
         all
     };
     for event in everything {
-        apply(&connection, control, event).await?;
+        apply(&connection, control, access, event).await?;
     }
-    let (there, control) = (connection.clone(), control.clone());
+    let (there, control, access) = (connection.clone(), control.clone(), access.clone());
     tokio::spawn(async move {
         while let Some((events, done)) = events.recv().await {
             for event in events {
-                if let Err(error) = apply(&there, &control, event.clone()).await {
+                if let Err(error) = apply(&there, &control, &access, event.clone()).await {
                     tracing::warn!(?event, %error, "cannot publish on D-Bus");
                 }
             }
@@ -123,8 +134,18 @@ impl Front {
 }
 
 /// Serves on the bus; comes back to it if it goes away. Returns when the first connection stands.
-pub async fn start(bus: Bus, name: String, control: Handle) -> zbus::Result<Front> {
-    let connection = connect(&bus, &name, &control).await?;
+/// Others than `trusted` need polkit's word on the system bus.
+pub async fn start(
+    bus: Bus,
+    name: String,
+    control: Handle,
+    trusted: Trusted,
+) -> zbus::Result<Front> {
+    let access = Arc::new(match bus {
+        Bus::System => Access::by_polkit(trusted),
+        Bus::Session | Bus::Address(_) => Access::for_everybody(),
+    });
+    let connection = connect(&bus, &name, &control, &access).await?;
     let front = Front {
         name,
         state: Arc::new(Mutex::new((connection, Instant::now()))),
@@ -139,7 +160,7 @@ pub async fn start(bus: Bus, name: String, control: Handle) -> zbus::Result<Fron
             tracing::error!("the connection to the bus was lost; guests are served on");
             loop {
                 tokio::time::sleep(RECONNECT).await;
-                match connect(&bus, &there.name, &control).await {
+                match connect(&bus, &there.name, &control, &access).await {
                     Ok(c) => {
                         there.state().0 = c;
                         tracing::info!("connected to the bus again");
@@ -154,21 +175,33 @@ pub async fn start(bus: Bus, name: String, control: Handle) -> zbus::Result<Fron
 }
 
 /// Makes the objects on the bus follow an event.
-async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus::Result<()> {
+async fn apply(
+    connection: &Connection,
+    control: &Handle,
+    access: &Arc<Access>,
+    event: Event,
+) -> zbus::Result<()> {
     let server = connection.object_server();
     let control = control.clone();
     match event {
         Event::NodeAdded(name) => {
             let path = node_path(&name);
-            server.at(path, NodeObject { control, name }).await?;
+            server
+                .at(path, Guarded::new(NodeObject { control, name }, access))
+                .await?;
         }
         Event::NodeRemoved(name) => {
-            server.remove::<NodeObject, _>(node_path(&name)).await?;
+            server
+                .remove::<Guarded<NodeObject>, _>(node_path(&name))
+                .await?;
         }
         // It may be gone already.
         Event::NodeChanged(name) if control.world().graph.node(&name).is_err() => {}
         Event::NodeChanged(name) => {
-            if let Ok(object) = server.interface::<_, NodeObject>(node_path(&name)).await {
+            if let Ok(object) = server
+                .interface::<_, Guarded<NodeObject>>(node_path(&name))
+                .await
+            {
                 let (node, emitter) = (object.get().await, object.signal_emitter());
                 node.size_changed(emitter).await?;
                 node.parents_changed(emitter).await?;
@@ -180,7 +213,10 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
             }
         }
         Event::ThresholdExceeded(name, event) => {
-            if let Ok(object) = server.interface::<_, NodeObject>(node_path(&name)).await {
+            if let Ok(object) = server
+                .interface::<_, Guarded<NodeObject>>(node_path(&name))
+                .await
+            {
                 let (node, emitter) = (object.get().await, object.signal_emitter());
                 NodeObject::write_threshold_exceeded(emitter, event.threshold, event.amount)
                     .await?;
@@ -193,16 +229,25 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 control: control.clone(),
                 id: id.clone(),
             };
-            server.at(path.clone(), special).await?;
-            server.at(path, ExportObject { control, id }).await?;
+            server
+                .at(path.clone(), Guarded::new(special, access))
+                .await?;
+            server
+                .at(path, Guarded::new(ExportObject { control, id }, access))
+                .await?;
         }
         Event::ExportRemoved(id) => {
             let path = export_path(&id);
-            server.remove::<VhostUserBlkObject, _>(path.clone()).await?;
-            server.remove::<ExportObject, _>(path).await?;
+            server
+                .remove::<Guarded<VhostUserBlkObject>, _>(path.clone())
+                .await?;
+            server.remove::<Guarded<ExportObject>, _>(path).await?;
         }
         Event::ExportChanged(id) => {
-            if let Ok(object) = server.interface::<_, ExportObject>(export_path(&id)).await {
+            if let Ok(object) = server
+                .interface::<_, Guarded<ExportObject>>(export_path(&id))
+                .await
+            {
                 let (export, emitter) = (object.get().await, object.signal_emitter());
                 export.clients_changed(emitter).await?;
                 export.node_changed(emitter).await?;
@@ -217,15 +262,17 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
                 node: node.clone(),
                 name: name.clone(),
             };
-            server.at(bitmap_path(&node, &name), object).await?;
+            server
+                .at(bitmap_path(&node, &name), Guarded::new(object, access))
+                .await?;
         }
         Event::BitmapRemoved(node, name) => {
             let path = bitmap_path(&node, &name);
-            server.remove::<BitmapObject, _>(path).await?;
+            server.remove::<Guarded<BitmapObject>, _>(path).await?;
         }
         Event::BitmapChanged(node, name) => {
             let path = bitmap_path(&node, &name);
-            if let Ok(object) = server.interface::<_, BitmapObject>(path).await {
+            if let Ok(object) = server.interface::<_, Guarded<BitmapObject>>(path).await {
                 let (bitmap, emitter) = (object.get().await, object.signal_emitter());
                 bitmap.recording_changed(emitter).await?;
             }
@@ -234,14 +281,24 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
             // It may be gone again.
             let job = control.world().job(&id);
             if let Ok(job) = job {
-                server.at(job_path(&id), JobObject { control, job }).await?;
+                server
+                    .at(
+                        job_path(&id),
+                        Guarded::new(JobObject { control, job }, access),
+                    )
+                    .await?;
             }
         }
         Event::JobRemoved(id) => {
-            server.remove::<JobObject, _>(job_path(&id)).await?;
+            server
+                .remove::<Guarded<JobObject>, _>(job_path(&id))
+                .await?;
         }
         Event::JobChanged(id) => {
-            if let Ok(object) = server.interface::<_, JobObject>(job_path(&id)).await {
+            if let Ok(object) = server
+                .interface::<_, Guarded<JobObject>>(job_path(&id))
+                .await
+            {
                 let (job, emitter) = (object.get().await, object.signal_emitter());
                 job.state_changed(emitter).await?;
                 job.speed_changed(emitter).await?;
@@ -251,29 +308,37 @@ async fn apply(connection: &Connection, control: &Handle, event: Event) -> zbus:
             }
         }
         Event::JobCompleted(id) => {
-            if let Ok(object) = server.interface::<_, JobObject>(job_path(&id)).await {
+            if let Ok(object) = server
+                .interface::<_, Guarded<JobObject>>(job_path(&id))
+                .await
+            {
                 let (success, message) = object.get().await.outcome();
                 JobObject::completed(object.signal_emitter(), success, message).await?;
             }
         }
         Event::ProblemsChanged => {
-            if let Ok(object) = server.interface::<_, ManagerObject>(ROOT_PATH).await {
+            if let Ok(object) = server
+                .interface::<_, Guarded<ManagerObject>>(ROOT_PATH)
+                .await
+            {
                 let (manager, emitter) = (object.get().await, object.signal_emitter());
                 manager.problems_changed(emitter).await?;
             }
         }
         Event::IoThreadAdded(name) => {
             let path = iothread_path(&name);
-            server.at(path, IoThreadObject { control, name }).await?;
+            server
+                .at(path, Guarded::new(IoThreadObject { control, name }, access))
+                .await?;
         }
         Event::IoThreadRemoved(name) => {
             server
-                .remove::<IoThreadObject, _>(iothread_path(&name))
+                .remove::<Guarded<IoThreadObject>, _>(iothread_path(&name))
                 .await?;
         }
         Event::IoThreadChanged(name) => {
             let path = iothread_path(&name);
-            if let Ok(object) = server.interface::<_, IoThreadObject>(path).await {
+            if let Ok(object) = server.interface::<_, Guarded<IoThreadObject>>(path).await {
                 let (thread, emitter) = (object.get().await, object.signal_emitter());
                 thread.poll_max_changed(emitter).await?;
                 thread.queues_changed(emitter).await?;

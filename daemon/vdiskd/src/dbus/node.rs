@@ -121,7 +121,8 @@ impl NodeObject {
         &self,
         options: Options,
     ) -> Result<(OwnedObjectPath, Statistics), Failure> {
-        let overlay = NodeOptions::from_map(convert::plain_options(options)?)?;
+        let (options, _passed) = convert::node_options(options, &self.control)?;
+        let overlay = NodeOptions::from_map(options)?;
         let name = overlay.node_name.clone().unwrap_or_default();
         let node = self.name.clone();
         let report = self

@@ -337,6 +337,11 @@ pub(super) fn keep_secret(keeper: &dyn Keeper, id: &str, secret: &Secret) -> io:
     keeper.keep(&secret_name(id), std::os::fd::AsFd::as_fd(&file))
 }
 
+/// What the descriptor of a passed file is kept as.
+pub(super) fn descriptor_name(number: u64) -> String {
+    format!("fd.{number}")
+}
+
 pub(super) fn secret_name(id: &str) -> String {
     format!("secret.{id}")
 }
@@ -388,6 +393,7 @@ impl Control {
                 usual_threads: world.defaults.io_threads,
             }
         };
+        self.forget_descriptors(&state);
         let trouble: Vec<String> = [
             self.state.put(&state),
             self.persistent.put(&state.persistent()),
@@ -407,6 +413,20 @@ impl Control {
             false => trouble.iter().for_each(|error| tracing::error!("{error}")),
         }
         self.events.push(Event::ProblemsChanged);
+    }
+
+    /// Lets go of passed files that no node has any more.
+    fn forget_descriptors(&self, state: &State) {
+        let descriptors = self.world().defaults.runtime.descriptors.clone();
+        let is_used = |name: &str| {
+            let mut files = state.nodes.iter().map(|n| n.options.get("filename"));
+            files.any(|f| f.and_then(|f| f.as_str()) == Some(name))
+        };
+        for number in descriptors.forget_unused(is_used) {
+            if let Some(keeper) = &self.keeper {
+                keeper.forget(&descriptor_name(number));
+            }
+        }
     }
 
     /// Why what is persistent cannot be written, if so.

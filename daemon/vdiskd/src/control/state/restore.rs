@@ -106,6 +106,12 @@ impl Control {
                 Err(e) => self.problem(e),
             }
         }
+        let descriptors = self.world().defaults.runtime.descriptors.clone();
+        for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("fd.")) {
+            if let Some(number) = name.strip_prefix("fd.").and_then(|n| n.parse().ok()) {
+                descriptors.restore(number, fd);
+            }
+        }
         let secrets = self.world().defaults.runtime.secrets.clone();
         for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("secret.")) {
             let id = name.strip_prefix("secret.").unwrap_or(&name);
