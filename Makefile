@@ -91,6 +91,7 @@ install:
 	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
 	install -D -m 644 docs/vdiskd.toml.5 $(DESTDIR)$(MANDIR)/man5/vdiskd.toml.5
 	$(PROGRAMS)/vdiskctl man >$(DESTDIR)$(MANDIR)/man1/vdiskctl.1
+	$(PROGRAMS)/vdisk-dbus-man >$(DESTDIR)$(MANDIR)/man5/org.vdisk1.5
 	$(PROGRAMS)/vdiskd --man >$(DESTDIR)$(MANDIR)/man8/vdiskd.8
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	install -d $(DESTDIR)$(PREFIX)/share/zsh/site-functions
@@ -103,7 +104,7 @@ install:
 	sed -e 's|^\(ExecStart=.*\)|\1 --instance %i|' -e 's|^BusName=.*|&.instance.%i|' \
 	    -e 's|^\(Runtime\|State\)Directory=.*|&-%i|' -e 's|^Description=.*|&, instance %i|' \
 	    $(DESTDIR)$(UNITDIR)/vdiskd.service >$(DESTDIR)$(UNITDIR)/vdiskd@.service
-	install -m 644 systemd/vdiskd-export@.socket $(DESTDIR)$(UNITDIR)/
+	install -m 644 systemd/vdiskd-export@.socket systemd/vdiskd-metrics.socket $(DESTDIR)$(UNITDIR)/
 	install -D -m 644 systemd/user/vdiskd.service $(DESTDIR)$(USERUNITDIR)/vdiskd.service
 	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(USERUNITDIR)/vdiskd.service
 	install -D -m 644 systemd/user/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/services/org.vdisk1.service

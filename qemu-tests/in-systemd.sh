@@ -3,6 +3,8 @@
 # build; nothing that it changes stays. For root.
 #
 #   in-systemd.sh PROGRAMS SCRIPT     PROGRAMS: the folder with vdiskd, vdiskctl and vdisk-steady
+#
+# ROUNDS has the script do what it repeats more often; OTHER is another build of vdiskd that takes turns with this one.
 set -eu
 programs=$1 script=$2
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -34,12 +36,16 @@ SuccessAction=exit
 FailureAction=exit
 [Service]
 Type=oneshot
-TimeoutStartSec=240
+EnvironmentFile=/etc/vdisk-script.env
+TimeoutStartSec=infinity
 ExecStart=/bin/sh -c 'exec /usr/bin/vdisk-script >/result/log 2>&1'
 UNIT
-mkdir "$root/result"
+mkdir "$root/result" "$root/lab"
+printf 'ROUNDS=%s\nVDISK_LAB=/lab\n' "${ROUNDS:-}" >"$root/etc/vdisk-script.env"
+[ -z "${OTHER:-}" ] || install -m 755 "$OTHER" "$root/usr/libexec/vdiskd.other"
+lab=${VDISK_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/vdisk}
 status=0
-systemd-nspawn -q -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --tmpfs=/var/tmp \
+systemd-nspawn -q -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" --tmpfs=/var/tmp:mode=1777 \
     --setenv=RUST_BACKTRACE=1 -b systemd.unit=vdisk-script.service systemd.show_status=0 </dev/null >"$dir/console" 2>&1 || status=$?
 cat "$root/result/log" || cat "$dir/console"
 exit $status

@@ -61,6 +61,8 @@ pub trait Manager {
     fn amend_image(&self, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> zbus::Result<Vec<String>>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn start_time(&self) -> zbus::Result<u64>;
     #[zbus(property)]
     fn problems(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "const"))]

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use command_fds::{CommandFdExt, FdMapping};
@@ -17,6 +18,7 @@ type Store = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 pub struct Manager {
     socket: PathBuf,
     store: Store,
+    heard: Arc<AtomicUsize>,
 }
 
 /// Acts on one message.
@@ -39,6 +41,8 @@ impl Manager {
         let socket = UnixDatagram::bind(&path).expect("the scratch folder is writable");
         let store = Store::default();
         let there = store.clone();
+        let heard = Arc::new(AtomicUsize::new(0));
+        let count = heard.clone();
         std::thread::spawn(move || {
             loop {
                 let mut bytes = [0; 4096];
@@ -57,6 +61,7 @@ impl Manager {
                         fds.extend(rights);
                     }
                 }
+                count.fetch_add(1, Relaxed);
                 let text = String::from_utf8_lossy(&bytes[..received.bytes]).into_owned();
                 act(&there, &text, fds);
             }
@@ -64,7 +69,13 @@ impl Manager {
         Manager {
             socket: path,
             store,
+            heard,
         }
+    }
+
+    /// Messages so far.
+    pub fn heard(&self) -> usize {
+        self.heard.load(Relaxed)
     }
 
     /// Names of what is kept.

@@ -716,3 +716,34 @@ fn instances_are_apart() {
     other.kill().unwrap();
     other.wait().unwrap();
 }
+
+/// A front-end that changes something again and again is slowed down before it keeps the service manager busy; others are not.
+#[test]
+fn a_flood_of_messages_is_held_back() {
+    let daemon = Daemon::managed(&[]);
+    daemon.export("flood", MIB, &[], &[]);
+    daemon.export("other", MIB, &[], &[]);
+    let start = std::time::Instant::now();
+    let before = daemon.manager().heard();
+    let mut hostile = Frontend::start(&daemon.socket("flood"));
+    let flood = std::thread::spawn(move || {
+        // SET_VRING_ENABLE, without waiting for answers.
+        for _ in 0..5000 {
+            hostile.send(18, 0, &[0, 0, 0, 0, 1, 0, 0, 0], &[]);
+        }
+        hostile
+    });
+    for _ in 0..20 {
+        let mut client = Client::connect(&daemon.socket("other"), 1, 1, 1 << 16);
+        assert_eq!(client.write(0, &[7; 4096]), 0);
+    }
+    wait_for("the flood to be held back", || {
+        (daemon.manager().heard() - before > 700).then_some(())
+    });
+    // Two messages each time: one comes, one goes. 20 others came and went.
+    let heard = daemon.manager().heard() - before;
+    let most = 2.0 * (512.0 + 200.0 * start.elapsed().as_secs_f64()) + 20.0 * 40.0;
+    assert!((heard as f64) < most, "{heard} messages, at most {most}");
+    daemon.ctl(&["export", "remove", "flood"]);
+    drop(flood.join());
+}

@@ -1,13 +1,16 @@
 //! The service as it is installed, under a real systemd and a real bus (see `in-systemd.sh`).
 
-use vdisk_qemu_tests::{as_root, program};
+use vdisk_qemu_tests::{as_root, lab, program};
 
 /// Runs a script of `tests/systemd` in a container; what it printed.
 fn run(script: &str) -> String {
     let here = env!("CARGO_MANIFEST_DIR");
     let programs = program("vdiskd");
     let programs = programs.parent().expect("a program is in a folder");
+    let lab = format!("VDISK_LAB={}", lab().display());
     let out = as_root(&[
+        "env",
+        &lab,
         &format!("{here}/in-systemd.sh"),
         programs.to_str().expect("build folders are ASCII"),
         &format!("{here}/tests/systemd/{script}"),
@@ -27,5 +30,20 @@ fn the_service_is_not_noticed() {
 #[test]
 fn polkit_decides() {
     let out = run("access.sh");
+    assert!(out.ends_with("all is well"), "{out}");
+}
+
+/// A state that cannot be written or restored is named and the rest serves; persistent exports, sockets that systemd listens on,
+/// instances, a user's session, metrics, credentials.
+#[test]
+fn what_was_configured_stays() {
+    let out = run("state.sh");
+    assert!(out.ends_with("all is well"), "{out}");
+}
+
+/// A real guest on the installed service: kills, restarts, reloads, snapshots and commits under its verified load.
+#[test]
+fn a_guest_does_not_notice_the_service() {
+    let out = run("guest.sh");
     assert!(out.ends_with("all is well"), "{out}");
 }

@@ -40,15 +40,19 @@ impl Directories {
         )
     }
 
-    /// Refuses an open file that is elsewhere.
-    pub fn check(&self, what: &str, file: impl AsFd) -> Result<()> {
+    /// Refuses an open file that is elsewhere. Devices have their names in folders of /dev that are full of links (of logical
+    /// volumes, by-id, …): for them it is enough that the name `path` is in a folder below /dev.
+    pub fn check(&self, what: &str, path: &str, file: impl AsFd) -> Result<()> {
         let Some(all) = self.0.load_full() else {
             return Ok(());
         };
         let fd = file.as_fd().as_raw_fd();
         let place = std::fs::read_link(format!("/proc/self/fd/{fd}"))
             .map_err(|e| Error::io(format_args!("{what}: where it is cannot be found out"), &e))?;
-        match all.iter().any(|d| place.starts_with(d)) {
+        let folder = Path::new(path).parent().and_then(|p| p.canonicalize().ok());
+        let name = folder.filter(|f| f.starts_with("/dev") && place.starts_with("/dev"));
+        let is_in = |place: &Path| all.iter().any(|d| place.starts_with(d));
+        match is_in(&place) || name.as_deref().is_some_and(is_in) {
             true => Ok(()),
             false => Err(self.refuse(what, &place, &all)),
         }
@@ -87,7 +91,10 @@ mod tests {
         std::os::unix::fs::symlink(outside.join("b"), inside.join("link")).unwrap();
         let only = Directories::default();
         only.restrict(Directories::resolve(std::slice::from_ref(&inside)).unwrap());
-        let check = |path: &str| only.check("image", File::open(dir.path().join(path)).unwrap());
+        let check = |path: &str| {
+            let path = dir.path().join(path);
+            only.check("image", path.to_str().unwrap(), File::open(&path).unwrap())
+        };
         assert!(check("in/deep/a").is_ok());
         for path in ["inside/b", "in/link", "in/../inside/b"] {
             let e = check(path).unwrap_err();
@@ -104,5 +111,16 @@ mod tests {
                 .is_ok()
         );
         assert!(Directories::resolve(&["/nowhere".into()]).is_err());
+        // A device by a name in a folder that is allowed, wherever below /dev it is; nothing else.
+        let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+        let link = shm.path().join("lv0");
+        std::os::unix::fs::symlink("/dev/null", &link).unwrap();
+        let hosts = shm.path().join("hosts");
+        std::os::unix::fs::symlink("/etc/hosts", &hosts).unwrap();
+        only.restrict(vec![shm.path().canonicalize().unwrap()]);
+        let check =
+            |path: &Path| only.check("image", path.to_str().unwrap(), File::open(path).unwrap());
+        assert!(check(&link).is_ok());
+        assert!(check(&hosts).is_err() && check(Path::new("/dev/zero")).is_err());
     }
 }

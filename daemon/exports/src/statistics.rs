@@ -87,6 +87,7 @@ struct KindStats {
     requests: Counter,
     bytes: Counter,
     failed: Counter,
+    latency_ns: Counter,
     latency: [Counter; LATENCY_BUCKETS],
 }
 
@@ -96,6 +97,7 @@ impl Default for KindStats {
             requests: Counter::default(),
             bytes: Counter::default(),
             failed: Counter::default(),
+            latency_ns: Counter::default(),
             latency: std::array::from_fn(|_| Counter::default()),
         }
     }
@@ -128,6 +130,7 @@ impl QueueStats {
         } else {
             kind.failed.add(1);
         }
+        kind.latency_ns.add(latency.as_nanos() as u64);
         kind.latency[Histogram::bucket(latency)].add(1);
     }
 
@@ -144,6 +147,7 @@ impl QueueStats {
             out.requests = kind.requests.get();
             out.bytes = kind.bytes.get();
             out.failed = kind.failed.get();
+            out.latency_ns = kind.latency_ns.get();
             for (out, bucket) in out.latency.0.iter_mut().zip(&kind.latency) {
                 *out = bucket.get();
             }
@@ -158,6 +162,8 @@ pub struct KindCounters {
     pub requests: u64,
     pub bytes: u64,
     pub failed: u64,
+    /// The sum of all latencies.
+    pub latency_ns: u64,
     pub latency: Histogram,
 }
 
@@ -186,6 +192,7 @@ impl QueueCounters {
             a.requests += b.requests;
             a.bytes += b.bytes;
             a.failed += b.failed;
+            a.latency_ns += b.latency_ns;
             a.latency.add(&b.latency);
         }
         self.fast += other.fast;

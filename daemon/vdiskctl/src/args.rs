@@ -115,6 +115,19 @@ pub enum Command {
     Tree,
     /// Show what exports and I/O threads have done
     Stats(Stats),
+    /// Show how the daemon is: what it serves, what is amiss
+    Status,
+    /// Show which exports and I/O threads are busy, again and again
+    ///
+    /// Keys: s for another order, q to quit. Where there is no terminal it is shown once.
+    Top {
+        /// Seconds between looks
+        #[arg(long, short, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        delay: u64,
+        /// Print so many times and end
+        #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        iterations: Option<u64>,
+    },
     /// Show version, engine, drivers and export kinds of the daemon
     Info,
     /// Print a completion script for a shell

@@ -17,7 +17,7 @@ use crate::options::{Options, options, pass_files};
 use crate::output::{
     Rows, flag, format_ns, names, number, print_json, print_pause, print_properties, text,
 };
-use crate::{bitmaps, fleece, images, jobs, secrets, stats, throttle, tree};
+use crate::{bitmaps, fleece, images, jobs, secrets, stats, status, throttle, top, tree};
 
 fn print_object(p: &Properties, json: bool) {
     if json {
@@ -166,6 +166,8 @@ pub async fn run(args: Args) -> Result<()> {
             Ok(())
         }
         Command::Stats(s) => stats::run(&manager, s.export.as_deref(), s.watch, json).await,
+        Command::Status => status::run(&daemon, &manager, json).await,
+        Command::Top { delay, iterations } => top::run(&daemon, &manager, delay, iterations).await,
         Command::Info => info(&manager, json).await,
         Command::Completion { .. } | Command::Man => Ok(()),
     }

@@ -13,7 +13,9 @@ mod options;
 mod output;
 mod secrets;
 mod stats;
+mod status;
 mod throttle;
+mod top;
 mod tree;
 
 use std::process::ExitCode;

@@ -36,8 +36,12 @@ impl Rows {
         self.0.add_row(cells.collect::<Vec<_>>());
     }
 
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        self.0.lines()
+    }
+
     pub fn print(&self) {
-        for line in self.0.lines() {
+        for line in self.lines() {
             anstream::println!("{}", line.trim_end());
         }
     }
@@ -95,7 +99,9 @@ pub fn print_properties(p: &Properties) {
                 0 => "-".to_owned(),
                 n => format!("{}/s", format_size(n)),
             },
-            ("StartTime" | "ExpectedEndTime", Json::Number(n)) => time(n.as_u64().unwrap_or(0)),
+            ("StartTime" | "ExpectedEndTime", Json::Number(n)) => {
+                format_time(n.as_u64().unwrap_or(0))
+            }
             ("Progress", _) => format!("{:.1} %", p[key].as_f64().unwrap_or(0.0) * 100.0),
             ("Error", Json::Array(error)) => error
                 .last()
@@ -127,7 +133,7 @@ pub fn print_json(value: &impl std::fmt::Display) {
 }
 
 /// Microseconds since the epoch as local time.
-fn time(micros: u64) -> String {
+pub fn format_time(micros: u64) -> String {
     let at = jiff::Timestamp::from_microsecond(micros as i64);
     match (micros, at) {
         (1.., Ok(at)) => {

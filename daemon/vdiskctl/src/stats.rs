@@ -11,13 +11,13 @@ use crate::error::{Error, Result};
 use crate::objects::to_json;
 use crate::output::{Rows, format_count, format_ns, number, print_json};
 
-async fn fetch(manager: &ManagerProxy<'_>) -> Result<Map<String, Json>> {
+pub async fn fetch(manager: &ManagerProxy<'_>) -> Result<Map<String, Json>> {
     let stats = manager.get_statistics(HashMap::new()).await?;
     Ok(stats.into_iter().map(|(k, v)| (k, to_json(&v))).collect())
 }
 
 /// `new - old`, number by number.
-fn difference(new: &Json, old: &Json) -> Json {
+pub fn difference(new: &Json, old: &Json) -> Json {
     match (new, old) {
         (Json::Number(a), Json::Number(b)) => {
             let (a, b) = (a.as_u64().unwrap_or(0), b.as_u64().unwrap_or(0));
@@ -37,7 +37,7 @@ fn difference(new: &Json, old: &Json) -> Json {
 }
 
 /// An upper bound of a fraction of the latencies in a histogram of powers of two.
-fn quantile(latency: &Json, q: f64) -> String {
+pub fn quantile(latency: &Json, q: f64) -> String {
     let buckets: Vec<u64> = match latency.as_array() {
         Some(list) => list.iter().filter_map(Json::as_u64).collect(),
         None => Vec::new(),

@@ -25,6 +25,8 @@ pub struct Config {
     pub limits: Limits,
     #[serde(default)]
     pub access: Access,
+    #[serde(default)]
+    pub metrics: Metrics,
 }
 
 /// `[io]`
@@ -64,6 +66,14 @@ pub struct Sockets {
     /// Permissions of sockets, octal digits in a string.
     pub mode: Option<String>,
     pub group: Option<String>,
+}
+
+/// `[metrics]`
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Metrics {
+    /// A unix socket for OpenMetrics over HTTP.
+    pub socket: Option<PathBuf>,
 }
 
 /// `[access]`
@@ -161,7 +171,9 @@ impl Config {
             ));
         }
         let directories = self.images.directories.iter().flatten();
-        let mut named = directories.chain(&self.sockets.directory);
+        let mut named = directories
+            .chain(&self.sockets.directory)
+            .chain(&self.metrics.socket);
         if let Some(path) = named.find(|p| !p.is_absolute()) {
             return Err(format!(
                 "'{}' is not an absolute path: give one that begins with '/'",

@@ -12,6 +12,8 @@ use command_fds::{CommandFdExt, FdMapping};
 use sd_notify::NotifyState;
 use vdisk_exports::Keeper;
 
+use crate::sandbox;
+
 /// What the names of kept descriptors begin with, before a dot.
 const KINDS: [&str; 4] = ["listener", "connection", "secret", "fd"];
 
@@ -59,6 +61,7 @@ impl FdStore {
         copies.append(&mut self.sockets.lock().unwrap_or_else(|e| e.into_inner()));
         let names: Vec<&str> = copies.iter().map(|(name, _)| name.as_str()).collect();
         command
+            .envs(sandbox::entered())
             .env("LISTEN_PID", std::process::id().to_string())
             .env("LISTEN_FDS", copies.len().to_string())
             .env("LISTEN_FDNAMES", names.join(":"));

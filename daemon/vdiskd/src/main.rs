@@ -5,6 +5,8 @@ mod control;
 mod dbus;
 mod fd_store;
 mod logging;
+mod metrics;
+mod sandbox;
 mod service;
 
 use std::fs::{File, TryLockError};
@@ -24,6 +26,7 @@ use config::Config;
 use control::{Defaults, Sockets};
 use dbus::{Bus, Trusted};
 use fd_store::{FdStore, Passed};
+use sandbox::{Folders, Sandbox};
 use sd_notify::NotifyState;
 
 /// Serves disk images to virtual machines.
@@ -88,6 +91,11 @@ struct Args {
     #[arg(long)]
     fresh: bool,
 
+    /// Give up what is not needed: system calls, other programs, and files outside of images.directories if that is
+    /// configured (see vdiskd.toml(5))
+    #[arg(long, value_name = "ON|OFF", default_value = "on", value_parser = clap::builder::BoolishValueParser::new())]
+    sandbox: bool,
+
     /// Print the man page and exit
     #[arg(long, hide = true, exclusive = true)]
     man: bool,
@@ -135,6 +143,10 @@ fn start(args: Args, config: Config) -> Result<(), String> {
     let passed = fd_store::passed();
     let runtime_dir = runtime_dir(&args)?;
     let _lock = runtime_dir.as_deref().map(lock).transpose()?;
+    if args.sandbox {
+        let left = folders(&args, &config, runtime_dir.as_deref())?;
+        Sandbox::new(left).enter()?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(16)
@@ -272,6 +284,33 @@ fn defaults(
     })
 }
 
+/// What of the file system the daemon needs, if that is known.
+fn folders(
+    args: &Args,
+    config: &Config,
+    runtime_dir: Option<&Path>,
+) -> Result<Option<Folders>, String> {
+    let Some(mut change) = allowed(config)? else {
+        return Ok(None);
+    };
+    let state_dir = state_dir(args);
+    // It must be there to be named.
+    if let Err(error) = std::fs::DirBuilder::new().mode(0o700).create(&state_dir)
+        && error.kind() != std::io::ErrorKind::AlreadyExists
+    {
+        tracing::debug!(dir = %state_dir.display(), %error, "the state folder cannot be made");
+    }
+    let metrics = config.metrics.socket.as_deref().and_then(Path::parent);
+    let sockets = config.sockets.directory.as_deref();
+    let own = [runtime_dir, Some(&state_dir), sockets, metrics];
+    change.extend(own.into_iter().flatten().map(Path::to_owned));
+    Ok(Some(Folders {
+        change,
+        images: control::files_in_use(runtime_dir, &state_dir),
+        sockets: config.sockets.directory.is_some(),
+    }))
+}
+
 /// What is only found out when the configuration is used.
 fn check(config: &Config) -> Result<(), String> {
     allowed(config)?;
@@ -333,7 +372,12 @@ async fn run(
     let store = FdStore::find(&passed).map_err(|e| format!("passed file descriptors: {e}"))?;
     let store = store.map(Arc::new);
     let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
-    let defaults = defaults(&args, &config, runtime_dir, passed.sockets)?;
+    let mut sockets = passed.sockets;
+    let metrics_socket = sockets
+        .extract_if(.., |(name, _)| name == metrics::SOCKET_NAME)
+        .map(|(_, fd)| fd)
+        .last();
+    let defaults = defaults(&args, &config, runtime_dir, sockets)?;
     let directories = defaults.runtime.directories.clone();
     let folders = allowed(&config)?;
     let trusted = trusted(&config)?;
@@ -348,6 +392,7 @@ async fn run(
     let front = dbus::start(bus.clone(), name, control.clone(), trusted)
         .await
         .map_err(|e| format!("D-Bus ({bus:?}): {e}"))?;
+    metrics::start(&control, metrics_socket, config.metrics.socket.as_deref());
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         %engine,

@@ -7,7 +7,9 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use serde_json::json;
 use vdisk_qemu_tests::blk_client::Client;
+use vdisk_qemu_tests::{Guest, GuestOptions};
 
 #[derive(Parser)]
 struct Args {
@@ -20,6 +22,41 @@ struct Args {
     /// Make this file when all run
     #[arg(long)]
     ready: PathBuf,
+    /// Boot a guest that has all of them as its disks, of at least 64 MiB, and does the same
+    #[arg(long)]
+    guest: bool,
+}
+
+const MIB: u64 = 1 << 20;
+
+/// What was verified.
+fn serve_guest(args: &Args) -> u64 {
+    let mut options = GuestOptions::new();
+    for socket in &args.sockets {
+        options = options.disk(socket, 2);
+    }
+    let mut guest = Guest::boot(options.without_reconnect());
+    let disks: Vec<String> = ('a'..)
+        .take(args.sockets.len())
+        .map(|c| format!("vd{c}"))
+        .collect();
+    let fixed = |cmd: &str, disk: &String| json!({"cmd": cmd, "disk": disk, "offset": 0, "len": 8 * MIB, "generation": 1, "threads": 4});
+    for disk in &disks {
+        guest.run(fixed("write", disk));
+    }
+    // One load at a time, with 32 requests in flight.
+    guest.run(json!({"cmd": "load-start", "disk": disks[0], "offset": 8 * MIB, "len": 48 * MIB, "threads": 32}));
+    std::fs::write(&args.ready, "").expect("the folder is writable");
+    while !args.until.exists() {
+        guest.wait_load(100);
+    }
+    let result = guest.run(json!({"cmd": "load-stop"}));
+    for disk in &disks {
+        guest.run(fixed("verify", disk));
+    }
+    guest.assert_no_errors();
+    guest.shut_down();
+    result["verified"].as_u64().unwrap_or(0)
 }
 
 const BLOCK: u64 = 4096;
@@ -77,6 +114,10 @@ fn serve(socket: &Path, until: &Path, run: &Barrier) -> Result<(u64, Duration), 
 
 fn main() {
     let args = Args::parse();
+    if args.guest {
+        println!("{} blocks verified", serve_guest(&args));
+        return;
+    }
     let run = Barrier::new(args.sockets.len() + 1);
     let results: Vec<_> = std::thread::scope(|s| {
         let threads: Vec<_> = args

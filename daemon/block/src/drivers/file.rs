@@ -117,7 +117,7 @@ pub(super) fn open(
     })?;
 
     if !Descriptors::is_one(path) {
-        runtime.directories.check(&what, &fd)?;
+        runtime.directories.check(&what, path, &fd)?;
     }
 
     if !node.force_share {
@@ -363,7 +363,7 @@ impl Driver for File {
                 let cannot = format_args!("{what} cannot be opened for writing");
                 let fd = fd.map_err(|e| Error::io(cannot, &e))?;
                 if !Descriptors::is_one(&self.filename) {
-                    self.directories.check(&what, &fd)?;
+                    self.directories.check(&what, &self.filename, &fd)?;
                 }
                 IoFile::new(fd, direct)
             }

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -174,6 +174,7 @@ impl Connection<'_> {
                 }
             }
         }
+        self.shared.pace.count(Instant::now());
         let (old, new) = self.shared.next_generation();
         let kept = parcel::pack(&self.state, &self.fds, self.channel.as_fd()).and_then(|parcel| {
             keeper.keep(&connection_name(self.shared.id(), new), parcel.as_fd())
@@ -204,8 +205,14 @@ impl Connection<'_> {
             return Ok(());
         }
         loop {
+            let wait = self.shared.pace.wait(Instant::now());
             // Kept across signals: a message that is half read must not be lost.
-            let mut next = std::pin::pin!(channel.receive());
+            let mut next = std::pin::pin!(async {
+                if !wait.is_zero() {
+                    tokio::time::sleep(wait).await;
+                }
+                channel.receive().await
+            });
             let message = loop {
                 tokio::select! {
                     message = &mut next => break message?,

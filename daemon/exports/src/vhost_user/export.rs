@@ -16,6 +16,7 @@ use vdisk_io::IoThread;
 
 use super::connection::Connection;
 use super::listener::Listener;
+use super::pace::Pace;
 use super::parcel;
 use super::state::{Descriptors, State};
 use crate::keeper::{Keeper, Left, connection_name, listener_name};
@@ -49,6 +50,7 @@ pub(super) struct Shared {
     clients: AtomicU32,
     events: mpsc::UnboundedSender<ExportEvent>,
     pub keeper: Option<Arc<dyn Keeper>>,
+    pub pace: Pace,
     /// Of the connection that the keeper has.
     generation: AtomicU64,
 }
@@ -132,6 +134,7 @@ impl VhostUserBlk {
             clients: AtomicU32::new(0),
             events,
             keeper,
+            pace: Pace::default(),
             generation: AtomicU64::new(left.connection.as_ref().map_or(0, |(g, _)| *g)),
         });
         let connection = left.connection.map(|(_, fd)| fd);

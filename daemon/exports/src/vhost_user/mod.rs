@@ -16,6 +16,7 @@ mod channel;
 mod connection;
 mod export;
 mod listener;
+mod pace;
 mod parcel;
 
 pub use export::{ExportEvent, VhostUserBlk};

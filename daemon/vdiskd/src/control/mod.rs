@@ -27,6 +27,7 @@ use vdisk_block::Pending;
 use vdisk_exports::vhost_user::ExportEvent;
 
 use jobs::JobEvent;
+pub use state::files_in_use;
 use state::{Lost, SharedKeeper, StateFile};
 pub use world::{Defaults, Export, Sockets, World};
 

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use vdisk_api::{Error, Map, Result};
 
@@ -86,6 +86,7 @@ pub struct World {
     pub state_trouble: Vec<String>,
     /// Objects that the next daemon will try to restore.
     pub lost: usize,
+    pub started: SystemTime,
 }
 
 /// The lock is only held for short looks and changes that cannot fail half-way.
@@ -127,6 +128,7 @@ impl World {
             problems: Vec::new(),
             state_trouble: Vec::new(),
             lost: 0,
+            started: SystemTime::now(),
         })
     }
 

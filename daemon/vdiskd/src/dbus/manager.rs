@@ -1,6 +1,7 @@
 //! org.vdisk1.Manager
 
 use std::collections::HashMap;
+use std::time::SystemTime;
 
 use vdisk_api::{
     AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
@@ -200,6 +201,16 @@ impl ManagerObject {
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> Vec<String> {
         secrets::all(&self.0).ids()
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn start_time(&self) -> u64 {
+        let since = self
+            .0
+            .world()
+            .started
+            .duration_since(SystemTime::UNIX_EPOCH);
+        since.map_or(0, |d| d.as_micros() as u64)
     }
 
     #[zbus(property)]

@@ -328,6 +328,21 @@ fn open_new(path: &Path) -> io::Result<std::fs::File> {
         .open(path)
 }
 
+/// The files of nodes that the next daemon is going to open, as far as that can be told.
+pub fn files_in_use(runtime_dir: Option<&Path>, state_dir: &Path) -> Vec<PathBuf> {
+    let files = [
+        StateFile::in_runtime_folder(runtime_dir),
+        StateFile::in_state_folder(Some(state_dir)),
+    ];
+    let text = |file: &StateFile| std::fs::read(file.path.as_ref()?).ok();
+    let states = files.iter().filter_map(text);
+    let states = states.filter_map(|text| serde_json::from_slice::<State>(&text).ok());
+    let nodes = states.flat_map(|state| state.nodes);
+    nodes
+        .filter_map(|n| Some(PathBuf::from(n.options.get("filename")?.as_str()?)))
+        .collect()
+}
+
 /// Gives a secret to a keeper.
 pub(super) fn keep_secret(keeper: &dyn Keeper, id: &str, secret: &Secret) -> io::Result<()> {
     let fd = rustix::fs::memfd_create("vdiskd-secret", rustix::fs::MemfdFlags::CLOEXEC)?;

@@ -1,0 +1,60 @@
+#!/bin/bash
+# A guest, whose QEMU runs without root, does not notice what happens to the service.
+set -Eeu
+trap 'echo "failed at line $LINENO"; cat /tmp/guest; vdiskctl status; journalctl -u vdiskd --no-pager | tail -60' ERR
+rounds=${ROUNDS:-6}
+mkdir -p /srv/images
+chown vdiskd /srv/images
+vdiskctl image create /srv/images/a.qcow2 64M
+vdiskctl image create /srv/images/b.raw 64M --format raw
+vdiskctl node add a driver=qcow2 file.driver=file file.filename=/srv/images/a.qcow2 discard=unmap
+vdiskctl node add b driver=file filename=/srv/images/b.raw cache.direct=on
+for disk in a b; do vdiskctl export add $disk --node $disk --socket /run/vdiskd/$disk.sock --writable --queues 2; done
+setpriv --reuid=nobody --regid=kvm --clear-groups vdisk-steady --guest --until /tmp/enough --ready /var/tmp/ready \
+    /run/vdiskd/a.sock /run/vdiskd/b.sock >/tmp/guest 2>&1 &
+guest=$!
+until [ -e /var/tmp/ready ]; do sleep 0.1; kill -0 $guest; done
+top=a
+restarts=0
+for round in $(seq "$rounds"); do
+    if [ -e /usr/libexec/vdiskd.other ]; then
+        mv /usr/libexec/vdiskd /usr/libexec/vdiskd.next
+        mv /usr/libexec/vdiskd.other /usr/libexec/vdiskd
+        mv /usr/libexec/vdiskd.next /usr/libexec/vdiskd.other
+    fi
+    before=$(systemctl show -P MainPID vdiskd)
+    case $((round % 3)) in
+    0)
+        systemctl kill -s KILL vdiskd
+        until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
+        ;;
+    1) systemctl restart vdiskd ;;
+    2) systemctl reload vdiskd ;;
+    esac
+    until vdiskctl export show a --json | grep -q '"Clients": 1'; do sleep 0.02; kill -0 $guest; done
+    vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
+    restarts=$((restarts + 1))
+    case $((round % 4)) in
+    1)
+        vdiskctl snapshot overlay "$top" "over$round" "/srv/images/over$round.qcow2"
+        top=over$round
+        ;;
+    3)
+        vdiskctl commit "$top"
+        rm "/srv/images/$top.qcow2"
+        top=a
+        ;;
+    esac
+    # The guest turns between any two of them.
+    sleep 0.3
+done
+touch /tmp/enough
+wait $guest || { cat /tmp/guest; false; }
+[ $top = a ] || vdiskctl commit $top
+echo "$restarts: $(cat /tmp/guest)"
+for disk in a b; do
+    vdiskctl export remove $disk
+    vdiskctl node remove $disk
+done
+qemu-img check /srv/images/a.qcow2
+echo "all is well"
