@@ -15,7 +15,9 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, text};
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet, text,
+};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use rustix::net::{AddressFamily, sockopt};
@@ -48,7 +50,9 @@ struct Value(f64, MetricType);
 impl EncodeMetric for Value {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> std::fmt::Result {
         match self.1 {
-            MetricType::Counter => encoder.encode_counter::<(), _, u64>(&(self.0 as u64), None),
+            MetricType::Counter => {
+                encoder.encode_counter::<NoLabelSet, _, u64>(&(self.0 as u64), None)
+            }
             _ => encoder.encode_gauge(&self.0),
         }
     }
@@ -213,7 +217,7 @@ impl Everything {
                 let labels = vec![("export", e.id.as_str()), ("operation", class.name())];
                 let mut encoder = latencies.encode_family(&labels)?;
                 let sum = kind.latency_ns as f64 / 1e9;
-                encoder.encode_histogram::<()>(sum, total, &buckets, None)?;
+                encoder.encode_histogram::<NoLabelSet>(sum, total, &buckets, None)?;
             }
         }
         Ok(())

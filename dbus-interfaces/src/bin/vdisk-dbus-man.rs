@@ -19,7 +19,7 @@ fn comment<'a>(element: Node<'a, '_>) -> &'a str {
 fn describe(page: &mut Roff, text: &str) {
     for paragraph in text.split("\n\n") {
         let mut words = String::new();
-        let mut flush = |page: &mut Roff, words: &mut String| {
+        let flush = |page: &mut Roff, words: &mut String| {
             if words.is_empty() {
                 return;
             }
