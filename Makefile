@@ -102,7 +102,7 @@ install:
 	install -D -m 644 systemd/vdiskd.service $(DESTDIR)$(UNITDIR)/vdiskd.service
 	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(UNITDIR)/vdiskd.service
 	sed -e 's|^\(ExecStart=.*\)|\1 --instance %i|' -e 's|^BusName=.*|&.instance.%i|' \
-	    -e 's|^\(Runtime\|State\)Directory=.*|&-%i|' -e 's|^Description=.*|&, instance %i|' \
+	    -e 's/^\(Runtime\|State\)Directory=.*/&-%i/' -e 's|^Description=.*|&, instance %i|' \
 	    $(DESTDIR)$(UNITDIR)/vdiskd.service >$(DESTDIR)$(UNITDIR)/vdiskd@.service
 	install -m 644 systemd/vdiskd-export@.socket systemd/vdiskd-metrics.socket $(DESTDIR)$(UNITDIR)/
 	install -D -m 644 systemd/user/vdiskd.service $(DESTDIR)$(USERUNITDIR)/vdiskd.service

@@ -19,7 +19,7 @@ end() {
     rmdir "$dir" 2>/dev/null || true
 }
 trap end EXIT
-trap 'exit 1' INT TERM HUP
+trap 'cat "$root/result/log"; exit 1' INT TERM HUP
 mounts
 root=$dir/root
 # Services of the machine have no business here.

@@ -125,7 +125,7 @@ pub enum Command {
         #[arg(long, short, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
         delay: u64,
         /// Print so many times and end
-        #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         iterations: Option<u64>,
     },
     /// Show version, engine, drivers and export kinds of the daemon

@@ -129,7 +129,8 @@ fn main() -> ExitCode {
     }
     logging::start();
     match start(args, config) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::Again) => ExitCode::from(AGAIN),
         Err(error) => {
             tracing::error!(error, "cannot start");
             before_another_try();
@@ -138,14 +139,30 @@ fn main() -> ExitCode {
     }
 }
 
+/// Has the service manager start a new process at once (RestartForceExitStatus= of the unit; EX_TEMPFAIL of sysexits.h).
+const AGAIN: u8 = 75;
+
+/// How the daemon ended.
+enum End {
+    Done,
+    /// A new process is to go on.
+    Again,
+}
+
 /// Takes what must be this daemon's alone before there are threads, and serves.
-fn start(args: Args, config: Config) -> Result<(), String> {
+fn start(args: Args, config: Config) -> Result<End, String> {
     let passed = fd_store::passed();
     let runtime_dir = runtime_dir(&args)?;
     let _lock = runtime_dir.as_deref().map(lock).transpose()?;
     if args.sandbox {
-        let left = folders(&args, &config, runtime_dir.as_deref())?;
-        Sandbox::new(left).enter()?;
+        let sandbox = sandbox(&args, &config, runtime_dir.as_deref())?;
+        if sandbox.needs_new_process() {
+            tracing::info!(
+                "this program has other rules than the one before it: a new process begins"
+            );
+            return Ok(End::Again);
+        }
+        sandbox.enter()?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -223,6 +240,9 @@ const IDLE_EXIT: u32 = 60;
 /// How long a daemon that has been told to end may take to leave the runtime folder.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long the service manager may take to see that what it runs for a reload has ended.
+const LAST_RELOAD: Duration = Duration::from_millis(100);
+
 /// Makes the runtime folder this daemon's alone, for as long as the file is open.
 fn lock(dir: &Path) -> Result<File, String> {
     let path = dir.join("lock");
@@ -284,14 +304,10 @@ fn defaults(
     })
 }
 
-/// What of the file system the daemon needs, if that is known.
-fn folders(
-    args: &Args,
-    config: &Config,
-    runtime_dir: Option<&Path>,
-) -> Result<Option<Folders>, String> {
+/// What the daemon is to take from itself.
+fn sandbox(args: &Args, config: &Config, runtime_dir: Option<&Path>) -> Result<Sandbox, String> {
     let Some(mut change) = allowed(config)? else {
-        return Ok(None);
+        return Ok(Sandbox::new(None));
     };
     let state_dir = state_dir(args);
     // It must be there to be named.
@@ -304,11 +320,11 @@ fn folders(
     let sockets = config.sockets.directory.as_deref();
     let own = [runtime_dir, Some(&state_dir), sockets, metrics];
     change.extend(own.into_iter().flatten().map(Path::to_owned));
-    Ok(Some(Folders {
+    Ok(Sandbox::new(Some(Folders {
         change,
         images: control::files_in_use(runtime_dir, &state_dir),
         sockets: config.sockets.directory.is_some(),
-    }))
+    })))
 }
 
 /// What is only found out when the configuration is used.
@@ -358,7 +374,7 @@ async fn run(
     config: Config,
     passed: Passed,
     runtime_dir: Option<PathBuf>,
-) -> Result<(), String> {
+) -> Result<End, String> {
     let bus = match &args.bus_address {
         Some(address) => Bus::Address(address.clone()),
         None if args.session => Bus::Session,
@@ -377,7 +393,7 @@ async fn run(
         .extract_if(.., |(name, _)| name == metrics::SOCKET_NAME)
         .map(|(_, fd)| fd)
         .last();
-    let defaults = defaults(&args, &config, runtime_dir, sockets)?;
+    let defaults = defaults(&args, &config, runtime_dir.clone(), sockets)?;
     let directories = defaults.runtime.directories.clone();
     let folders = allowed(&config)?;
     let trusted = trusted(&config)?;
@@ -420,12 +436,24 @@ async fn run(
             _ = hangup.recv(), if store.is_some() => {
                 // The next one could not start with what is wrong.
                 let config = Config::load(args.config.as_deref(), args.instance.as_deref());
-                if let Err(error) = config.and_then(|c| check(&c)) {
-                    tracing::error!(error, "the configuration cannot be used: all stays as it is");
-                    let _ = sd_notify::notify(&[NotifyState::Ready]);
-                    continue;
+                let sandbox = config.and_then(|config| {
+                    check(&config)?;
+                    sandbox(&args, &config, runtime_dir.as_deref())
+                });
+                match sandbox {
+                    Err(error) => {
+                        tracing::error!(error, "the configuration cannot be used: all stays as it is");
+                        let _ = sd_notify::notify(&[NotifyState::Ready]);
+                        continue;
+                    }
+                    Ok(sandbox) if args.sandbox && sandbox.needs_new_process() => {
+                        tracing::info!("files elsewhere are to be in reach: a new process begins");
+                        // Until the service manager has seen that its reload was heard.
+                        tokio::time::sleep(LAST_RELOAD).await;
+                        called = true;
+                    }
+                    Ok(_) => again = true,
                 }
-                again = true;
             }
             still_called = &mut idle => {
                 tracing::info!("there is nothing to do");
@@ -449,12 +477,15 @@ async fn run(
     match (again, store) {
         (true, Some(store)) => match store.exec() {
             Ok(never) => match never {},
-            Err(e) => Err(format!("the new program: {e}")),
+            Err(error) => {
+                tracing::error!(%error, "this process cannot become the new program: another begins");
+                Ok(End::Again)
+            }
         },
-        _ if called => Err("called in the last moment: to be started once more".into()),
+        _ if called => Ok(End::Again),
         _ => {
             tracing::info!("stopped");
-            Ok(())
+            Ok(End::Done)
         }
     }
 }

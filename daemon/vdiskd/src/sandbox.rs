@@ -3,7 +3,7 @@
 //! there is no unit.
 //!
 //! Both last as long as the process does, also when it becomes the program that is installed by then. That one must have the same:
-//! [`Sandbox::enter`] says so if not, and a new process has to begin.
+//! [`Sandbox::needs_new_process`] says so if not.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
@@ -117,21 +117,22 @@ impl Sandbox {
         }
     }
 
-    /// Takes it from this thread, and from those that it starts. Must be called before there are others.
+    /// Whether this process is under other rules, which nothing takes back: a new one has to begin for these.
+    pub fn needs_new_process(&self) -> bool {
+        let entered = NAME.get().cloned().or_else(|| std::env::var(ENTERED).ok());
+        entered.is_some_and(|entered| entered != self.name())
+    }
+
+    /// Takes it from this thread, and from those that it starts. Must be called before there are others, and not if the process is
+    /// under other rules.
     ///
     /// # Errors
-    /// If that cannot be done; also if the process is under other rules, which nothing takes back: then another must begin.
+    /// If that cannot be done.
     pub fn enter(&self) -> Result<(), String> {
         let name = self.name();
-        match std::env::var(ENTERED) {
-            Ok(entered) if entered == name => {
-                let _ = NAME.set(name);
-                return Ok(());
-            }
-            Ok(_) => {
-                return Err("this process is under rules of a program before it: a new process has to begin".into());
-            }
-            Err(_) => {}
+        if std::env::var(ENTERED).is_ok_and(|entered| entered == name) {
+            let _ = NAME.set(name);
+            return Ok(());
         }
         let files = self
             .restrict_files()

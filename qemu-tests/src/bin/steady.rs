@@ -123,25 +123,27 @@ fn main() {
         let threads: Vec<_> = args
             .sockets
             .iter()
-            .map(|socket| s.spawn(|| serve(socket, &args.until, &run)))
+            .map(|socket| {
+                s.spawn(|| {
+                    // The others would wait for it for ever.
+                    serve(socket, &args.until, &run).unwrap_or_else(|error| {
+                        eprintln!("{}: {error}", socket.display());
+                        std::process::exit(1);
+                    })
+                })
+            })
             .collect();
         run.wait();
         std::fs::write(&args.ready, "").expect("the file can be made");
-        threads.into_iter().map(|t| t.join()).collect()
+        let done = threads
+            .into_iter()
+            .map(|t| t.join().expect("no client panics"));
+        done.collect()
     });
     let (mut requests, mut longest) = (0, Duration::ZERO);
-    for (socket, result) in args.sockets.iter().zip(results) {
-        match result {
-            Ok(Ok((n, wait))) => {
-                requests += n;
-                longest = longest.max(wait);
-            }
-            Ok(Err(error)) => {
-                eprintln!("{}: {error}", socket.display());
-                std::process::exit(1);
-            }
-            Err(_) => std::process::exit(1),
-        }
+    for (n, wait) in results {
+        requests += n;
+        longest = longest.max(wait);
     }
     println!(
         "{requests} requests, longest wait {:.1} ms",
