@@ -85,7 +85,7 @@ for how in kill restart reload; do
     before=$(systemctl show -P MainPID vdiskd)
     case $how in
     kill)
-        systemctl kill -s KILL vdiskd
+        systemctl kill --kill-whom=main -s KILL vdiskd
         until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
         ;;
     *) systemctl $how vdiskd ;;

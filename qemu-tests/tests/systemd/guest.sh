@@ -25,7 +25,7 @@ for round in $(seq "$rounds"); do
     before=$(systemctl show -P MainPID vdiskd)
     case $((round % 3)) in
     0)
-        systemctl kill -s KILL vdiskd
+        systemctl kill --kill-whom=main -s KILL vdiskd
         until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
         ;;
     1) systemctl restart vdiskd ;;

@@ -37,7 +37,7 @@ for how in kill restart reload; do
         before=$(systemctl show -P MainPID vdiskd)
         case $how in
         kill)
-            systemctl kill -s KILL vdiskd
+            systemctl kill --kill-whom=main -s KILL vdiskd
             until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
             ;;
         restart) systemctl restart vdiskd ;;
@@ -143,7 +143,10 @@ exports = 2
 queues = 4
 TOML
 /usr/libexec/vdiskd --check-config
+before=$(systemctl show -P MainPID vdiskd)
 systemctl reload vdiskd
+# A process that has given up other folders is a new one.
+until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
 vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
 refused 'images may be in /srv/images only' vdiskctl image create /srv/elsewhere/x.qcow2 1M
 ln -s /srv/images/../elsewhere /srv/images/way-out

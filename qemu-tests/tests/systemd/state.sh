@@ -37,7 +37,7 @@ for when in first-guest reload restart kill; do
         ! systemctl is-active -q vdiskd
         sockets=/run/vdiskd-export/vm-a.sock
         ;;
-    kill) systemctl kill -s KILL vdiskd ;;
+    kill) systemctl kill --kill-whom=main -s KILL vdiskd ;;
     *) systemctl $when vdiskd ;;
     esac
     rm -f /tmp/enough /tmp/ready
@@ -70,7 +70,7 @@ systemctl restart vdiskd
 [ -z "$(problems)" ]
 [ "$(vdiskctl export list --json | grep -c '"Id"')" = 3 ]
 echo '{"version": 1, "daem' >/run/vdiskd/state.json
-systemctl kill -s KILL vdiskd
+systemctl kill --kill-whom=main -s KILL vdiskd
 await vdiskctl info
 problems | grep -q 'state.bad'
 # What is persistent is still known.
@@ -109,7 +109,7 @@ refused 'cannot be written' vdiskctl snapshot overlay a over /srv/images/over.qc
 vdiskctl iothread remove more
 problems | grep -q 'Permission denied'
 chown vdiskd /srv/small
-systemctl kill -s KILL vdiskd
+systemctl kill --kill-whom=main -s KILL vdiskd
 await vdiskctl info
 touch /tmp/enough
 wait $client || { cat /tmp/steady; false; }
@@ -185,7 +185,7 @@ client=$!
 until [ -e /tmp/ready ]; do sleep 0.05; kill -0 $client; done
 user systemctl --user restart vdiskd
 user systemctl --user reload vdiskd
-user systemctl --user kill -s KILL vdiskd
+user systemctl --user kill --kill-whom=main -s KILL vdiskd
 await user vdiskctl --session export show a
 touch /tmp/enough
 wait $client || { cat /tmp/steady; false; }
