@@ -3,6 +3,7 @@
 # make bench    set up, build for speed, compare with the newest qemu-storage-daemon
 # make bench-live   the same for what guests notice of changes under them
 # make bench-jobs   the same for backups, mirrors, commits and streams
+# make bench-service   calls over D-Bus, starts, and what guests notice of restarts
 # make install  install what 'make release' built (DESTDIR, PREFIX, …)
 #
 # All of them can be run again; what is there already is left alone. Downloads go to $VDISK_LAB, or to
@@ -27,7 +28,7 @@ export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 GUEST = target/guest/$(HOST)/release/init
 
-.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs install clean
+.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs bench-service install clean
 
 setup: packages rust guest
 
@@ -84,6 +85,11 @@ bench-live: setup lab release
 
 bench-jobs: setup lab release
 	@target/release/vdisk-bench-jobs $(BENCH)
+
+bench-service: setup release
+	@target/release/vdisk-bench-service
+	@$(SUDO) env ROUNDS=10 VDISK_LAB=$(VDISK_LAB) qemu-tests/in-systemd.sh target/release qemu-tests/tests/systemd/restart.sh \
+	    | grep 'longest wait'
 
 install:
 	install -D -m 755 $(PROGRAMS)/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd

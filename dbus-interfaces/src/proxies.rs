@@ -59,6 +59,8 @@ pub trait Manager {
     fn map_image(&self, start: u64, options: Options<'_>) -> zbus::Result<Vec<Statistics>>;
     #[zbus(allow_interactive_auth)]
     fn amend_image(&self, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
+    fn forget_lost(&self, name: &str, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "const"))]
@@ -165,8 +167,8 @@ pub trait Export {
     fn clients(&self) -> zbus::Result<u32>;
     #[zbus(property)]
     fn persistent(&self) -> zbus::Result<bool>;
-    #[zbus(property)]
-    fn set_persistent(&self, on: bool) -> zbus::Result<()>;
+    #[zbus(allow_interactive_auth)]
+    fn set_persistent(&self, on: bool, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property)]
     fn io_threads(&self) -> zbus::Result<Vec<OwnedObjectPath>>;
     #[zbus(property, name = "Path")]

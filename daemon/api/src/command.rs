@@ -80,6 +80,10 @@ pub enum Command {
     RemoveExport {
         id: String,
     },
+    /// Gives up an export or a node that could not be restored.
+    ForgetLost {
+        name: String,
+    },
     /// Whether an export outlives the machine, with all that it stands on.
     SetPersistent {
         export: String,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use rustix::fs::OFlags;
@@ -23,9 +24,30 @@ struct Table {
 #[derive(Debug)]
 struct Passed {
     file: File,
+    /// Device and inode.
+    identity: (u64, u64),
     /// Somebody is about to use it.
     pending: Weak<()>,
+    /// A node has it open.
+    open: Weak<()>,
 }
+
+impl Passed {
+    fn new(fd: OwnedFd, pending: Weak<()>) -> Passed {
+        let file = File::from(fd);
+        let meta = file.metadata();
+        Passed {
+            identity: meta.map_or((0, 0), |m| (m.dev(), m.ino())),
+            file,
+            pending,
+            open: Weak::new(),
+        }
+    }
+}
+
+/// A node has a passed descriptor open, for as long as this is there: nothing else may, as locks and O_DIRECT would be shared.
+#[derive(Clone, Debug)]
+pub(crate) struct Open(#[allow(dead_code, reason = "it is only held")] Arc<()>);
 
 /// A descriptor that was passed, and stays for as long as this is there, and then for as long as a node uses it.
 #[derive(Debug)]
@@ -42,7 +64,9 @@ impl Pending {
 }
 
 fn number(path: &str) -> Option<u64> {
-    path.strip_prefix(PREFIX)?.parse().ok()
+    let digits = path.strip_prefix(PREFIX)?;
+    let number = digits.parse::<u64>().ok()?;
+    (digits == number.to_string()).then_some(number)
 }
 
 impl Descriptors {
@@ -54,10 +78,7 @@ impl Descriptors {
         let mut table = self.table();
         let (number, token) = (table.next, Arc::new(()));
         table.next += 1;
-        let passed = Passed {
-            file: fd.into(),
-            pending: Arc::downgrade(&token),
-        };
+        let passed = Passed::new(fd, Arc::downgrade(&token));
         table.all.insert(number, passed);
         Pending {
             number,
@@ -68,12 +89,16 @@ impl Descriptors {
     /// Takes over what an earlier process had.
     pub fn restore(&self, number: u64, fd: OwnedFd) {
         let mut table = self.table();
-        table.next = table.next.max(number + 1);
-        let passed = Passed {
-            file: fd.into(),
-            pending: Weak::new(),
-        };
-        table.all.insert(number, passed);
+        table.next = table.next.max(number.saturating_add(1));
+        table.all.insert(number, Passed::new(fd, Weak::new()));
+    }
+
+    /// Does not give the number in this name, if it is one, to anything else: a node that cannot be restored has it.
+    pub fn reserve(&self, path: &str) {
+        if let Some(number) = number(path) {
+            let mut table = self.table();
+            table.next = table.next.max(number.saturating_add(1));
+        }
     }
 
     /// Whether a name is that of a passed descriptor.
@@ -81,20 +106,38 @@ impl Descriptors {
         number(path).is_some()
     }
 
-    /// The descriptor of this name, with O_DIRECT or without.
+    /// The descriptor of this name, with O_DIRECT or without. `again`: for the node that has it open already.
     ///
     /// # Errors
-    /// If there is none, or it was not opened for what it is needed for.
-    pub(crate) fn open(&self, path: &str, write: bool, direct: bool) -> io::Result<OwnedFd> {
-        let table = self.table();
-        let passed = number(path).and_then(|n| table.all.get(&n));
-        let file = &passed
-            .ok_or_else(|| {
-                let why =
-                    "the descriptor was passed to an earlier daemon and is gone: pass it again";
-                io::Error::new(io::ErrorKind::NotFound, why)
-            })?
-            .file;
+    /// If there is none, it was not opened for what it is needed for, or a node has it, or another of the same file.
+    pub(crate) fn open(
+        &self,
+        path: &str,
+        write: bool,
+        direct: bool,
+        again: Option<&Open>,
+    ) -> io::Result<(OwnedFd, Open)> {
+        let mut table = self.table();
+        let number = number(path).unwrap_or(u64::MAX);
+        let gone = || {
+            let why = "the descriptor was passed to an earlier daemon and is gone: pass it again";
+            io::Error::new(io::ErrorKind::NotFound, why)
+        };
+        let identity = table.all.get(&number).ok_or_else(gone)?.identity;
+        let is_open =
+            |(_, p): &(&u64, &Passed)| p.identity == identity && p.open.strong_count() > 0;
+        if again.is_none()
+            && let Some((other, _)) = table.all.iter().find(is_open)
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                format!(
+                    "a node has this file open already, as {PREFIX}{other}: use that node, or remove it first"
+                ),
+            ));
+        }
+        let passed = table.all.get_mut(&number).ok_or_else(gone)?;
+        let file = &passed.file;
         let flags = rustix::fs::fcntl_getfl(file)?;
         let refused = |why| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         match flags & OFlags::RWMODE {
@@ -116,11 +159,14 @@ impl Descriptors {
             wanted.set(OFlags::DIRECT, direct);
             rustix::fs::fcntl_setfl(file, wanted)?;
         }
-        Ok(file.try_clone()?.into())
+        let copy = file.try_clone()?.into();
+        let open = again.cloned().unwrap_or_else(|| Open(Arc::new(())));
+        passed.open = Arc::downgrade(&open.0);
+        Ok((copy, open))
     }
 
     /// What is known of a file, passed or not.
-    pub(crate) fn metadata(&self, path: &str) -> io::Result<Metadata> {
+    pub fn metadata(&self, path: &str) -> io::Result<Metadata> {
         match number(path).and_then(|n| Some(self.table().all.get(&n)?.file.try_clone())) {
             Some(file) => file?.metadata(),
             None => std::fs::metadata(path),
@@ -154,20 +200,34 @@ mod tests {
         let pending = all.add(File::open(&path).unwrap().into());
         let name = pending.name();
         assert!(Descriptors::is_one(&name) && !Descriptors::is_one("/dev/fdset/x"));
-        assert!(all.open(&name, false, false).is_ok());
-        let e = all.open(&name, true, false).unwrap_err();
+        let e = all.open(&name, true, false, None).unwrap_err();
         assert_eq!(e.kind(), io::ErrorKind::PermissionDenied);
+        // One node at a time, whichever descriptor of the file it is.
+        let (_, open) = all.open(&name, false, false, None).unwrap();
+        assert!(all.open(&name, false, false, Some(&open)).is_ok());
+        let other = all.add(File::open(&path).unwrap().into());
+        for name in [&name, &other.name()] {
+            let e = all.open(name, false, false, None).unwrap_err();
+            assert_eq!(e.kind(), io::ErrorKind::ResourceBusy);
+        }
+        drop(open);
+        assert!(all.open(&name, false, false, None).is_ok());
+        drop(other);
+        assert_eq!(all.forget_unused(|n| n == name), [1]);
+        assert!(!Descriptors::is_one("/dev/fdset/00") && !Descriptors::is_one("/dev/fdset/+0"));
         assert_eq!(all.metadata(&name).unwrap().len(), 1);
         assert!(all.forget_unused(|_| false).is_empty());
         drop(pending);
         assert!(all.forget_unused(|n| n == name).is_empty());
         assert_eq!(all.forget_unused(|_| false), [0]);
-        assert!(all.open(&name, false, false).is_err());
+        assert!(all.open(&name, false, false, None).is_err());
         let append = File::options().read(true).append(true).open(&path).unwrap();
         let pending = all.add(append.into());
-        assert!(all.open(&pending.name(), true, false).is_err());
+        assert!(all.open(&pending.name(), true, false, None).is_err());
         // Numbers of an earlier process are not given again.
-        all.restore(7, File::open(&path).unwrap().into());
-        assert_eq!(all.add(File::open(&path).unwrap().into()).number, 8);
+        all.reserve("/dev/fdset/6");
+        assert_eq!(all.add(File::open(&path).unwrap().into()).number, 7);
+        all.restore(9, File::open(&path).unwrap().into());
+        assert_eq!(all.add(File::open(&path).unwrap().into()).number, 10);
     }
 }

@@ -230,8 +230,15 @@ async fn node(
             manager.add_node(options).await?;
         }
         Node::Remove { name } => {
-            Objects::load(daemon).await?.find("node", &name)?;
-            daemon.node(&name).await?.remove(HashMap::new()).await?;
+            let objects = Objects::load(daemon).await?;
+            match objects.find("node", &name) {
+                Ok(_) => daemon.node(&name).await?.remove(HashMap::new()).await?,
+                // One that could not be restored has no object.
+                Err(e) => manager
+                    .forget_lost(&name, HashMap::new())
+                    .await
+                    .map_err(|_| e)?,
+            }
         }
         Node::Resize { name, size, shrink } => {
             let objects = Objects::load(daemon).await?;
@@ -373,9 +380,18 @@ async fn export(
             }
         }
         Export::Remove { id } => {
-            Objects::load(daemon).await?.find("export", &id)?;
-            let export = daemon.export(&id);
-            export.await?.remove(HashMap::new()).await?;
+            let objects = Objects::load(daemon).await?;
+            match objects.find("export", &id) {
+                Ok(_) => {
+                    let export = daemon.export(&id).await?;
+                    export.remove(HashMap::new()).await?;
+                }
+                // One that could not be restored has no object.
+                Err(e) => manager
+                    .forget_lost(&id, HashMap::new())
+                    .await
+                    .map_err(|_| e)?,
+            }
         }
         Export::List => print_list(&Objects::load(daemon).await?, "export", json, export_rows),
         Export::Show { id } => {
@@ -387,7 +403,7 @@ async fn export(
 
 async fn set_export(daemon: &Daemon, id: &str, persistent: bool) -> Result<()> {
     let export = daemon.export(id).await?;
-    Ok(export.set_persistent(persistent).await?)
+    Ok(export.set_persistent(persistent, Options::new()).await?)
 }
 
 async fn add_export(manager: &ManagerProxy<'_>, add: &AddExport) -> Result<()> {

@@ -79,7 +79,7 @@ struct Args {
     runtime_dir: Option<PathBuf>,
 
     /// Folder for what must outlive the machine: persistent exports (default: $STATE_DIRECTORY, or vdiskd in $XDG_STATE_HOME
-    /// or /var/lib; made when it is needed)
+    /// or /var/lib, with --session in ~/.local/state; made when it is needed)
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
 
@@ -154,6 +154,14 @@ fn start(args: Args, config: Config) -> Result<End, String> {
     let passed = fd_store::passed();
     let runtime_dir = runtime_dir(&args)?;
     let _lock = runtime_dir.as_deref().map(lock).transpose()?;
+    if args.sandbox
+        && args
+            .bus_address
+            .as_deref()
+            .is_some_and(|a| !a.starts_with("unix:"))
+    {
+        return Err("a bus that is not on a unix socket needs --sandbox off".into());
+    }
     if args.sandbox {
         let sandbox = sandbox(&args, &config, runtime_dir.as_deref())?;
         if sandbox.needs_new_process() {
@@ -204,8 +212,13 @@ fn state_dir(args: &Args) -> PathBuf {
     if let Some(dir) = std::env::var_os("STATE_DIRECTORY") {
         return dir.into();
     }
-    let base = std::env::var_os("XDG_STATE_HOME").unwrap_or_else(|| "/var/lib".into());
-    PathBuf::from(base).join(folder_name(args.instance.as_deref()))
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state"));
+    let base = match std::env::var_os("XDG_STATE_HOME").map(PathBuf::from) {
+        Some(base) => base,
+        None if args.session => home().unwrap_or_else(|| "/var/lib".into()),
+        None => "/var/lib".into(),
+    };
+    base.join(folder_name(args.instance.as_deref()))
 }
 
 /// Finds and makes the runtime folder. None if the user did not name one and none of the usual places will do.
@@ -310,19 +323,30 @@ fn sandbox(args: &Args, config: &Config, runtime_dir: Option<&Path>) -> Result<S
         return Ok(Sandbox::new(None));
     };
     let state_dir = state_dir(args);
-    // It must be there to be named.
-    if let Err(error) = std::fs::DirBuilder::new().mode(0o700).create(&state_dir)
-        && error.kind() != std::io::ErrorKind::AlreadyExists
-    {
-        tracing::debug!(dir = %state_dir.display(), %error, "the state folder cannot be made");
-    }
     let metrics = config.metrics.socket.as_deref().and_then(Path::parent);
     let sockets = config.sockets.directory.as_deref();
     let own = [runtime_dir, Some(&state_dir), sockets, metrics];
-    change.extend(own.into_iter().flatten().map(Path::to_owned));
+    for folder in own.into_iter().flatten() {
+        // It must be there to be named.
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(folder);
+        if let Err(error) = made {
+            tracing::warn!(folder = %folder.display(), %error, "it is not there and cannot be made: it stays out of reach");
+        }
+        change.push(folder.to_owned());
+    }
+    let configuration = args
+        .config
+        .as_deref()
+        .and_then(Path::parent)
+        .map(Path::to_owned);
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     Ok(Sandbox::new(Some(Folders {
         change,
         images: control::files_in_use(runtime_dir, &state_dir),
+        read: configuration.into_iter().chain(credentials).collect(),
         sockets: config.sockets.directory.is_some(),
     })))
 }
@@ -393,6 +417,12 @@ async fn run(
         .extract_if(.., |(name, _)| name == metrics::SOCKET_NAME)
         .map(|(_, fd)| fd)
         .last();
+    for (name, _) in &mut sockets {
+        // As vdiskd-export@NAME.socket calls them, so that no name can be mistaken for another.
+        if let Some(export) = name.strip_prefix("export-") {
+            *name = export.to_owned();
+        }
+    }
     let defaults = defaults(&args, &config, runtime_dir.clone(), sockets)?;
     let directories = defaults.runtime.directories.clone();
     let folders = allowed(&config)?;

@@ -383,6 +383,12 @@ fn listener(fd: OwnedFd) -> std::io::Result<Listener> {
 /// A socket at a path, in place of one that an earlier daemon has left.
 fn make(path: &Path) -> std::io::Result<Listener> {
     if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(std::io::Error::new(
+                std::io::ErrorKind::AddrInUse,
+                "another process listens there: give each instance a socket of its own",
+            ));
+        }
         std::fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;

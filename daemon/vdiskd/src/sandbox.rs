@@ -2,11 +2,13 @@
 //! own, and, if vdiskd.toml says where images may be, files elsewhere (landlock(7)). It stands behind what its unit forbids, and where
 //! there is no unit.
 //!
+//! It makes a daemon that was taken over by its guest less useful; it does not hold everything that a unit does. What the loader can read it
+//! can also run, and a ring can make sockets without socket(2): the unit has PrivateNetwork=, NoNewPrivileges= and no capability for that.
+//!
 //! Both last as long as the process does, also when it becomes the program that is installed by then. That one must have the same:
 //! [`Sandbox::needs_new_process`] says so if not.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -55,7 +57,7 @@ const ALLOWED: &[i64] = &[
     // Memory, threads, signals, time.
     libc::SYS_mmap, libc::SYS_munmap, libc::SYS_mprotect, libc::SYS_mremap, libc::SYS_madvise, libc::SYS_brk, libc::SYS_mlock,
     libc::SYS_munlock, libc::SYS_membarrier, libc::SYS_futex, libc::SYS_set_robust_list, libc::SYS_get_robust_list, libc::SYS_rseq,
-    libc::SYS_clone3, libc::SYS_set_tid_address, libc::SYS_exit, libc::SYS_exit_group, libc::SYS_gettid, libc::SYS_getpid,
+    libc::SYS_set_tid_address, libc::SYS_exit, libc::SYS_exit_group, libc::SYS_gettid, libc::SYS_getpid,
     libc::SYS_getppid, libc::SYS_getuid, libc::SYS_geteuid, libc::SYS_getgid, libc::SYS_getegid, libc::SYS_getgroups,
     libc::SYS_sched_yield, libc::SYS_sched_getaffinity, libc::SYS_sched_setaffinity, libc::SYS_getcpu, libc::SYS_prctl,
     libc::SYS_prlimit64, libc::SYS_getrusage, libc::SYS_sysinfo, libc::SYS_uname, libc::SYS_getrandom,
@@ -88,6 +90,8 @@ pub struct Folders {
     pub change: Vec<PathBuf>,
     /// Images that are in use although they are elsewhere.
     pub images: Vec<PathBuf>,
+    /// May be read as well: where the configuration and credentials are.
+    pub read: Vec<PathBuf>,
     /// Sockets are in folders that are left, all of them.
     pub sockets: bool,
 }
@@ -137,8 +141,11 @@ impl Sandbox {
         let files = self
             .restrict_files()
             .map_err(|e| format!("landlock: {e}"))?;
-        let program = filter().map_err(|e| format!("seccomp: {e}"))?;
-        seccompiler::apply_filter(&program).map_err(|e| format!("seccomp: {e}"))?;
+        // The last one forbids others.
+        for program in [without_clone3(), filter()] {
+            let program = program.map_err(|e| format!("seccomp: {e}"))?;
+            seccompiler::apply_filter(&program).map_err(|e| format!("seccomp: {e}"))?;
+        }
         let _ = NAME.set(name);
         tracing::debug!(%files, "what is not needed is forbidden from now on");
         Ok(())
@@ -177,8 +184,9 @@ impl Sandbox {
         }
         if let Some(files) = &self.files {
             let read = AccessFs::from_read(abi) & !execute;
-            for folder in READ {
-                allow(Path::new(folder), read)?;
+            let more = files.read.iter().map(PathBuf::as_path);
+            for folder in READ.into_iter().map(Path::new).chain(more) {
+                allow(folder, read)?;
             }
             let change = AccessFs::from_all(abi) & !execute;
             for folder in &files.change {
@@ -187,16 +195,13 @@ impl Sandbox {
             for file in &files.images {
                 allow(file, change)?;
             }
-            let is_device = |folder: &&PathBuf| folder.starts_with("/dev");
-            let devices = files.change.iter().any(|f| is_device(&f));
-            for device in std::fs::read_dir("/dev").into_iter().flatten().flatten() {
-                let is_block = device.file_type().is_ok_and(|t| t.is_block_device());
-                let is_used = ["null", "urandom", "random", "zero"]
-                    .iter()
-                    .any(|n| device.file_name() == *n);
-                if is_used || devices && is_block {
-                    allow(&device.path(), change)?;
-                }
+            for device in ["null", "urandom", "random", "zero"] {
+                allow(&Path::new("/dev").join(device), change)?;
+            }
+            // Devices come and go.
+            if files.change.iter().any(|folder| folder.starts_with("/dev")) {
+                let use_it = AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::WriteFile;
+                allow(Path::new("/dev"), use_it | AccessFs::IoctlDev)?;
             }
         }
         let status = rules.restrict_self()?;
@@ -246,6 +251,8 @@ fn filter() -> Result<seccompiler::BpfProgram, seccompiler::BackendError> {
         | libc::CLONE_NEWCGROUP;
     let no_spaces = SeccompCmpOp::MaskedEq(spaces as u32 as u64);
     rules.insert(libc::SYS_clone, only(0, no_spaces, 0)?);
+    // Its flags cannot be seen from here: see without_clone3.
+    rules.insert(libc::SYS_clone3, Vec::new());
     // The bus, the journal, front-ends.
     let unix = libc::AF_UNIX as u64;
     rules.insert(libc::SYS_socket, only(0, SeccompCmpOp::Eq, unix)?);
@@ -256,6 +263,14 @@ fn filter() -> Result<seccompiler::BpfProgram, seccompiler::BackendError> {
     let refuse = SeccompAction::Errno(libc::EPERM as u32);
     let arch = std::env::consts::ARCH.try_into()?;
     SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch)?.try_into()
+}
+
+/// Has the C library use clone(2), whose flags can be looked at.
+fn without_clone3() -> Result<seccompiler::BpfProgram, seccompiler::BackendError> {
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let refuse = SeccompAction::Errno(libc::ENOSYS as u32);
+    let arch = std::env::consts::ARCH.try_into()?;
+    SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch)?.try_into()
 }
 
 #[cfg(test)]
@@ -269,7 +284,9 @@ mod tests {
     ) -> T {
         let thread = std::thread::spawn(move || {
             Sandbox::new(files).restrict_files().unwrap();
-            seccompiler::apply_filter(&filter().unwrap()).unwrap();
+            for program in [without_clone3(), filter()] {
+                seccompiler::apply_filter(&program.unwrap()).unwrap();
+            }
             act()
         });
         thread.join().unwrap()
@@ -326,6 +343,7 @@ mod tests {
         let folders = Folders {
             change: vec![mine.clone()],
             images: vec![other.join("b")],
+            read: Vec::new(),
             sockets: true,
         };
         inside(Some(folders), move || {

@@ -75,7 +75,25 @@ refused 'cannot be opened' as dora vdiskctl node add doras driver=file filename=
 # A guest sees it when somebody may attach it.
 refused 'org.vdisk1.attach' as anna vdiskctl export add annas --node annas --socket /run/vdiskd/annas.sock --writable
 as bert vdiskctl export add annas --node annas --socket /run/vdiskd/annas.sock --writable
-refused 'org.vdisk1.manage' as dora busctl set-property org.vdisk1 /org/vdisk1/export/annas org.vdisk1.Export Persistent b true
+refused 'org.vdisk1.manage' as dora busctl call org.vdisk1 /org/vdisk1/export/annas org.vdisk1.Export SetPersistent 'ba{sv}' true 0
+refused 'passed open' vdiskctl export set annas persistent=on
+# What is named otherwise is named all the same, and a socket elsewhere is a file, too.
+refused 'org.vdisk1.open-any-path' as anna busctl call org.vdisk1 /org/vdisk1 org.vdisk1.Manager AddNode 'a{sv}' 3 driver s host_device \
+    node-name s x filename o /dev/sda
+refused 'org.vdisk1.open-any-path' as anna vdiskctl node add x driver=file filename=/dev/fdset/0
+cat >/etc/polkit-1/rules.d/20-test.rules <<'RULES'
+polkit.addRule(function(action, subject) {
+    if (subject.user == "carla" && (action.id == "org.vdisk1.attach" || action.id == "org.vdisk1.look"))
+        return polkit.Result.YES;
+});
+RULES
+mv /etc/polkit-1/rules.d/20-test.rules /etc/polkit-1/rules.d/05-test.rules
+sleep 1
+refused 'org.vdisk1.open-any-path' as carla vdiskctl export add c --node nothing --socket /run/elsewhere.sock
+as carla vdiskctl export add c --node nothing --socket /run/vdiskd/c.sock
+vdiskctl export remove c
+# The same file cannot be two nodes.
+refused 'open already' as anna vdiskctl node add twice driver=file filename=/home/annas.img --pass
 refused 'org.vdisk1.manage' as dora vdiskctl export remove annas
 vdisk-steady --until /tmp/enough --ready /tmp/ready /run/vdiskd/annas.sock >/tmp/steady 2>&1 &
 client=$!

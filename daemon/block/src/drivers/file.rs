@@ -15,7 +15,7 @@ use vdisk_io::{Fallocate, IoFile, IoVecs, OpKind, block_device_size};
 use super::{
     Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, locks, reactor,
 };
-use crate::descriptors::Descriptors;
+use crate::descriptors::{Descriptors, Open};
 use crate::directories::Directories;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::permission::{Permissions, Use};
@@ -32,6 +32,8 @@ struct File {
     filename: String,
     directories: Directories,
     descriptors: Descriptors,
+    /// If it was passed open.
+    passed: Option<Open>,
     is_device: bool,
     no_flush: bool,
     limits: Limits,
@@ -47,9 +49,11 @@ fn open_fd(
     path: &str,
     write: bool,
     direct: bool,
-) -> io::Result<OwnedFd> {
+    again: Option<&Open>,
+) -> io::Result<(OwnedFd, Option<Open>)> {
     if Descriptors::is_one(path) {
-        return descriptors.open(path, write, direct);
+        let (fd, open) = descriptors.open(path, write, direct, again)?;
+        return Ok((fd, Some(open)));
     }
     let mut flags = libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
     if direct {
@@ -60,7 +64,7 @@ fn open_fd(
         .write(write)
         .custom_flags(flags)
         .open(path)
-        .map(OwnedFd::from)
+        .map(|file| (OwnedFd::from(file), None))
 }
 
 pub(super) fn open(
@@ -95,7 +99,7 @@ pub(super) fn open(
 
     let direct = node.cache.direct;
     let mut read_only = node.read_only;
-    let fd = match open_fd(descriptors, path, !read_only, direct) {
+    let fd = match open_fd(descriptors, path, !read_only, direct, None) {
         Err(e)
             if node.auto_read_only
                 && !read_only
@@ -105,11 +109,11 @@ pub(super) fn open(
                 ) =>
         {
             read_only = true;
-            open_fd(descriptors, path, false, direct)
+            open_fd(descriptors, path, false, direct, None)
         }
         other => other,
     };
-    let fd = fd.map_err(|e| match e.raw_os_error() {
+    let (fd, passed) = fd.map_err(|e| match e.raw_os_error() {
         Some(libc::EINVAL) if direct => Error::not_supported(format!(
             "{what}: this file system has no O_DIRECT; set cache.direct=off"
         )),
@@ -167,6 +171,7 @@ pub(super) fn open(
             filename: path.to_owned(),
             directories: runtime.directories.clone(),
             descriptors: runtime.descriptors.clone(),
+            passed,
             is_device,
             no_flush: node.cache.no_flush,
             limits,
@@ -359,9 +364,15 @@ impl Driver for File {
             Some(file) => file.clone(),
             None => {
                 let direct = self.file.is_direct();
-                let fd = open_fd(&self.descriptors, &self.filename, true, direct);
+                let fd = open_fd(
+                    &self.descriptors,
+                    &self.filename,
+                    true,
+                    direct,
+                    self.passed.as_ref(),
+                );
                 let cannot = format_args!("{what} cannot be opened for writing");
-                let fd = fd.map_err(|e| Error::io(cannot, &e))?;
+                let (fd, _) = fd.map_err(|e| Error::io(cannot, &e))?;
                 if !Descriptors::is_one(&self.filename) {
                     self.directories.check(&what, &self.filename, &fd)?;
                 }

@@ -20,3 +20,4 @@ mod pace;
 mod parcel;
 
 pub use export::{ExportEvent, VhostUserBlk};
+pub use parcel::{unwrap, wrap};

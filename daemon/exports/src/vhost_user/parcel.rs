@@ -108,6 +108,11 @@ pub(super) fn pack(
             all.len()
         )));
     }
+    seal(&bytes, &all)
+}
+
+/// A socket that has a message with descriptors.
+fn seal(bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
     let (ours, parcel) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -116,18 +121,30 @@ pub(super) fn pack(
     )?;
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    control.push(SendAncillaryMessage::ScmRights(&all));
+    control.push(SendAncillaryMessage::ScmRights(fds));
     rustix::net::sendmsg(
         ours,
-        &[IoSlice::new(&bytes)],
+        &[IoSlice::new(bytes)],
         &mut control,
         SendFlags::NOSIGNAL,
     )?;
     Ok(parcel)
 }
 
-/// What is in a parcel: the state, its descriptors, and the connection itself.
-pub(super) fn unpack(parcel: BorrowedFd<'_>) -> io::Result<(State, Descriptors, OwnedFd)> {
+/// Puts a descriptor in a parcel of its own: systemd's FD store takes an open file only once, and this is always another.
+pub fn wrap(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    seal(b"fd", &[fd])
+}
+
+/// A copy of what [`wrap`] has put in a parcel.
+pub fn unwrap(parcel: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let (_, mut fds) = look(parcel)?;
+    let fd = fds.pop().flatten();
+    fd.ok_or_else(|| invalid("a descriptor is missing"))
+}
+
+/// What is in a parcel, which stays as it is.
+fn look(parcel: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Vec<Option<OwnedFd>>)> {
     let mut bytes = vec![0; MAX_BYTES];
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -143,7 +160,14 @@ pub(super) fn unpack(parcel: BorrowedFd<'_>) -> io::Result<(State, Descriptors, 
             all.extend(rights.map(Some));
         }
     }
-    let content: Content = serde_json::from_slice(&bytes[..received.bytes])
+    bytes.truncate(received.bytes);
+    Ok((bytes, all))
+}
+
+/// What is in a parcel: the state, its descriptors, and the connection itself.
+pub(super) fn unpack(parcel: BorrowedFd<'_>) -> io::Result<(State, Descriptors, OwnedFd)> {
+    let (bytes, mut all) = look(parcel)?;
+    let content: Content = serde_json::from_slice(&bytes)
         .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
     if content.version != VERSION {
         return Err(invalid("it was made by another version of the daemon"));

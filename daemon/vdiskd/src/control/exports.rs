@@ -75,6 +75,16 @@ impl Control {
             .map_err(|e| e.context(format_args!("export '{id}'")))?;
         let ExportKind::VhostUserBlk(kind) = &options.kind;
         let kind = &with_defaults(kind, &world.defaults.sockets);
+        if let SocketAddress::Named(name, _) = &kind.addr
+            && let Some((other, _)) = world
+                .exports
+                .iter()
+                .find(|(_, e)| e.socket_name() == Some(name))
+        {
+            return Err(Error::in_use(format!(
+                "export '{id}': export '{other}' has the socket '{name}': give another, or remove that export first"
+            )));
+        }
         let given = resolved(options.given, kind);
         let threads = place_queues(&world, &id, &options.placement, kind.num_queues)?;
         let backend = Backend::new(id.clone(), node);
@@ -134,6 +144,19 @@ impl Control {
         Ok(Reply::Done)
     }
 
+    pub(super) fn forget_lost(&mut self, name: &str) -> Result<Reply> {
+        let (export, node) = (self.lost.forget_export(name), self.lost.forget_node(name));
+        if !export && !node {
+            return Err(Error::not_found(format!(
+                "nothing named '{name}' is lost: see 'vdiskctl status' for what is"
+            )));
+        }
+        self.world().forget_problems_of(name);
+        tracing::info!(name, "what could not be restored is given up");
+        self.events.push(Event::ProblemsChanged);
+        Ok(Reply::Done)
+    }
+
     pub(super) fn set_persistent(&mut self, id: &str, on: bool) -> Result<Reply> {
         let export = self.world().export(id)?;
         let before = export.is_persistent();
@@ -143,6 +166,10 @@ impl Control {
             )));
         }
         export.set_persistent(on);
+        if on && let Err(e) = self.check_persistent(id) {
+            export.set_persistent(before);
+            return Err(e);
+        }
         self.save();
         if let Some(why) = self.persistent_trouble() {
             export.set_persistent(before);
@@ -155,10 +182,6 @@ impl Control {
     }
 
     pub(super) async fn remove_export(&mut self, id: &str) -> Result<Reply> {
-        if self.world().export(id).is_err() && self.lost.forget_export(id) {
-            self.save();
-            return Ok(Reply::Done);
-        }
         let export = self.world().export(id)?;
         export.server.stop().await;
         let others = {

@@ -740,12 +740,15 @@ pub async fn node_info(control: &Handle, name: &str) -> Result<Map> {
         ));
     };
     let filename = node.filename().unwrap_or_default();
-    let size = std::fs::metadata(&filename).map_or(0, |m| m.len());
+    let descriptors = control.world().defaults.runtime.descriptors.clone();
+    let meta = descriptors.metadata(&filename).ok();
+    let size = meta.as_ref().map_or(0, |m| m.len());
     let mut found = on_thread(&thread, &what, move || async move {
         describe(&image, size).await
     })
     .await?;
-    found.insert("actual-size".into(), allocated(&filename).into());
+    let allocated = meta.map_or(0, |m| std::os::unix::fs::MetadataExt::blocks(&m) * 512);
+    found.insert("actual-size".into(), allocated.into());
     found.insert("filename".into(), filename.into());
     Ok(found)
 }

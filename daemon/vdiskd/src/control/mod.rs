@@ -24,7 +24,7 @@ use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use vdisk_api::{Command, Error, Reply, Result};
 use vdisk_block::Pending;
-use vdisk_exports::vhost_user::ExportEvent;
+use vdisk_exports::vhost_user::{ExportEvent, wrap};
 
 use jobs::JobEvent;
 pub use state::files_in_use;
@@ -95,11 +95,12 @@ impl Handle {
     /// Takes a file that a caller passed open, and has it kept for a restart.
     pub fn pass(&self, fd: OwnedFd) -> Result<Pending> {
         let descriptors = self.world().defaults.runtime.descriptors.clone();
-        let copy = fd.try_clone();
-        let copy = copy.map_err(|e| Error::failed(format!("a passed descriptor: {e}")))?;
+        let parcel = wrap(fd.as_fd());
+        let parcel = parcel.map_err(|e| Error::failed(format!("a passed descriptor: {e}")))?;
         let pending = descriptors.add(fd);
+        let name = state::descriptor_name(pending.number);
         if let Some(keeper) = &self.keeper
-            && let Err(error) = keeper.keep(&state::descriptor_name(pending.number), copy.as_fd())
+            && let Err(error) = keeper.keep(&name, parcel.as_fd())
         {
             tracing::warn!(file = pending.name(), %error, "it cannot be kept for a restart");
         }
@@ -209,6 +210,10 @@ impl Control {
                     None => return,
                     Some(Message::Run(command, reply)) => {
                         let result = self.run(*command).await;
+                        if result.is_err() {
+                            // What came with it may have no use.
+                            self.save();
+                        }
                         self.publish().await;
                         let _ = reply.send(result);
                     }
@@ -291,6 +296,7 @@ impl Control {
             Command::Job { id, action } => self.job_action(&id, action).await,
             Command::AddExport(options) => self.add_export(options),
             Command::RemoveExport { id } => self.remove_export(&id).await,
+            Command::ForgetLost { name } => self.forget_lost(&name),
             Command::SetPersistent { export, on } => self.set_persistent(&export, on),
             Command::AddIoThread(options) => self.add_iothread(options),
             Command::UpdateIoThread { name, update } => self.update_iothread(&name, update),

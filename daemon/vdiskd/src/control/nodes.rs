@@ -116,10 +116,6 @@ impl Control {
     }
 
     pub(super) async fn remove_node(&mut self, name: &str) -> Result<Reply> {
-        if self.world().graph.node(name).is_err() && self.lost.forget_node(name) {
-            self.save();
-            return Ok(Reply::Done);
-        }
         let (children, removed) = {
             let mut world = self.world();
             let children = world.graph.info(name)?.children;

@@ -67,7 +67,12 @@ pub fn all(control: &Handle) -> Secrets {
 /// Adds what systemd passes as credentials named `secret.ID` (systemd.exec(5), LoadCredential).
 pub fn take_credentials(secrets: &Secrets) {
     let folder = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-    let files = folder.and_then(|f| std::fs::read_dir(f).ok());
+    let Some(folder) = folder else {
+        return;
+    };
+    let files = std::fs::read_dir(&folder).inspect_err(|error| {
+        tracing::error!(folder = %folder.display(), %error, "credentials cannot be read");
+    });
     for file in files.into_iter().flatten().flatten() {
         let name = file.file_name();
         let Some(id) = name.to_str().and_then(|n| n.strip_prefix("secret.")) else {

@@ -60,6 +60,11 @@ impl Export {
         self.backend.node().name().to_owned()
     }
 
+    /// The name of the socket that systemd passed for it.
+    pub fn socket_name(&self) -> Option<&str> {
+        self.given.get("addr")?.get("str")?.as_str()
+    }
+
     /// It outlives the machine.
     pub fn is_persistent(&self) -> bool {
         self.persistent.load(Relaxed)
@@ -145,6 +150,12 @@ impl World {
             && !has_unfinished(runtime.dir.as_deref())
             && runtime.secrets.ids().is_empty()
             && runtime.throttle_groups.list().is_empty()
+    }
+
+    /// What was lost is given up: it is no problem any more.
+    pub fn forget_problems_of(&mut self, name: &str) {
+        let quoted = format!("'{name}'");
+        self.problems.retain(|p| !p.contains(&quoted));
     }
 
     /// All that is amiss.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Deref;
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -45,47 +46,61 @@ impl Action {
 const LOOKS: [&str; 3] = ["GetStatistics", "ListThrottleGroups", "GetManagedObjects"];
 
 /// What a call needs.
-fn needed(interface: &str, member: &str, message: &Message) -> Vec<Action> {
+fn needed(interface: &str, member: &str, message: &Message, sockets: &[PathBuf]) -> Vec<Action> {
     if LOOKS.contains(&member) || (interface, member) == ("org.vdisk1.Node", "GetImageInfo") {
         return vec![Action::Look];
     }
-    if member == "AddExport" {
-        return vec![Action::Attach];
-    }
+    let attach = member == "AddExport";
     let body = message.body();
     let names_files = match body.deserialize::<Structure<'_>>() {
         Ok(arguments) => arguments
             .fields()
             .iter()
-            .any(|value| names_file(member, "", value)),
+            .any(|value| names_file(member, "", value, sockets)),
         // It has no arguments, or the method will not understand them either.
         Err(_) => !body.is_empty(),
     };
+    let action = match attach {
+        true => Action::Attach,
+        false => Action::Manage,
+    };
     match names_files {
-        true => vec![Action::Manage, Action::OpenAnyPath],
-        false => vec![Action::Manage],
+        true => vec![action, Action::OpenAnyPath],
+        false => vec![action],
     }
 }
 
 /// Whether an argument names a file: by its key, or because it looks like a path, which no other name does.
-fn names_file(member: &str, key: &str, value: &Variant<'_>) -> bool {
+fn names_file(member: &str, key: &str, value: &Variant<'_>, sockets: &[PathBuf]) -> bool {
     let last = key.rsplit('.').next().unwrap_or(key);
     match value {
+        // Where sockets are is no secret, and no other file can be named there.
+        Variant::Str(text) if member == "AddExport" && last == "path" => {
+            let path = Path::new(text.as_str());
+            let plain = path
+                .components()
+                .all(|c| !matches!(c, Component::ParentDir));
+            let folder = path.parent().unwrap_or(Path::new(""));
+            !plain || path.is_absolute() && !sockets.iter().any(|s| folder == s)
+        }
+        Variant::ObjectPath(_) => true,
         Variant::Str(text) => {
             text.contains('/') || last == "filename" || (member == "AddSecret" && last == "file")
         }
-        Variant::Variant(inner) => names_file(member, key, inner),
-        Variant::Array(items) => items.iter().any(|item| names_file(member, key, item)),
+        Variant::Variant(inner) => names_file(member, key, inner, sockets),
+        Variant::Array(items) => items
+            .iter()
+            .any(|item| names_file(member, key, item, sockets)),
         Variant::Structure(fields) => fields
             .fields()
             .iter()
-            .any(|field| names_file(member, key, field)),
+            .any(|field| names_file(member, key, field, sockets)),
         Variant::Dict(entries) => entries.iter().any(|(key, value)| {
             let key = match key {
                 Variant::Str(key) => key.as_str(),
                 _ => "",
             };
-            names_file(member, key, value)
+            names_file(member, key, value, sockets)
         }),
         _ => false,
     }
@@ -124,21 +139,32 @@ pub struct Trusted {
 /// Decides.
 pub struct Access {
     /// None: whoever can reach the bus may do everything.
-    trusted: Option<Trusted>,
+    polkit: Option<Polkit>,
+    /// Folders in which whoever may attach makes sockets.
+    sockets: Vec<PathBuf>,
     may_look: Mutex<HashMap<String, Instant>>,
+}
+
+struct Polkit {
+    trusted: Trusted,
+    /// A connection for these questions alone: properties are read under a lock of the object server, which must not wait for
+    /// an answer that is behind other calls.
+    questions: Connection,
 }
 
 impl Access {
     pub fn for_everybody() -> Access {
         Access {
-            trusted: None,
+            polkit: None,
+            sockets: Vec::new(),
             may_look: Mutex::default(),
         }
     }
 
-    pub fn by_polkit(trusted: Trusted) -> Access {
+    pub fn by_polkit(trusted: Trusted, sockets: Vec<PathBuf>, questions: Connection) -> Access {
         Access {
-            trusted: Some(trusted),
+            polkit: Some(Polkit { trusted, questions }),
+            sockets,
             may_look: Mutex::default(),
         }
     }
@@ -154,14 +180,18 @@ impl Access {
         all.insert(sender.to_owned(), Instant::now());
     }
 
-    /// Refuses a call whose sender may not do all of `actions`.
+    /// Refuses a call whose sender may not do all of `actions`. Nobody is asked for a password by a call that must not wait.
     async fn check(
         &self,
-        connection: &Connection,
         header: &Header<'_>,
         actions: &[Action],
+        may_wait: bool,
     ) -> Result<(), Failure> {
-        let Some(trusted) = &self.trusted else {
+        let Some(Polkit {
+            trusted,
+            questions: connection,
+        }) = &self.polkit
+        else {
             return Ok(());
         };
         let Some(sender) = header.sender() else {
@@ -185,9 +215,11 @@ impl Access {
             || uid == rustix::process::geteuid().as_raw()
             || trusted.users.contains(&uid)
             || groups.is_some_and(|all| all.iter().any(|g| trusted.groups.contains(g)));
+        let flags = header.primary().flags();
         if !is_trusted {
             for action in actions {
-                self.ask(connection, header, sender, uid, *action).await?;
+                let can_ask = may_wait && flags.contains(Flags::ALLOW_INTERACTIVE_AUTH);
+                ask(connection, header, uid, *action, can_ask).await?;
             }
         }
         if actions == [Action::Look] {
@@ -195,53 +227,50 @@ impl Access {
         }
         Ok(())
     }
+}
 
-    async fn ask(
-        &self,
-        connection: &Connection,
-        header: &Header<'_>,
-        sender: &str,
-        uid: u32,
-        action: Action,
-    ) -> Result<(), Failure> {
-        let denied = |why: String| {
-            tracing::warn!(uid, action = action.id(), why, "a call was denied");
-            Failure::NotAuthorized(format!(
-                "this needs the authorization '{}', {why}: run it as root, or have polkit allow it (polkit(8)), or name the user in vdiskd.toml (access.users)",
-                action.id()
-            ))
-        };
-        let object = header.path().map_or("", |p| p.as_str()).to_owned();
-        let member = header.member().map_or("", |m| m.as_str()).to_owned();
-        let can_ask = header
-            .primary()
-            .flags()
-            .contains(Flags::ALLOW_INTERACTIVE_AUTH);
-        let subject = HashMap::from([("name", Variant::from(sender))]);
-        let details = HashMap::from([("object", object.as_str()), ("member", member.as_str())]);
-        let authority = AuthorityProxy::builder(connection)
-            .cache_properties(CacheProperties::No)
-            .build()
-            .await?;
-        let answer = authority
-            .check_authorization(
-                &("system-bus-name", subject),
-                action.id(),
-                details,
-                if can_ask { ALLOW_USER_INTERACTION } else { 0 },
-                "",
-            )
-            .await;
-        match answer {
-            Ok((true, _, _)) => Ok(()),
-            Ok((false, true, _)) => Err(denied(
-                "which asks for a password, and nobody is there to enter it".into(),
-            )),
-            Ok((false, false, _)) => Err(denied(
-                "which user ".to_owned() + &uid.to_string() + " does not have",
-            )),
-            Err(e) => Err(denied(format!("and polkit cannot be asked ({e})"))),
-        }
+/// Asks polkit.
+async fn ask(
+    connection: &Connection,
+    header: &Header<'_>,
+    uid: u32,
+    action: Action,
+    can_ask: bool,
+) -> Result<(), Failure> {
+    let denied = |why: String| {
+        tracing::warn!(uid, action = action.id(), why, "a call was denied");
+        Failure::NotAuthorized(format!(
+            "this needs the authorization '{}', {why}: run it as root, or have polkit allow it (polkit(8)), or name the user in vdiskd.toml (access.users)",
+            action.id()
+        ))
+    };
+    let object = header.path().map_or("", |p| p.as_str()).to_owned();
+    let member = header.member().map_or("", |m| m.as_str()).to_owned();
+    let sender = header.sender().map_or("", |s| s.as_str());
+    let subject = HashMap::from([("name", Variant::from(sender))]);
+    let details = HashMap::from([("object", object.as_str()), ("member", member.as_str())]);
+    let authority = AuthorityProxy::builder(connection)
+        .cache_properties(CacheProperties::No)
+        .build()
+        .await?;
+    let answer = authority
+        .check_authorization(
+            &("system-bus-name", subject),
+            action.id(),
+            details,
+            if can_ask { ALLOW_USER_INTERACTION } else { 0 },
+            "",
+        )
+        .await;
+    match answer {
+        Ok((true, _, _)) => Ok(()),
+        Ok((false, true, _)) => Err(denied(
+            "which asks for a password, and nobody is there to enter it".into(),
+        )),
+        Ok((false, false, _)) => Err(denied(
+            "which user ".to_owned() + &uid.to_string() + " does not have",
+        )),
+        Err(e) => Err(denied(format!("and polkit cannot be asked ({e})"))),
     }
 }
 
@@ -287,7 +316,7 @@ impl<T: Interface> Interface for Guarded<T> {
         emitter: &SignalEmitter<'_>,
     ) -> Option<Result<OwnedVariant, BoxDBusError>> {
         if let Some(header) = header
-            && let Err(e) = self.access.check(connection, header, &[Action::Look]).await
+            && let Err(e) = self.access.check(header, &[Action::Look], false).await
         {
             return Some(Err(Box::new(e)));
         }
@@ -305,7 +334,7 @@ impl<T: Interface> Interface for Guarded<T> {
         emitter: &SignalEmitter<'_>,
     ) -> zbus::fdo::Result<HashMap<String, OwnedVariant>> {
         if let Some(header) = header {
-            let checked = self.access.check(connection, header, &[Action::Look]).await;
+            let checked = self.access.check(header, &[Action::Look], false).await;
             checked.map_err(|e| zbus::fdo::Error::AccessDenied(e.to_string()))?;
         }
         self.object
@@ -327,7 +356,7 @@ impl<T: Interface> Interface for Guarded<T> {
             DispatchResult::Async(then) => DispatchResult::Async(Box::pin(async move {
                 if let Some(header) = header {
                     let action = [Action::Manage];
-                    let checked = self.access.check(connection, header, &action).await;
+                    let checked = self.access.check(header, &action, false).await;
                     checked.map_err(|e| Box::new(e) as BoxDBusError)?;
                 }
                 then.await
@@ -358,9 +387,9 @@ impl<T: Interface> Interface for Guarded<T> {
     ) -> DispatchResult<'call> {
         match self.object.call(server, connection, message, name.clone()) {
             DispatchResult::Async(then) => DispatchResult::Async(Box::pin(async move {
-                let needed = needed(&T::name(), &name, message);
+                let needed = needed(&T::name(), &name, message, &self.access.sockets);
                 let header = message.header();
-                let checked = self.access.check(connection, &header, &needed).await;
+                let checked = self.access.check(&header, &needed, true).await;
                 checked.map_err(|e| Box::new(e) as BoxDBusError)?;
                 then.await
             })),
@@ -392,7 +421,12 @@ mod tests {
             .interface("org.vdisk1.Manager")
             .build(body)
             .unwrap();
-        needed("org.vdisk1.Manager", member, &message)
+        needed(
+            "org.vdisk1.Manager",
+            member,
+            &message,
+            &["/run/vdiskd".into()],
+        )
     }
 
     fn options<'a>(pairs: &[(&'a str, &'a str)]) -> HashMap<&'a str, Variant<'a>> {
@@ -428,10 +462,25 @@ mod tests {
         let actions = vec![("add-overlay", options(&[("file.filename", "x")]))];
         assert_eq!(call("Transaction", &(actions, options(&[]))), with);
         assert_eq!(call("GetStatistics", &options(&[])), [Action::Look]);
-        assert_eq!(
-            call("AddExport", &options(&[("addr.path", "/run/s")])),
-            [Action::Attach]
-        );
+        for (path, action) in [
+            ("vm.sock", &[Action::Attach][..]),
+            ("/run/vdiskd/vm.sock", &[Action::Attach]),
+            ("/run/other/vm.sock", &[Action::Attach, Action::OpenAnyPath]),
+            (
+                "/run/vdiskd/../other/vm.sock",
+                &[Action::Attach, Action::OpenAnyPath],
+            ),
+            ("../vm.sock", &[Action::Attach, Action::OpenAnyPath]),
+        ] {
+            assert_eq!(
+                call("AddExport", &options(&[("addr.path", path)])),
+                action,
+                "{path}"
+            );
+        }
+        let path = zbus::ObjectPath::try_from("/etc/shadow").unwrap();
+        let odd = HashMap::from([("x", Variant::from(path))]);
+        assert_eq!(call("AddNode", &odd), with);
         assert_eq!(call("Remove", &options(&[])), without);
     }
 }

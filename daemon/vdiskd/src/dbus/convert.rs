@@ -150,7 +150,6 @@ fn plain(key: &str, value: &Variant<'_>) -> Result<serde_json::Value> {
         Variant::I64(v) => Json::from(*v),
         Variant::F64(v) => Json::from(*v),
         Variant::Str(v) => Json::from(v.as_str()),
-        Variant::ObjectPath(v) => Json::from(v.as_str()),
         Variant::Variant(v) => plain(key, v)?,
         Variant::Array(items) => {
             let items: Result<Vec<Json>> = items.iter().map(|v| plain(key, v)).collect();

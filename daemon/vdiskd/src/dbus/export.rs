@@ -75,8 +75,8 @@ impl ExportObject {
         Ok(find(&self.control, &self.id)?.is_persistent())
     }
 
-    #[zbus(property)]
-    async fn set_persistent(&self, on: bool) -> Result<(), Failure> {
+    async fn set_persistent(&self, on: bool, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
         let export = self.id.clone();
         self.control
             .run(Command::SetPersistent { export, on })

@@ -198,6 +198,11 @@ impl ManagerObject {
         Ok(images::amend(&self.0, options).await?)
     }
 
+    async fn forget_lost(&self, name: String, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        Ok(self.0.run(Command::ForgetLost { name }).await.map(|_| ())?)
+    }
+
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> Vec<String> {
         secrets::all(&self.0).ids()

@@ -142,7 +142,19 @@ pub async fn start(
     trusted: Trusted,
 ) -> zbus::Result<Front> {
     let access = Arc::new(match bus {
-        Bus::System => Access::by_polkit(trusted),
+        Bus::System => {
+            let questions = builder(&bus)?.build().await?;
+            let (runtime, sockets) = {
+                let world = control.world();
+                let defaults = &world.defaults;
+                (
+                    defaults.runtime.dir.clone(),
+                    defaults.sockets.directory.clone(),
+                )
+            };
+            let sockets = runtime.into_iter().chain(sockets).collect();
+            Access::by_polkit(trusted, sockets, questions)
+        }
         Bus::Session | Bus::Address(_) => Access::for_everybody(),
     });
     let connection = connect(&bus, &name, &control, &access).await?;

@@ -10,7 +10,7 @@ use vdisk_api::{
 use vdisk_block::jobs::{
     self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Stream,
 };
-use vdisk_block::{Backend, Node, Permissions, Use};
+use vdisk_block::{Backend, Descriptors, Node, Permissions, Use};
 
 use super::{
     Base, Commit, Group, Increment, Job, JobEvent, Life, Parts, PreparedJob, Status, Task,
@@ -155,7 +155,9 @@ fn name_of(
         "luks" => "luks",
         _ => "raw",
     };
-    match given.or_else(|| node.filename()) {
+    // What was passed open has no name for others.
+    let own = node.filename().filter(|name| !Descriptors::is_one(name));
+    match given.or(own) {
         Some(name) => Ok(Some((name, format.to_owned()))),
         None if !needed => Ok(None),
         None => Err(Error::invalid(format!(

@@ -5,6 +5,7 @@
 //! An object that cannot be restored is a problem of its own (see [`World::problems`](super::World)); the rest comes up.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, TryLockError};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vdisk_api::{Error, Map, Result, Secret};
-use vdisk_block::{ROLES, StoredNode};
+use vdisk_block::{Descriptors, ROLES, StoredNode};
 use vdisk_exports::Keeper;
 
 use super::{Control, Event};
@@ -168,6 +169,8 @@ pub(super) struct StateFile {
     content: Vec<u8>,
     /// It is on stable storage when it is replaced, and there is none of nothing.
     outlives_machine: bool,
+    /// The folder is this daemon's. (The runtime folder is since before.)
+    lock: Option<File>,
 }
 
 impl StateFile {
@@ -189,6 +192,7 @@ impl StateFile {
                 .unwrap_or_default(),
             path,
             outlives_machine: true,
+            lock: None,
         }
     }
 
@@ -227,7 +231,38 @@ impl StateFile {
         self.path = None;
     }
 
+    /// Makes the folder this daemon's alone.
+    fn lock(&mut self) -> io::Result<()> {
+        let Some(path) = self
+            .path
+            .as_ref()
+            .filter(|_| self.outlives_machine && self.lock.is_none())
+        else {
+            return Ok(());
+        };
+        let file = open_new(&path.with_file_name("lock"))?;
+        file.try_lock().map_err(|e| match e {
+            TryLockError::Error(e) => e,
+            TryLockError::WouldBlock => io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "another vdiskd has this folder: give another --state-dir",
+            ),
+        })?;
+        self.lock = Some(file);
+        Ok(())
+    }
+
     fn read(&mut self) -> Result<Option<State>> {
+        if self.path.as_ref().is_some_and(|p| p.exists()) {
+            let what = format!(
+                "state '{}'",
+                self.path.clone().unwrap_or_default().display()
+            );
+            if let Err(e) = self.lock() {
+                self.path = None;
+                return Err(Error::io(what, &e));
+            }
+        }
         let (Some(path), content) = (&self.path, &mut self.content) else {
             return Ok(None);
         };
@@ -265,9 +300,10 @@ impl StateFile {
 
     /// Replaces the file, if that says something new.
     fn write(&mut self, content: Vec<u8>) -> io::Result<()> {
-        let Some(path) = self.path.as_ref().filter(|_| content != self.content) else {
+        let Some(path) = self.path.clone().filter(|_| content != self.content) else {
             return Ok(());
         };
+        let path = path.as_path();
         let new = path.with_extension("new");
         let folder = path.parent().unwrap_or(Path::new("/"));
         if content.is_empty() {
@@ -282,6 +318,7 @@ impl StateFile {
                     .recursive(true)
                     .mode(0o700)
                     .create(folder)?;
+                self.lock()?;
             }
             let mut file = open_new(&new)?;
             file.write_all(&content)?;
@@ -362,9 +399,36 @@ pub(super) fn secret_name(id: &str) -> String {
 }
 
 impl Control {
-    /// Writes down what there is.
-    pub(super) fn save(&mut self) {
-        let state = {
+    /// Refuses an export that could not come back when the machine starts.
+    pub(super) fn check_persistent(&self, id: &str) -> Result<()> {
+        let mut state = self.state();
+        state.exports.retain(|e| e.id == id);
+        let state = state.persistent();
+        if state
+            .exports
+            .iter()
+            .any(|e| !e.options.contains_key("addr"))
+        {
+            return Err(Error::not_supported(format!(
+                "export '{id}' has a socket that a caller passed, which ends with the daemon: give it a path, or one that systemd listens on (fd:NAME)"
+            )));
+        }
+        let passed = |n: &&StoredNode| {
+            let name = n.options.get("filename").and_then(|f| f.as_str());
+            Descriptors::is_one(name.unwrap_or_default())
+        };
+        match state.nodes.iter().find(passed) {
+            None => Ok(()),
+            Some(node) => Err(Error::not_supported(format!(
+                "export '{id}' stands on node '{}', whose file a caller passed open, which ends with the daemon: open it by its name",
+                node.name
+            ))),
+        }
+    }
+
+    /// What there is.
+    fn state(&self) -> State {
+        {
             let world = self.world();
             let threads = world.threads.values().map(|t| StoredThread {
                 name: t.name().to_owned(),
@@ -407,7 +471,12 @@ impl Control {
                 jobs: jobs.collect(),
                 usual_threads: world.defaults.io_threads,
             }
-        };
+        }
+    }
+
+    /// Writes down what there is.
+    pub(super) fn save(&mut self) {
+        let state = self.state();
         self.forget_descriptors(&state);
         let trouble: Vec<String> = [
             self.state.put(&state),

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -12,6 +12,7 @@ use vdisk_api::{
 };
 use vdisk_block::{Opened, Plan, StoredNode};
 use vdisk_exports::Left;
+use vdisk_exports::vhost_user::unwrap;
 
 use super::{Control, State, StoredJob, StoredThread, children};
 
@@ -48,9 +49,8 @@ impl Control {
                 Err(e) => self.problem(e),
             }
         }
-        if let Some(state) = &state {
-            self.settle_usual_threads(state);
-        } else {
+        let usual = state.as_ref().map(|s| s.usual_threads);
+        if state.is_none() {
             match self.persistent.read() {
                 Ok(found) => state = found,
                 Err(e) => self.problem(e),
@@ -61,6 +61,9 @@ impl Control {
             if !fresh {
                 mine = std::mem::take(&mut left);
             }
+            let named = state.iothreads.iter().map(|t| t.name.clone()).collect();
+            self.restore_threads(&state);
+            self.remove_usual_threads(usual.unwrap_or(0), &named);
             self.restore_state(state, &mut mine).await;
         }
         self.events.clear();
@@ -68,19 +71,22 @@ impl Control {
         self.forget_all(left);
     }
 
-    /// Threads that are there from the start and that the user removed, or added again otherwise, go.
-    fn settle_usual_threads(&mut self, state: &State) {
+    fn restore_threads(&mut self, state: &State) {
+        for thread in &state.iothreads {
+            if let Err(e) = self.restore_thread(thread) {
+                self.problem(e);
+            }
+        }
+    }
+
+    /// Threads that are there from the start and that the user had removed go, if there are others.
+    fn remove_usual_threads(&mut self, usual: usize, named: &BTreeSet<String>) {
         let mut world = self.world();
-        let before = (0..state.usual_threads).map(|i| format!("io{i}"));
-        let gone: Vec<String> = before
-            .filter(|name| {
-                let stored = state.iothreads.iter().find(|t| t.name == *name);
-                let there = world.threads.get(name);
-                there.is_some_and(|t| stored.is_none_or(|s| s.cpus != t.cpus()))
-            })
-            .collect();
-        for name in gone {
-            if let Some(thread) = world.threads.remove(&name) {
+        for name in (0..usual).map(|i| format!("io{i}")) {
+            if world.threads.len() > 1
+                && !named.contains(&name)
+                && let Some(thread) = world.threads.remove(&name)
+            {
                 thread.stop();
             }
         }
@@ -92,11 +98,6 @@ impl Control {
     }
 
     async fn restore_state(&mut self, state: State, left: &mut Vec<(String, OwnedFd)>) {
-        for thread in state.iothreads {
-            if let Err(e) = self.restore_thread(thread) {
-                self.problem(e);
-            }
-        }
         for (name, limits) in state.throttle_groups {
             let groups = self.world().defaults.runtime.throttle_groups.clone();
             match ThrottleLimits::from_map(&name, limits) {
@@ -108,9 +109,16 @@ impl Control {
         }
         let descriptors = self.world().defaults.runtime.descriptors.clone();
         for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("fd.")) {
-            if let Some(number) = name.strip_prefix("fd.").and_then(|n| n.parse().ok()) {
-                descriptors.restore(number, fd);
+            let number = name.strip_prefix("fd.").and_then(|n| n.parse().ok());
+            match (number, unwrap(fd.as_fd())) {
+                (Some(number), Ok(fd)) => descriptors.restore(number, fd),
+                (_, Err(e)) => self.problem(Error::io(format_args!("passed file '{name}'"), &e)),
+                _ => {}
             }
+        }
+        for node in &state.nodes {
+            let name = node.options.get("filename").and_then(|f| f.as_str());
+            descriptors.reserve(name.unwrap_or_default());
         }
         let secrets = self.world().defaults.runtime.secrets.clone();
         for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("secret.")) {
@@ -180,21 +188,32 @@ impl Control {
         );
     }
 
-    fn restore_thread(&mut self, thread: StoredThread) -> Result<()> {
+    fn restore_thread(&mut self, thread: &StoredThread) -> Result<()> {
         let poll_max = Duration::from_nanos(thread.poll_max_ns);
         let there = self.world().threads.get(&thread.name).cloned();
-        if let Some(there) = there
+        if let Some(there) = &there
             && there.cpus() == thread.cpus
         {
             there.set_poll_max(poll_max);
             return Ok(());
         }
+        // One that is there from the start, and that was added again with other CPUs: it stays if they cannot be had.
+        self.world().threads.remove(&thread.name);
         let options = IoThreadOptions {
-            name: thread.name,
-            cpus: thread.cpus,
+            name: thread.name.clone(),
+            cpus: thread.cpus.clone(),
             poll_max: Some(poll_max),
         };
-        self.add_iothread(options).map(|_| ())
+        match (self.add_iothread(options), there) {
+            (Ok(_), Some(there)) => there.stop(),
+            (Err(e), there) => {
+                let before = there.map(|t| (thread.name.clone(), t));
+                self.world().threads.extend(before);
+                return Err(e);
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Restores nodes, children first, as many at once as do not need each other. Returns for nodes that cannot be what they
