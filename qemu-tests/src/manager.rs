@@ -78,6 +78,12 @@ impl Manager {
         self.heard.load(Relaxed)
     }
 
+    /// Loses what has this name.
+    pub fn lose(&self, name: &str) {
+        let mut store = self.store.lock().expect("no test panics with the store");
+        store.retain(|(n, _)| n != name);
+    }
+
     /// Names of what is kept.
     pub fn kept(&self) -> Vec<String> {
         let store = self.store.lock().expect("no test panics with the store");

@@ -747,3 +747,80 @@ fn a_flood_of_messages_is_held_back() {
     daemon.ctl(&["export", "remove", "flood"]);
     drop(flood.join());
 }
+
+/// A file that was passed open goes from daemon to daemon. One that is lost is not replaced by what somebody else passes.
+#[test]
+fn a_passed_file_is_nobody_elses() {
+    let mut daemon = Daemon::managed(&[]);
+    let pass = |daemon: &Daemon, name: &str| {
+        let file = daemon.image(&format!("{name}.img"), MIB);
+        let filename = format!("filename={}", text(&file));
+        daemon.ctl(&["node", "add", name, "driver=file", &filename, "--pass"]);
+        std::fs::remove_file(&file).unwrap();
+        daemon.export_node(name, name, &[]);
+    };
+    pass(&daemon, "a");
+    let mut client = Client::connect(&daemon.socket("a"), 1, 1, 1 << 16);
+    assert_eq!(client.write(0, &[7; 4096]), 0);
+    // A front-end that came this moment may have to come again.
+    wait_for("the connection to be kept", || {
+        let kept = daemon.manager().kept();
+        kept.iter()
+            .any(|n| n.starts_with("connection."))
+            .then_some(())
+    });
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    daemon.kill();
+    daemon.go_on();
+    let mut read = [0; 4096];
+    assert_eq!((client.read(0, &mut read), read), (0, [7; 4096]));
+    drop(client);
+    let (_, e) = daemon.ctl_error(&["export", "set", "a", "persistent=on"]);
+    assert!(e.contains("passed open"), "{e}");
+
+    daemon.kill();
+    daemon.manager().lose("fd.0");
+    daemon.go_on();
+    let problems = daemon.ctl_json(&["info"])["Problems"].to_string();
+    assert!(problems.contains("pass it again"), "{problems}");
+    pass(&daemon, "b");
+    assert_eq!(
+        daemon.ctl_json(&["node", "show", "b"])["Filename"],
+        "/dev/fdset/1"
+    );
+    daemon.kill();
+    daemon.go_on();
+    assert_eq!(ids(&daemon, "export", "Id"), ["b"]);
+    // What is lost can be given up.
+    daemon.ctl(&["export", "remove", "a"]);
+    assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
+    let (code, _) = daemon.ctl_error(&["export", "remove", "a"]);
+    assert_eq!(code, 3);
+    daemon.ctl(&["export", "remove", "b"]);
+    daemon.ctl(&["node", "remove", "b"]);
+    wait_for("everything to be given up", || {
+        daemon.manager().kept().is_empty().then_some(())
+    });
+}
+
+/// Exports become persistent while others come and go: nobody waits for anybody for ever.
+#[test]
+fn many_change_exports_at_once() {
+    let daemon = Daemon::start(&[]);
+    daemon.ctl(&["node", "add", "n", "driver=null-co", "size=1M"]);
+    std::thread::scope(|s| {
+        for thread in 0..4 {
+            let daemon = &daemon;
+            s.spawn(move || {
+                for round in 0..6 {
+                    let id = format!("e{thread}-{round}");
+                    daemon.export_node(&id, "n", &["read-only", "--queues", "1", "--persistent"]);
+                    if round % 2 == 0 {
+                        daemon.ctl(&["export", "remove", &id]);
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(ids(&daemon, "export", "Id").len(), 12);
+}

@@ -69,6 +69,11 @@ fn number(path: &str) -> Option<u64> {
     (digits == number.to_string()).then_some(number)
 }
 
+fn gone() -> io::Error {
+    let why = "the descriptor was passed to an earlier daemon and is gone: pass it again";
+    io::Error::new(io::ErrorKind::NotFound, why)
+}
+
 impl Descriptors {
     fn table(&self) -> MutexGuard<'_, Table> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
@@ -119,10 +124,6 @@ impl Descriptors {
     ) -> io::Result<(OwnedFd, Open)> {
         let mut table = self.table();
         let number = number(path).unwrap_or(u64::MAX);
-        let gone = || {
-            let why = "the descriptor was passed to an earlier daemon and is gone: pass it again";
-            io::Error::new(io::ErrorKind::NotFound, why)
-        };
         let identity = table.all.get(&number).ok_or_else(gone)?.identity;
         let is_open =
             |(_, p): &(&u64, &Passed)| p.identity == identity && p.open.strong_count() > 0;
@@ -167,10 +168,11 @@ impl Descriptors {
 
     /// What is known of a file, passed or not.
     pub fn metadata(&self, path: &str) -> io::Result<Metadata> {
-        match number(path).and_then(|n| Some(self.table().all.get(&n)?.file.try_clone())) {
-            Some(file) => file?.metadata(),
-            None => std::fs::metadata(path),
-        }
+        let Some(number) = number(path) else {
+            return std::fs::metadata(path);
+        };
+        let file = self.table().all.get(&number).map(|p| p.file.try_clone());
+        file.ok_or_else(gone)??.metadata()
     }
 
     /// Closes those that have no use; their numbers.

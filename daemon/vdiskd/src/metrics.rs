@@ -24,7 +24,8 @@ use rustix::net::{AddressFamily, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
-use vdisk_exports::{QueueCounters, RequestClass};
+use vdisk_exports::{KindCounters, QueueCounters, RequestClass};
+use vdisk_io::ThreadStatsSnapshot;
 
 use crate::control::Handle;
 
@@ -43,6 +44,9 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 const BUCKETS: [usize; 12] = [12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34];
 
 type Labels<'a> = [(&'a str, &'a str)];
+
+/// Name, help, and how it is found in counters.
+type Counting<T> = (&'static str, &'static str, fn(&T) -> u64);
 
 /// A number with a type of its own.
 struct Value(f64, MetricType);
@@ -141,28 +145,17 @@ impl Everything {
         for e in &exports {
             f.add(&[("export", &e.id)], f64::from(u8::from(e.is_slow)))?;
         }
-        let of_kinds: [(
-            &str,
-            &str,
-            Option<Unit>,
-            fn(&vdisk_exports::KindCounters) -> u64,
-        ); 3] = [
-            ("export_requests", "Requests answered", None, |k| k.requests),
-            (
-                "export_failed_requests",
-                "Requests that failed",
-                None,
-                |k| k.failed,
-            ),
-            (
-                "export_io",
-                "Bytes of requests that succeeded",
-                Some(Unit::Bytes),
-                |k| k.bytes,
-            ),
+        let of_kinds: [Counting<KindCounters>; 3] = [
+            ("export_requests", "Requests answered", |k| k.requests),
+            ("export_failed_requests", "Requests that failed", |k| {
+                k.failed
+            }),
+            ("export_io_bytes", "Bytes of requests that succeeded", |k| {
+                k.bytes
+            }),
         ];
-        for (name, help, unit, value) in of_kinds {
-            let mut f = family(encoder, Counter, name, help, unit.as_ref())?;
+        for (name, help, value) in of_kinds {
+            let mut f = family(encoder, Counter, name, help, None)?;
             for e in &exports {
                 for class in RequestClass::ALL {
                     let labels = [("export", e.id.as_str()), ("operation", class.name())];
@@ -170,7 +163,7 @@ impl Everything {
                 }
             }
         }
-        let of_queues: [(&str, &str, fn(&QueueCounters) -> u64); 5] = [
+        let of_queues: [Counting<QueueCounters>; 5] = [
             (
                 "export_fast_requests",
                 "Requests that went to the storage at once",
@@ -249,7 +242,7 @@ impl Everything {
                 f.add(&[("iothread", name), ("mode", mode)], ns as f64 / 1e9)?;
             }
         }
-        let counters: [(&str, &str, fn(&vdisk_io::ThreadStatsSnapshot) -> u64); 2] = [
+        let counters: [Counting<ThreadStatsSnapshot>; 2] = [
             (
                 "iothread_operations",
                 "Operations handed to the engine",

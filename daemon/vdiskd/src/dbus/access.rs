@@ -452,7 +452,7 @@ mod tests {
             assert_eq!(call("AddNode", &given), with, "{given:?}");
         }
         let child = Variant::from(options(&[("filename", "x")]));
-        let nested = HashMap::from([("file", Variant::from(child))]);
+        let nested = HashMap::from([("file", child)]);
         assert_eq!(call("AddNode", &nested), with);
         assert_eq!(call("AddSecret", &("s", options(&[("file", "key")]))), with);
         assert_eq!(
