@@ -769,7 +769,7 @@ fn a_passed_file_is_nobody_elses() {
             .any(|n| n.starts_with("connection."))
             .then_some(())
     });
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    daemon.ctl(&["info"]);
     daemon.kill();
     daemon.go_on();
     let mut read = [0; 4096];
