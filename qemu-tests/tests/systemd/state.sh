@@ -27,6 +27,7 @@ systemctl start vdiskd-export@vm-a.socket vdiskd-metrics.socket
 vdiskctl node add a driver=qcow2 file.driver=file file.filename=/srv/images/a.qcow2
 refused "no socket named 'vm-x'" vdiskctl export add vm-a --node a --socket fd:vm-x --writable
 vdiskctl export add vm-a --node a --socket fd:vm-a --writable --persistent
+refused "export 'vm-a' has the socket" vdiskctl export add vm-a2 --node a --socket fd:vm-a
 # The machine is turned off: nothing but what is persistent comes back, and comes for the first who connects.
 systemctl stop vdiskd
 [ ! -e /run/vdiskd/state.json ]
