@@ -119,6 +119,16 @@ for _ in $(seq 100); do [ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0
 [ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0 ]
 as bert vdiskctl node add a driver=qcow2 file.driver=file file.filename=/srv/images/a.qcow2
 
+# A bus that was away has it ask again.
+before=$(systemctl show -P MainPID vdiskd)
+systemctl restart dbus
+systemctl restart polkit
+for _ in $(seq 100); do as bert vdiskctl throttle set gold iops-total=5 >/tmp/refused 2>&1 && break; sleep 0.1; done
+refused 'org.vdisk1.manage' as dora vdiskctl throttle set gold iops-total=6
+vdiskctl throttle list | grep gold
+[ "$(systemctl show -P MainPID vdiskd)" = "$before" ]
+vdiskctl throttle remove gold
+
 # Some need no polkit, and others are refused without one.
 mkdir -p /etc/vdiskd
 printf '[access]\nusers = ["dora"]\n' >/etc/vdiskd/vdiskd.toml

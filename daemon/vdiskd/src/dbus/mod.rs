@@ -54,13 +54,33 @@ fn builder(bus: &Bus) -> zbus::Result<Builder<'static>> {
     })
 }
 
+/// Who decides on this bus, with a connection of its own to ask.
+async fn access(bus: &Bus, control: &Handle, trusted: &Trusted) -> zbus::Result<Arc<Access>> {
+    let Bus::System = bus else {
+        return Ok(Arc::new(Access::for_everybody()));
+    };
+    let questions = builder(bus)?.build().await?;
+    let (runtime, sockets) = {
+        let world = control.world();
+        let defaults = &world.defaults;
+        (
+            defaults.runtime.dir.clone(),
+            defaults.sockets.directory.clone(),
+        )
+    };
+    let sockets = runtime.into_iter().chain(sockets).collect();
+    let access = Access::by_polkit(trusted.clone(), sockets, questions);
+    Ok(Arc::new(access))
+}
+
 /// Connects, takes the name and serves every object there is.
 async fn connect(
     bus: &Bus,
     name: &str,
     control: &Handle,
-    access: &Arc<Access>,
+    trusted: &Trusted,
 ) -> zbus::Result<Connection> {
+    let access = &access(bus, control, trusted).await?;
     let connection = builder(bus)?
         .serve_at(ROOT_PATH, Guarded::new(zbus::fdo::ObjectManager, access))
         .serve_at(
@@ -141,23 +161,7 @@ pub async fn start(
     control: Handle,
     trusted: Trusted,
 ) -> zbus::Result<Front> {
-    let access = Arc::new(match bus {
-        Bus::System => {
-            let questions = builder(&bus)?.build().await?;
-            let (runtime, sockets) = {
-                let world = control.world();
-                let defaults = &world.defaults;
-                (
-                    defaults.runtime.dir.clone(),
-                    defaults.sockets.directory.clone(),
-                )
-            };
-            let sockets = runtime.into_iter().chain(sockets).collect();
-            Access::by_polkit(trusted, sockets, questions)
-        }
-        Bus::Session | Bus::Address(_) => Access::for_everybody(),
-    });
-    let connection = connect(&bus, &name, &control, &access).await?;
+    let connection = connect(&bus, &name, &control, &trusted).await?;
     let front = Front {
         name,
         state: Arc::new(Mutex::new((connection, Instant::now()))),
@@ -172,7 +176,7 @@ pub async fn start(
             tracing::error!("the connection to the bus was lost; guests are served on");
             loop {
                 tokio::time::sleep(RECONNECT).await;
-                match connect(&bus, &there.name, &control, &access).await {
+                match connect(&bus, &there.name, &control, &trusted).await {
                     Ok(c) => {
                         there.state().0 = c;
                         tracing::info!("connected to the bus again");
