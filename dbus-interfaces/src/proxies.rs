@@ -60,7 +60,7 @@ pub trait Manager {
     #[zbus(allow_interactive_auth)]
     fn amend_image(&self, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(allow_interactive_auth)]
-    fn forget_lost(&self, name: &str, options: Options<'_>) -> zbus::Result<()>;
+    fn forget_lost(&self, kind: &str, name: &str, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(property(emits_changed_signal = "false"))]
     fn secrets(&self) -> zbus::Result<Vec<String>>;
     #[zbus(property(emits_changed_signal = "const"))]

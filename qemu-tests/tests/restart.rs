@@ -715,6 +715,30 @@ fn instances_are_apart() {
     assert_eq!(code, 6);
     other.kill().unwrap();
     other.wait().unwrap();
+    // What is persistent is one daemon's: another that has the same folder by mistake changes nothing of it.
+    daemon.ctl(&["node", "add", "n", "driver=null-co", "size=1M"]);
+    daemon.export_node("mine", "n", &["read-only", "--persistent"]);
+    let file = daemon.path("state/persistent.json");
+    let before = std::fs::read(&file).unwrap();
+    for _ in 0..2 {
+        let mut other = std::process::Command::new(program("vdiskd"))
+            .args(["--bus-address", daemon.bus_address(), "--instance", "wrong"])
+            .arg("--state-dir")
+            .arg(daemon.path("state"))
+            .env("RUNTIME_DIRECTORY", daemon.path("wrong-run"))
+            .spawn()
+            .unwrap();
+        wait_for("the other daemon", || {
+            let out = daemon.try_ctl(&["--instance", "wrong", "iothread", "add", "x"]);
+            out.status.success().then_some(())
+        });
+        let status = daemon.ctl(&["--instance", "wrong", "status"]);
+        assert!(status.contains("another vdiskd"), "{status}");
+        daemon.ctl(&["--instance", "wrong", "iothread", "remove", "x"]);
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), before);
+    }
 }
 
 /// A front-end that changes something again and again is slowed down before it keeps the service manager busy; others are not.
@@ -793,6 +817,7 @@ fn a_passed_file_is_nobody_elses() {
     assert_eq!(ids(&daemon, "export", "Id"), ["b"]);
     // What is lost can be given up.
     daemon.ctl(&["export", "remove", "a"]);
+    daemon.ctl(&["node", "remove", "a"]);
     assert_eq!(daemon.ctl_json(&["info"])["Problems"], json!([]));
     let (code, _) = daemon.ctl_error(&["export", "remove", "a"]);
     assert_eq!(code, 3);

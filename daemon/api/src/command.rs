@@ -82,6 +82,7 @@ pub enum Command {
     },
     /// Gives up an export or a node that could not be restored.
     ForgetLost {
+        is_export: bool,
         name: String,
     },
     /// Whether an export outlives the machine, with all that it stands on.

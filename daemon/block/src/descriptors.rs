@@ -30,6 +30,8 @@ struct Passed {
     pending: Weak<()>,
     /// A node has it open.
     open: Weak<()>,
+    /// And writes.
+    writes: bool,
 }
 
 impl Passed {
@@ -37,10 +39,14 @@ impl Passed {
         let file = File::from(fd);
         let meta = file.metadata();
         Passed {
-            identity: meta.map_or((0, 0), |m| (m.dev(), m.ino())),
+            identity: meta.map_or((0, 0), |m| match m.rdev() {
+                0 => (m.dev(), m.ino()),
+                device => (device, 0),
+            }),
             file,
             pending,
             open: Weak::new(),
+            writes: false,
         }
     }
 }
@@ -125,11 +131,15 @@ impl Descriptors {
         let mut table = self.table();
         let number = number(path).unwrap_or(u64::MAX);
         let identity = table.all.get(&number).ok_or_else(gone)?.identity;
-        let is_open =
-            |(_, p): &(&u64, &Passed)| p.identity == identity && p.open.strong_count() > 0;
-        if again.is_none()
-            && let Some((other, _)) = table.all.iter().find(is_open)
-        {
+        let is_taken = |(n, p): &(&u64, &Passed)| {
+            let is_open = p.identity == identity && p.open.strong_count() > 0;
+            match **n == number {
+                true => is_open && again.is_none(),
+                // Two that only read do not disturb each other.
+                false => is_open && (write || p.writes),
+            }
+        };
+        if let Some((other, _)) = table.all.iter().find(is_taken) {
             return Err(io::Error::new(
                 io::ErrorKind::ResourceBusy,
                 format!(
@@ -163,6 +173,7 @@ impl Descriptors {
         let copy = file.try_clone()?.into();
         let open = again.cloned().unwrap_or_else(|| Open(Arc::new(())));
         passed.open = Arc::downgrade(&open.0);
+        passed.writes |= write;
         Ok((copy, open))
     }
 
@@ -204,14 +215,21 @@ mod tests {
         assert!(Descriptors::is_one(&name) && !Descriptors::is_one("/dev/fdset/x"));
         let e = all.open(&name, true, false, None).unwrap_err();
         assert_eq!(e.kind(), io::ErrorKind::PermissionDenied);
-        // One node at a time, whichever descriptor of the file it is.
+        // One node at a time, and beside one that writes no other of the file.
         let (_, open) = all.open(&name, false, false, None).unwrap();
         assert!(all.open(&name, false, false, Some(&open)).is_ok());
-        let other = all.add(File::open(&path).unwrap().into());
-        for name in [&name, &other.name()] {
-            let e = all.open(name, false, false, None).unwrap_err();
+        let both = File::options().read(true).write(true).open(&path);
+        let other = all.add(both.unwrap().into());
+        for (name, write) in [(&name, false), (&other.name(), true)] {
+            let e = all.open(name, write, false, None).unwrap_err();
             assert_eq!(e.kind(), io::ErrorKind::ResourceBusy);
         }
+        let (_, reader) = all.open(&other.name(), false, false, None).unwrap();
+        let e = all
+            .open(&other.name(), true, false, Some(&reader))
+            .unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::ResourceBusy);
+        drop(reader);
         drop(open);
         assert!(all.open(&name, false, false, None).is_ok());
         drop(other);

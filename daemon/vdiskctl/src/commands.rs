@@ -235,7 +235,7 @@ async fn node(
                 Ok(_) => daemon.node(&name).await?.remove(HashMap::new()).await?,
                 // One that could not be restored has no object.
                 Err(e) => manager
-                    .forget_lost(&name, HashMap::new())
+                    .forget_lost("node", &name, HashMap::new())
                     .await
                     .map_err(|_| e)?,
             }
@@ -388,7 +388,7 @@ async fn export(
                 }
                 // One that could not be restored has no object.
                 Err(e) => manager
-                    .forget_lost(&id, HashMap::new())
+                    .forget_lost("export", &id, HashMap::new())
                     .await
                     .map_err(|_| e)?,
             }

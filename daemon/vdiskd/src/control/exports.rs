@@ -144,11 +144,14 @@ impl Control {
         Ok(Reply::Done)
     }
 
-    pub(super) fn forget_lost(&mut self, name: &str) -> Result<Reply> {
-        let (export, node) = (self.lost.forget_export(name), self.lost.forget_node(name));
-        if !export && !node {
+    pub(super) fn forget_lost(&mut self, is_export: bool, name: &str) -> Result<Reply> {
+        let (kind, found) = match is_export {
+            true => ("export", self.lost.forget_export(name)),
+            false => ("node", self.lost.forget_node(name)),
+        };
+        if !found {
             return Err(Error::not_found(format!(
-                "nothing named '{name}' is lost: see 'vdiskctl status' for what is"
+                "no {kind} '{name}' is lost: see 'vdiskctl status' for what is"
             )));
         }
         self.world().forget_problems_of(name);

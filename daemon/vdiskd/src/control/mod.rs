@@ -210,10 +210,6 @@ impl Control {
                     None => return,
                     Some(Message::Run(command, reply)) => {
                         let result = self.run(*command).await;
-                        if result.is_err() {
-                            // What came with it may have no use.
-                            self.save();
-                        }
                         self.publish().await;
                         let _ = reply.send(result);
                     }
@@ -296,7 +292,7 @@ impl Control {
             Command::Job { id, action } => self.job_action(&id, action).await,
             Command::AddExport(options) => self.add_export(options),
             Command::RemoveExport { id } => self.remove_export(&id).await,
-            Command::ForgetLost { name } => self.forget_lost(&name),
+            Command::ForgetLost { is_export, name } => self.forget_lost(is_export, &name),
             Command::SetPersistent { export, on } => self.set_persistent(&export, on),
             Command::AddIoThread(options) => self.add_iothread(options),
             Command::UpdateIoThread { name, update } => self.update_iothread(&name, update),

@@ -42,11 +42,41 @@ impl Action {
     }
 }
 
+/// Where whoever may attach makes sockets.
+#[derive(Clone, Debug, Default)]
+pub struct SocketFolders {
+    /// `sockets.directory` of vdiskd.toml.
+    pub directory: Option<PathBuf>,
+    /// The daemon's own folder, for names that end with `.sock`: it has other files there.
+    pub runtime: Option<PathBuf>,
+}
+
+impl SocketFolders {
+    fn has(&self, path: &Path) -> bool {
+        let mut parts = path.components();
+        if let (Some(Component::Normal(_)), None) = (parts.next(), parts.next()) {
+            return self.directory.is_some();
+        }
+        let plain = path
+            .components()
+            .all(|c| !matches!(c, Component::ParentDir));
+        let is_in =
+            |folder: &Option<PathBuf>| folder.is_some() && path.parent() == folder.as_deref();
+        let is_socket = path.extension().is_some_and(|e| e == "sock");
+        plain && (is_in(&self.directory) || is_in(&self.runtime) && is_socket)
+    }
+}
+
 /// Methods that only show something, wherever they are.
 const LOOKS: [&str; 3] = ["GetStatistics", "ListThrottleGroups", "GetManagedObjects"];
 
 /// What a call needs.
-fn needed(interface: &str, member: &str, message: &Message, sockets: &[PathBuf]) -> Vec<Action> {
+fn needed(
+    interface: &str,
+    member: &str,
+    message: &Message,
+    sockets: &SocketFolders,
+) -> Vec<Action> {
     if LOOKS.contains(&member) || (interface, member) == ("org.vdisk1.Node", "GetImageInfo") {
         return vec![Action::Look];
     }
@@ -71,17 +101,12 @@ fn needed(interface: &str, member: &str, message: &Message, sockets: &[PathBuf])
 }
 
 /// Whether an argument names a file: by its key, or because it looks like a path, which no other name does.
-fn names_file(member: &str, key: &str, value: &Variant<'_>, sockets: &[PathBuf]) -> bool {
+fn names_file(member: &str, key: &str, value: &Variant<'_>, sockets: &SocketFolders) -> bool {
     let last = key.rsplit('.').next().unwrap_or(key);
     match value {
         // Where sockets are is no secret, and no other file can be named there.
         Variant::Str(text) if member == "AddExport" && last == "path" => {
-            let path = Path::new(text.as_str());
-            let plain = path
-                .components()
-                .all(|c| !matches!(c, Component::ParentDir));
-            let folder = path.parent().unwrap_or(Path::new(""));
-            !plain || path.is_absolute() && !sockets.iter().any(|s| folder == s)
+            !sockets.has(Path::new(text.as_str()))
         }
         Variant::ObjectPath(_) => true,
         Variant::Str(text) => {
@@ -140,8 +165,7 @@ pub struct Trusted {
 pub struct Access {
     /// None: whoever can reach the bus may do everything.
     polkit: Option<Polkit>,
-    /// Folders in which whoever may attach makes sockets.
-    sockets: Vec<PathBuf>,
+    sockets: SocketFolders,
     may_look: Mutex<HashMap<String, Instant>>,
 }
 
@@ -156,12 +180,12 @@ impl Access {
     pub fn for_everybody() -> Access {
         Access {
             polkit: None,
-            sockets: Vec::new(),
+            sockets: SocketFolders::default(),
             may_look: Mutex::default(),
         }
     }
 
-    pub fn by_polkit(trusted: Trusted, sockets: Vec<PathBuf>, questions: Connection) -> Access {
+    pub fn by_polkit(trusted: Trusted, sockets: SocketFolders, questions: Connection) -> Access {
         Access {
             polkit: Some(Polkit { trusted, questions }),
             sockets,
@@ -425,7 +449,7 @@ mod tests {
             "org.vdisk1.Manager",
             member,
             &message,
-            &["/run/vdiskd".into()],
+            &SocketFolders::default(),
         )
     }
 
@@ -462,22 +486,35 @@ mod tests {
         let actions = vec![("add-overlay", options(&[("file.filename", "x")]))];
         assert_eq!(call("Transaction", &(actions, options(&[]))), with);
         assert_eq!(call("GetStatistics", &options(&[])), [Action::Look]);
-        for (path, action) in [
-            ("vm.sock", &[Action::Attach][..]),
-            ("/run/vdiskd/vm.sock", &[Action::Attach]),
-            ("/run/other/vm.sock", &[Action::Attach, Action::OpenAnyPath]),
-            (
-                "/run/vdiskd/../other/vm.sock",
-                &[Action::Attach, Action::OpenAnyPath],
-            ),
-            ("../vm.sock", &[Action::Attach, Action::OpenAnyPath]),
-        ] {
-            assert_eq!(
-                call("AddExport", &options(&[("addr.path", path)])),
-                action,
-                "{path}"
-            );
+        let folders = SocketFolders {
+            directory: Some("/run/sockets".into()),
+            runtime: Some("/run/vdiskd".into()),
+        };
+        for path in ["vm.sock", "/run/sockets/vm", "/run/vdiskd/vm.sock"] {
+            assert!(folders.has(Path::new(path)), "{path}");
         }
+        for path in [
+            "/run/other/vm.sock",
+            "/run/vdiskd/state.new",
+            "/run/vdiskd/../other/vm.sock",
+            "../vm.sock",
+            "srv/vm.sock",
+            "",
+        ] {
+            assert!(!folders.has(Path::new(path)), "{path}");
+        }
+        assert!(!SocketFolders::default().has(Path::new("vm.sock")));
+        assert_eq!(
+            call(
+                "AddExport",
+                &options(&[("addr.path", "/run/other/vm.sock")])
+            ),
+            [Action::Attach, Action::OpenAnyPath]
+        );
+        assert_eq!(
+            call("AddExport", &options(&[("addr.str", "vm")])),
+            [Action::Attach]
+        );
         let path = zbus::ObjectPath::try_from("/etc/shadow").unwrap();
         let odd = HashMap::from([("x", Variant::from(path))]);
         assert_eq!(call("AddNode", &odd), with);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::SystemTime;
 
 use vdisk_api::{
-    AmendImage, Command, CreateImage, DRIVERS, ExportKind, ExportOptions, ImageFile,
+    AmendImage, Command, CreateImage, DRIVERS, Error, ExportKind, ExportOptions, ImageFile,
     IoThreadOptions, JobOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, Transaction,
     check_from_map, measure_from_map,
 };
@@ -19,10 +19,8 @@ use crate::control::{Handle, images, secrets, throttle};
 
 pub struct ManagerObject(pub Handle);
 
-#[interface(name = "org.vdisk1.Manager", introspection_docs = false)]
 impl ManagerObject {
-    #[zbus(out_args("node"))]
-    async fn add_node(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+    async fn add_passed_node(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
         let (options, _passed) = convert::node_options(options, &self.0)?;
         let options = NodeOptions::from_map(options)?;
         let name = options.node_name.clone().unwrap_or_default();
@@ -32,6 +30,19 @@ impl ManagerObject {
             Reply::Done | Reply::Found(_) | Reply::Moved { .. } => name,
         };
         Ok(node_path(&name))
+    }
+}
+
+#[interface(name = "org.vdisk1.Manager", introspection_docs = false)]
+impl ManagerObject {
+    #[zbus(out_args("node"))]
+    async fn add_node(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
+        let added = self.add_passed_node(options).await;
+        if added.is_err() {
+            // What was passed with it has no use any more.
+            self.0.save().await;
+        }
+        added
     }
 
     #[zbus(out_args("export"))]
@@ -198,9 +209,23 @@ impl ManagerObject {
         Ok(images::amend(&self.0, options).await?)
     }
 
-    async fn forget_lost(&self, name: String, options: Options) -> Result<(), Failure> {
+    async fn forget_lost(
+        &self,
+        kind: String,
+        name: String,
+        options: Options,
+    ) -> Result<(), Failure> {
         convert::no_options(options)?;
-        Ok(self.0.run(Command::ForgetLost { name }).await.map(|_| ())?)
+        let is_export = match kind.as_str() {
+            "export" => true,
+            "node" => false,
+            _ => {
+                let e = format!("kind '{kind}': there are 'export' and 'node'");
+                return Err(Error::invalid(e).into());
+            }
+        };
+        self.0.run(Command::ForgetLost { is_export, name }).await?;
+        Ok(())
     }
 
     #[zbus(property(emits_changed_signal = "false"))]

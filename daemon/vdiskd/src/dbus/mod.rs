@@ -23,7 +23,7 @@ use zbus::{Connection, MessageStream};
 
 use crate::control::{Event, Handle};
 pub use access::Trusted;
-use access::{Access, Guarded};
+use access::{Access, Guarded, SocketFolders};
 use bitmap::BitmapObject;
 use error::Failure;
 use export::{ExportObject, VhostUserBlkObject};
@@ -60,15 +60,13 @@ async fn access(bus: &Bus, control: &Handle, trusted: &Trusted) -> zbus::Result<
         return Ok(Arc::new(Access::for_everybody()));
     };
     let questions = builder(bus)?.build().await?;
-    let (runtime, sockets) = {
+    let sockets = {
         let world = control.world();
-        let defaults = &world.defaults;
-        (
-            defaults.runtime.dir.clone(),
-            defaults.sockets.directory.clone(),
-        )
+        SocketFolders {
+            directory: world.defaults.sockets.directory.clone(),
+            runtime: world.defaults.runtime.dir.clone(),
+        }
     };
-    let sockets = runtime.into_iter().chain(sockets).collect();
     let access = Access::by_polkit(trusted.clone(), sockets, questions);
     Ok(Arc::new(access))
 }

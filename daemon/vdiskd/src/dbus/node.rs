@@ -69,6 +69,22 @@ impl NodeObject {
     }
 }
 
+impl NodeObject {
+    async fn add_passed_overlay(
+        &self,
+        options: Options,
+    ) -> Result<(OwnedObjectPath, Statistics), Failure> {
+        let (options, _passed) = convert::node_options(options, &self.control)?;
+        let overlay = NodeOptions::from_map(options)?;
+        let name = overlay.node_name.clone().unwrap_or_default();
+        let node = self.name.clone();
+        let report = self
+            .move_nodes(Command::AddOverlay { node, overlay })
+            .await?;
+        Ok((node_path(&name), report))
+    }
+}
+
 #[interface(name = "org.vdisk1.Node", introspection_docs = false)]
 impl NodeObject {
     async fn remove(&self, options: Options) -> Result<(), Failure> {
@@ -121,14 +137,12 @@ impl NodeObject {
         &self,
         options: Options,
     ) -> Result<(OwnedObjectPath, Statistics), Failure> {
-        let (options, _passed) = convert::node_options(options, &self.control)?;
-        let overlay = NodeOptions::from_map(options)?;
-        let name = overlay.node_name.clone().unwrap_or_default();
-        let node = self.name.clone();
-        let report = self
-            .move_nodes(Command::AddOverlay { node, overlay })
-            .await?;
-        Ok((node_path(&name), report))
+        let added = self.add_passed_overlay(options).await;
+        if added.is_err() {
+            // What was passed with it has no use any more.
+            self.control.save().await;
+        }
+        added
     }
 
     #[zbus(out_args("filter", "report"))]

@@ -171,6 +171,8 @@ pub(super) struct StateFile {
     outlives_machine: bool,
     /// The folder is this daemon's. (The runtime folder is since before.)
     lock: Option<File>,
+    /// What is in the file was found out: it may be replaced.
+    is_known: bool,
 }
 
 impl StateFile {
@@ -186,13 +188,11 @@ impl StateFile {
     pub fn in_state_folder(dir: Option<&Path>) -> StateFile {
         let path = dir.map(|d| d.join("persistent.json"));
         StateFile {
-            content: path
-                .as_ref()
-                .and_then(|p| std::fs::read(p).ok())
-                .unwrap_or_default(),
+            content: Vec::new(),
             path,
             outlives_machine: true,
             lock: None,
+            is_known: false,
         }
     }
 
@@ -231,15 +231,14 @@ impl StateFile {
         self.path = None;
     }
 
-    /// Makes the folder this daemon's alone.
+    /// Makes the folder this daemon's alone, which must be there.
     fn lock(&mut self) -> io::Result<()> {
-        let Some(path) = self
-            .path
-            .as_ref()
-            .filter(|_| self.outlives_machine && self.lock.is_none())
-        else {
+        let Some(path) = self.path.as_ref() else {
             return Ok(());
         };
+        if !self.outlives_machine || self.lock.is_some() {
+            return Ok(());
+        }
         let file = open_new(&path.with_file_name("lock"))?;
         file.try_lock().map_err(|e| match e {
             TryLockError::Error(e) => e,
@@ -252,16 +251,29 @@ impl StateFile {
         Ok(())
     }
 
-    fn read(&mut self) -> Result<Option<State>> {
-        if self.path.as_ref().is_some_and(|p| p.exists()) {
-            let what = format!(
-                "state '{}'",
-                self.path.clone().unwrap_or_default().display()
-            );
-            if let Err(e) = self.lock() {
-                self.path = None;
-                return Err(Error::io(what, &e));
+    /// Finds out what the file has that is there, before anything is written. Nothing, if the folder is another daemon's.
+    ///
+    /// # Errors
+    /// If it is.
+    pub fn look(&mut self) -> Result<()> {
+        let Some(path) = self.path.clone() else {
+            return Ok(());
+        };
+        match self.lock() {
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {
+                return Err(Error::io(format_args!("state '{}'", path.display()), &e));
             }
+            // What cannot be written may be there to be read, and is not tried in vain: a write locks again.
+            _ => {}
+        }
+        self.content = std::fs::read(&path).unwrap_or_default();
+        self.is_known = true;
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<Option<State>> {
+        if self.outlives_machine && !self.is_known {
+            return Ok(None);
         }
         let (Some(path), content) = (&self.path, &mut self.content) else {
             return Ok(None);
@@ -307,6 +319,7 @@ impl StateFile {
         let new = path.with_extension("new");
         let folder = path.parent().unwrap_or(Path::new("/"));
         if content.is_empty() {
+            self.lock()?;
             let _ = std::fs::remove_file(&new);
             match std::fs::remove_file(path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),

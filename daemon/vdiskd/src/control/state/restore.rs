@@ -43,6 +43,9 @@ impl Control {
         fresh: bool,
     ) {
         let mut state = None;
+        if let Err(e) = self.persistent.look() {
+            self.problem(e);
+        }
         if !fresh {
             match self.state.read() {
                 Ok(found) => state = found,
