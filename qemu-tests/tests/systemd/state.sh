@@ -139,7 +139,7 @@ client=$!
 until [ -e /tmp/ready ]; do sleep 0.05; kill -0 $client; done
 before=$(systemctl show -P MainPID vdiskd@tenant1)
 systemctl reload vdiskd@tenant1
-vdiskctl --instance tenant1 status
+await vdiskctl --instance tenant1 status
 [ "$(systemctl show -P MainPID vdiskd@tenant1)" = "$before" ]
 # Other folders need a process that was never kept from them; its guest does not notice.
 printf '[images]\ndirectories = ["/srv/tenant", "/srv/images"]\n' >/etc/vdiskd/instances/tenant1.toml
