@@ -315,6 +315,12 @@ impl StateFile {
         let Some(path) = self.path.clone().filter(|_| content != self.content) else {
             return Ok(());
         };
+        if self.outlives_machine && !self.is_known {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "another vdiskd had this folder when this one started: give another --state-dir, or restart this one",
+            ));
+        }
         let path = path.as_path();
         let new = path.with_extension("new");
         let folder = path.parent().unwrap_or(Path::new("/"));
@@ -578,6 +584,27 @@ mod tests {
     fn the_first_states_can_still_be_read() {
         let state: State = serde_json::from_str(FIRST).unwrap();
         assert_eq!((state.nodes.len(), state.exports.len()), (2, 1));
+    }
+
+    #[test]
+    fn a_folder_that_was_anothers_is_not_written_when_that_one_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("persistent.json");
+        std::fs::write(&path, "theirs").unwrap();
+        let mut state: State = serde_json::from_str(FIRST).unwrap();
+        state.exports[0].persistent = true;
+        let mut first = StateFile::in_state_folder(Some(dir.path()));
+        first.look().unwrap();
+        let mut second = StateFile::in_state_folder(Some(dir.path()));
+        assert!(second.look().is_err());
+        drop(first);
+        assert!(second.put(&state.persistent()).is_some());
+        assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
+        // The next one finds out what is there, and may.
+        let mut third = StateFile::in_state_folder(Some(dir.path()));
+        third.look().unwrap();
+        assert!(third.put(&state.persistent()).is_none());
+        assert_ne!(std::fs::read(&path).unwrap(), b"theirs");
     }
 
     #[test]
