@@ -47,3 +47,10 @@ fn a_guest_does_not_notice_the_service() {
     let out = run("guest.sh");
     assert!(out.ends_with("all is well"), "{out}");
 }
+
+/// What the unit takes from the daemon, it does not have.
+#[test]
+fn every_wall_of_the_unit_holds() {
+    let out = run("walls.sh");
+    assert!(out.ends_with("all is well"), "{out}");
+}

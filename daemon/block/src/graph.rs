@@ -920,25 +920,25 @@ impl Graph {
         self.above(bottom)
     }
 
-    /// Nodes in an order in which each comes before its children.
-    pub fn top_down(&self) -> Vec<Arc<Node>> {
-        let mut out: Vec<Arc<Node>> = Vec::new();
-        let mut left: Vec<&str> = self.names().collect();
+    /// All nodes, in groups whose nodes do not stand on each other, each before those that its nodes stand on.
+    pub fn levels(&self) -> Vec<Vec<Arc<Node>>> {
+        let mut out = Vec::new();
+        let mut left: BTreeSet<&str> = self.names().collect();
         while !left.is_empty() {
-            let before = left.len();
-            left.retain(|name| {
-                let waits = self
-                    .parent_nodes(name)
-                    .any(|p| out.iter().all(|n| n.name() != p));
-                if !waits {
-                    out.push(self.nodes[*name].node.clone());
-                }
-                waits
-            });
-            if left.len() == before {
+            let has_parents = |name: &&str| self.parent_nodes(name).any(|p| left.contains(p));
+            let (below, free): (BTreeSet<&str>, BTreeSet<&str>) =
+                left.iter().partition(|n| has_parents(n));
+            if free.is_empty() {
                 break;
             }
+            out.push(free.iter().map(|n| self.nodes[*n].node.clone()).collect());
+            left = below;
         }
         out
+    }
+
+    /// All nodes, parents before their children.
+    pub fn top_down(&self) -> Vec<Arc<Node>> {
+        self.levels().concat()
     }
 }

@@ -10,6 +10,9 @@ const MAGIC: u32 = 0x5146_49fb;
 /// most so many bytes: no more need be read.
 pub const MAX_HEADER: usize = 2 << 20;
 
+/// Where most headers end: the usual size of a cluster.
+pub const USUAL_HEADER: usize = 64 << 10;
+
 /// The largest L1 table, in bytes. (QEMU has the same limit.)
 pub(crate) const MAX_L1: u64 = 32 << 20;
 
@@ -142,6 +145,15 @@ struct Extensions {
     data_file: Option<String>,
     luks: Option<LuksPlace>,
     unknown: u32,
+}
+
+/// How many bytes from the beginning of an image have to be read for its header, as these first ones of them say: those of its
+/// first cluster, at most [`MAX_HEADER`]. What is no image has no more.
+pub fn header_extent(first: &[u8]) -> usize {
+    match (be32(first, 0), be32(first, 20)) {
+        (Some(MAGIC), Some(bits)) if (9..=21).contains(&bits) => 1 << bits,
+        _ => first.len().min(MAX_HEADER),
+    }
 }
 
 impl Header {
@@ -534,5 +546,22 @@ fn feature_name(bit: u32, names: &[(u8, String)]) -> String {
     match own {
         Some((_, name)) if !name.is_empty() => name.clone(),
         _ => format!("bit {bit}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_read_than_the_first_cluster() {
+        let mut first = [0; 512];
+        assert_eq!(header_extent(&first), 512);
+        first[..4].copy_from_slice(&MAGIC.to_be_bytes());
+        for (bits, extent) in [(9, 512), (16, 64 << 10), (21, MAX_HEADER), (22, 512)] {
+            first[20..24].copy_from_slice(&u32::to_be_bytes(bits));
+            assert_eq!(header_extent(&first), extent);
+        }
+        assert_eq!(header_extent(&first[..3]), 3);
     }
 }

@@ -35,7 +35,7 @@ pub use check::{CHECK_MEMORY, Repair, Report};
 pub use compress::Compression;
 pub use create::{CreateOptions, Preallocation};
 pub use error::{Error, Result};
-pub use header::{Header, LuksPlace, MAX_HEADER};
+pub use header::{Header, LuksPlace, MAX_HEADER, USUAL_HEADER, header_extent};
 pub use image::{Children, Image, Lookup, Options, Progress};
 pub use mapping::{Kind, Mapping};
 pub use measure::Measure;

@@ -95,6 +95,8 @@ pub struct Limits {
     pub exports: Option<usize>,
     /// Queues of one export.
     pub queues: Option<u16>,
+    /// Memory of the daemon itself: a size like those of images.
+    pub memory: Option<String>,
 }
 
 /// Puts what `over` says in the place of what is there, table by table.
@@ -170,6 +172,13 @@ impl Config {
                 "sockets.mode is '{mode}': give octal digits from 0 to 0777"
             ));
         }
+        if let Some(size) = &self.limits.memory
+            && vdisk_api::parse_size(size).is_none()
+        {
+            return Err(format!(
+                "limits.memory is '{size}': give a size, like '512M' or '2G'"
+            ));
+        }
         let directories = self.images.directories.iter().flatten();
         let mut named = directories
             .chain(&self.sockets.directory)
@@ -233,6 +242,7 @@ mod tests {
             ("[io]\nengine = 'epoll'", "unknown I/O engine"),
             ("[sockets]\nmode = '999'", "octal"),
             ("[images]\ndirectories = ['srv']", "absolute"),
+            ("[limits]\nmemory = 'much'", "give a size"),
             ("[what]", "unknown field `what`"),
             ("[io", "10.toml"),
         ] {

@@ -23,7 +23,7 @@ use vdisk_exports::Keeper;
 use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
 use config::Config;
-use control::{Defaults, Sockets};
+use control::{Defaults, Limits, MemoryLimit, Sockets};
 use dbus::{Bus, Trusted};
 use fd_store::{FdStore, Passed};
 use folders::{lock, runtime_dir, state_dir};
@@ -234,8 +234,18 @@ fn defaults(
                 .collect(),
         },
         state_dir: Some(state_dir(args)),
-        max_exports: config.limits.exports.unwrap_or(usize::MAX),
-        max_queues: config.limits.queues.unwrap_or(u16::MAX),
+        limits: limits(&config.limits)?,
+    })
+}
+
+fn limits(config: &config::Limits) -> Result<Limits, String> {
+    let memory = config.memory.as_deref().and_then(vdisk_api::parse_size);
+    let memory = memory.map(MemoryLimit::new).transpose();
+    let most = Limits::default();
+    Ok(Limits {
+        exports: config.exports.unwrap_or(most.exports),
+        queues: config.queues.unwrap_or(most.queues),
+        memory: memory.map_err(|e| format!("limits.memory: /proc/self/status: {e}"))?,
     })
 }
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A guest, whose QEMU runs without root, does not notice what happens to the service.
+# A guest, whose QEMU runs without root, does not notice what happens to the service, and neither does a job that runs meanwhile.
 set -Eeu
 trap 'echo "failed at line $LINENO"; cat /tmp/guest; vdiskctl status; journalctl -u vdiskd --no-pager | tail -60' ERR
 rounds=${ROUNDS:-6}
@@ -16,6 +16,7 @@ guest=$!
 until [ -e /var/tmp/ready ]; do sleep 0.1; kill -0 $guest; done
 top=a
 restarts=0
+jobs=0
 for round in $(seq "$rounds"); do
     if [ -e /usr/libexec/vdiskd.other ]; then
         mv /usr/libexec/vdiskd /usr/libexec/vdiskd.next
@@ -24,11 +25,11 @@ for round in $(seq "$rounds"); do
     fi
     before=$(systemctl show -P MainPID vdiskd)
     case $((round % 3)) in
-    0)
+    1)
         systemctl kill --kill-whom=main -s KILL vdiskd
         until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
         ;;
-    1) systemctl restart vdiskd ;;
+    0) systemctl restart vdiskd ;;
     2) systemctl reload vdiskd ;;
     esac
     until vdiskctl export show a --json | grep -q '"Clients": 1'; do sleep 0.02; kill -0 $guest; done
@@ -40,9 +41,19 @@ for round in $(seq "$rounds"); do
         top=over$round
         ;;
     3)
-        vdiskctl commit "$top"
+        # It runs when the next thing happens.
+        vdiskctl commit "$top" --detach --speed 1M job-id=commit
+        ;;
+    0)
+        vdiskctl job show commit --json | grep -q '"State": "running"'
+        vdiskctl job speed commit 0
+        vdiskctl job watch commit
+        vdiskctl job complete commit
+        until ! vdiskctl job show commit >/dev/null 2>&1; do sleep 0.02; done
+        if vdiskctl node show "$top" >/dev/null 2>&1; then false; fi
         rm "/srv/images/$top.qcow2"
         top=a
+        jobs=$((jobs + 1))
         ;;
     esac
     # The guest turns between any two of them.
@@ -50,8 +61,9 @@ for round in $(seq "$rounds"); do
 done
 touch /tmp/enough
 wait $guest || { cat /tmp/guest; false; }
+if vdiskctl job show commit >/dev/null 2>&1; then vdiskctl job cancel commit; fi
 [ $top = a ] || vdiskctl commit $top
-echo "$restarts: $(cat /tmp/guest)"
+echo "$restarts, with $jobs commits over them: $(cat /tmp/guest)"
 for disk in a b; do
     vdiskctl export remove $disk
     vdiskctl node remove $disk

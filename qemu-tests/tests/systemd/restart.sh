@@ -165,6 +165,12 @@ sleep 1
 [ "$(systemctl show -P MainPID vdiskd)" = "$before" ]
 vdiskctl export show x >/dev/null
 refused 'limits.exports' vdiskctl export add y --node x --socket /run/vdiskd/y.sock --queues 1
+# With the memory that it may have a daemon takes no more to do, and what there is stays.
+printf '[limits]\nmemory = "1M"\n' >/etc/vdiskd/vdiskd.toml
+systemctl reload vdiskd
+for _ in $(seq 100); do vdiskctl iothread add more 2>/tmp/refused || break; vdiskctl iothread remove more; sleep 0.05; done
+grep -q 'limits.memory' /tmp/refused
+vdiskctl export show x >/dev/null
 
 systemd-analyze security --no-pager vdiskd | tail -1
 systemd-analyze security --no-pager --threshold=20 vdiskd >/dev/null

@@ -14,7 +14,9 @@ use arc_swap::ArcSwapOption;
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
 use vdisk_io::IoVecs;
 use vdisk_luks::SECTOR;
-use vdisk_qcow2::{Children, Header, Image, Kind, Lookup, MAX_HEADER, Options, Storage};
+use vdisk_qcow2::{
+    Children, Header, Image, Kind, Lookup, Options, Storage, USUAL_HEADER, header_extent,
+};
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
 use crate::crypt::{Encrypted, unlock};
@@ -128,9 +130,12 @@ pub fn open_image(
     mut options: Options,
 ) -> Result<Image> {
     let cannot = |e: io::Error| Error::io(format_args!("{what}: its header cannot be read"), &e);
-    let head = file
-        .read_blocking(0, file.size().min(MAX_HEADER as u64) as usize)
-        .map_err(cannot)?;
+    let mut head = file.read_blocking(0, USUAL_HEADER).map_err(cannot)?;
+    if header_extent(&head) > head.len() {
+        head = file
+            .read_blocking(0, header_extent(&head))
+            .map_err(cannot)?;
+    }
     let header = Header::parse(&head, file.size()).map_err(|e| image_error(what, e))?;
     let l1 = file
         .read_blocking(header.l1_offset, header.l1_entries as usize * 8)

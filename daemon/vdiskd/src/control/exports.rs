@@ -37,27 +37,8 @@ fn guest_use(writable: bool, share_rw: bool) -> Use {
 
 impl Control {
     pub(super) fn add_export(&mut self, options: ExportOptions) -> Result<Reply> {
-        self.check_limits(&options)?;
+        self.check_export(&options)?;
         self.add_export_with(options, Left::default())
-    }
-
-    /// Refuses a new export that vdiskd.toml does not allow.
-    fn check_limits(&self, options: &ExportOptions) -> Result<()> {
-        let world = self.world();
-        let (id, there) = (&options.id, world.exports.len());
-        if there >= world.defaults.max_exports {
-            return Err(Error::failed(format!(
-                "export '{id}': there are {there} already, the limit of vdiskd.toml (limits.exports): remove one, or raise it"
-            )));
-        }
-        let ExportKind::VhostUserBlk(kind) = &options.kind;
-        let (queues, most) = (kind.num_queues, world.defaults.max_queues);
-        if queues > most {
-            return Err(Error::invalid(format!(
-                "export '{id}': option 'num-queues' is {queues}, and vdiskd.toml (limits.queues) allows {most}"
-            )));
-        }
-        Ok(())
     }
 
     /// Adds an export, with what an earlier daemon has left of it.

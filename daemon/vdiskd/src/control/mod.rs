@@ -9,6 +9,7 @@ mod exports;
 pub mod images;
 mod iothreads;
 pub mod jobs;
+mod limits;
 mod moves;
 mod nodes;
 pub mod secrets;
@@ -27,6 +28,7 @@ use vdisk_block::Pending;
 use vdisk_exports::vhost_user::{ExportEvent, wrap};
 
 use jobs::JobEvent;
+pub use limits::{Limits, MemoryLimit};
 pub use state::files_in_use;
 use state::{Lost, SharedKeeper, StateFile};
 pub use world::{Defaults, Export, Sockets, World};
@@ -265,6 +267,7 @@ impl Control {
     }
 
     async fn run(&mut self, command: Command) -> Result<Reply> {
+        self.check_memory(&command)?;
         match command {
             Command::AddNode(options) => self.add_node(options).await,
             Command::RemoveNode { name } => self.remove_node(&name).await,
@@ -317,16 +320,20 @@ impl Control {
         }
         let exports: Vec<Arc<Export>> = self.world().exports.values().cloned().collect();
         join_all(exports.iter().map(|e| e.server.suspend())).await;
-        let nodes = self.world().graph.top_down();
-        for node in &nodes {
+        let levels = self.world().graph.levels();
+        let flushes = levels.iter().flatten().map(async |node| {
             if let Err(error) = self.flush(node).await {
                 tracing::error!(node = node.name(), %error, "cannot flush");
             }
-        }
-        for node in &nodes {
-            if let Err(error) = self.close(node).await {
-                tracing::error!(node = node.name(), %error, "the last changes cannot be written");
-            }
+        });
+        join_all(flushes).await;
+        for nodes in &levels {
+            let closes = nodes.iter().map(async |node| {
+                if let Err(error) = self.close(node).await {
+                    tracing::error!(node = node.name(), %error, "the last changes cannot be written");
+                }
+            });
+            join_all(closes).await;
         }
         let threads = std::mem::take(&mut self.world().threads);
         let jobs_thread = self.world().jobs_thread.take();

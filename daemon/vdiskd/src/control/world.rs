@@ -13,6 +13,7 @@ use vdisk_block::{Backend, Graph, Runtime};
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
 
+use super::Limits;
 use super::jobs::Job;
 
 /// What new objects get if their options do not say.
@@ -26,9 +27,7 @@ pub struct Defaults {
     /// A folder that outlives the machine.
     pub state_dir: Option<PathBuf>,
     pub sockets: Sockets,
-    /// Exports at a time, and queues of one.
-    pub max_exports: usize,
-    pub max_queues: u16,
+    pub limits: Limits,
 }
 
 /// What sockets are like of which the options do not say that.
