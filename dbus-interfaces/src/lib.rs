@@ -2,9 +2,11 @@
 //! in object paths. The XML files are the reference; a test holds the proxies, and a test of the daemon
 //! holds what it introspects to, against them.
 
+mod daemon;
 mod path;
 mod proxies;
 
+pub use daemon::{Bus, Daemon};
 pub use path::{bitmap_path, escape, export_path, iothread_path, job_path, node_path, unescape};
 pub use proxies::{
     BitmapProxy, ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy,

@@ -12,6 +12,20 @@ use clap::{Args as ClapArgs, Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(name = "vdiskctl", version, max_term_width = 100)]
 pub struct Args {
+    #[command(flatten)]
+    pub connection: Connection,
+
+    /// Print JSON for scripts
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Which daemon is meant.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Connection {
     /// Use the session bus instead of the system bus
     #[arg(long, global = true, conflicts_with = "bus_address")]
     pub session: bool,
@@ -23,13 +37,6 @@ pub struct Args {
     /// Talk to this instance (vdiskd@NAME.service) instead of the usual daemon
     #[arg(long, global = true, value_name = "NAME", env = "VDISK_INSTANCE")]
     pub instance: Option<String>,
-
-    /// Print JSON for scripts
-    #[arg(long, global = true)]
-    pub json: bool,
-
-    #[command(subcommand)]
-    pub command: Command,
 }
 
 #[derive(Debug, Subcommand)]
@@ -130,6 +137,16 @@ pub enum Command {
     },
     /// Show version, engine, drivers and export kinds of the daemon
     Info,
+    /// libvirt's domains and their disks: what vdiskctl-domain(1) does
+    #[command(disable_help_flag = true)]
+    Domain {
+        #[arg(
+            value_name = "ARGS",
+            trailing_var_arg = true,
+            allow_hyphen_values = true
+        )]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Print a completion script for a shell
     Completion { shell: clap_complete::Shell },
     /// Print the man page

@@ -10,7 +10,7 @@ use vdisk_dbus::ManagerProxy;
 use zbus::Variant;
 
 use crate::args::{AddExport, Args, Command, Export, IoThread, Node};
-use crate::daemon::Daemon;
+use crate::daemon::{self, Daemon};
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, properties};
 use crate::options::{Options, options, pass_files};
@@ -127,13 +127,17 @@ pub async fn run(args: Args) -> Result<()> {
         }
         Command::Man => {
             let mut page = Vec::new();
-            man_page(&mut page).map_err(|e| Error::failed(e.to_string()))?;
+            man_page(Args::command(), "vdiskctl", &mut page)
+                .map_err(|e| Error::failed(e.to_string()))?;
             write_out(&page);
             return Ok(());
         }
         _ => {}
     }
-    let daemon = Daemon::connect(&args).await?;
+    if let Command::Domain { args: words } = &args.command {
+        return Err(run_domain(&args, words));
+    }
+    let daemon = daemon::connect(&args.connection).await?;
     let manager = daemon.manager().await?;
     let json = args.json;
     match args.command {
@@ -169,13 +173,41 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Status => status::run(&daemon, &manager, json).await,
         Command::Top { delay, iterations } => top::run(&daemon, &manager, delay, iterations).await,
         Command::Info => info(&manager, json).await,
-        Command::Completion { .. } | Command::Man => Ok(()),
+        Command::Completion { .. } | Command::Man | Command::Domain { .. } => Ok(()),
+    }
+}
+
+/// Becomes vdiskctl-domain, which is a program of its own: not everybody has libvirt. Returns only what is in the way.
+fn run_domain(args: &Args, words: &[std::ffi::OsString]) -> Error {
+    use std::os::unix::process::CommandExt;
+    let to = &args.connection;
+    let beside = std::env::current_exe().ok();
+    let beside = beside.map(|me| me.with_file_name("vdiskctl-domain"));
+    let program = beside.filter(|p| p.exists());
+    let mut command = std::process::Command::new(program.unwrap_or("vdiskctl-domain".into()));
+    if to.session {
+        command.arg("--session");
+    }
+    if let Some(address) = &to.bus_address {
+        command.arg("--bus-address").arg(address);
+    }
+    if let Some(instance) = &to.instance {
+        command.arg("--instance").arg(instance);
+    }
+    if args.json {
+        command.arg("--json");
+    }
+    let e = command.args(words).exec();
+    match e.kind() {
+        std::io::ErrorKind::NotFound => Error::failed(
+            "vdiskctl-domain is not installed: it is in the package vdiskd-libvirt, which needs libvirt's client library",
+        ),
+        _ => Error::failed(format!("vdiskctl-domain cannot be run: {e}")),
     }
 }
 
 /// One page for the command and all its subcommands.
-fn man_page(out: &mut Vec<u8>) -> std::io::Result<()> {
-    let mut root = Args::command();
+pub fn man_page(mut root: clap::Command, name: &str, out: &mut Vec<u8>) -> std::io::Result<()> {
     root.build();
     let man = clap_mangen::Man::new(root.clone()).section("1");
     man.render_title(out)?;
@@ -207,10 +239,10 @@ fn man_page(out: &mut Vec<u8>) -> std::io::Result<()> {
         }
         Ok(())
     }
-    commands(&root, "vdiskctl", out)
+    commands(&root, name, out)
 }
 
-async fn node(
+pub async fn node(
     daemon: &Daemon,
     manager: &ManagerProxy<'_>,
     command: Node,

@@ -187,6 +187,23 @@ pub async fn run(
     }
 }
 
+/// Prints what some exports have done.
+pub async fn print_statistics(
+    manager: &ManagerProxy<'_>,
+    exports: &[String],
+    as_json: bool,
+) -> Result<()> {
+    let mut all = fetch(manager).await?;
+    if let Some(there) = all.get_mut("exports").and_then(Json::as_object_mut) {
+        there.retain(|id, _| exports.contains(id));
+    }
+    match as_json {
+        true => print_json(&all["exports"]),
+        false => print_tables(&all, None, None),
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,142 @@
+//! libvirt's hook (hooks/qemu.d/vdiskd): has vdiskd serve the disks of a domain from before it starts until it has ended.
+//!
+//! libvirt runs it as `vdiskd DOMAIN PHASE SUBPHASE REASON` with the domain's XML on standard input, and waits for it: it never
+//! calls libvirt back, and ends in time. What it says on standard error when it fails is what the user of virsh sees.
+
+use std::io::Read;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use vdisk_dbus::{Bus, Daemon, bus_name};
+use vdisk_domain::{Domain, build, build_disk, served, take_down};
+
+/// How long all of it may take. A daemon that has to be started first takes some tenths of a second.
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The domain is about to start.
+    Prepare,
+    /// It has ended, or could not start.
+    Release,
+    /// libvirt's daemon was restarted while the domain ran.
+    Reconnect,
+    /// The domain is about to come from another host.
+    Incoming,
+}
+
+fn phase(name: &str, sub: &str) -> Option<Phase> {
+    match (name, sub) {
+        ("prepare", "begin") => Some(Phase::Prepare),
+        ("release", "end") => Some(Phase::Release),
+        ("reconnect", "begin") => Some(Phase::Reconnect),
+        ("migrate", "begin") => Some(Phase::Incoming),
+        _ => None,
+    }
+}
+
+async fn act(phase: Phase, domain: &Domain) -> Result<(), String> {
+    let name = bus_name(domain.metadata.instance.as_deref())?;
+    let daemon = Daemon::connect(&Bus::System, name).await;
+    let daemon = daemon.map_err(|e| format!("the system bus cannot be reached: {e}"))?;
+    let done = match phase {
+        Phase::Prepare => build(&daemon, domain).await,
+        Phase::Release => take_down(&daemon, &domain.uuid).await,
+        Phase::Reconnect => restore(&daemon, domain).await,
+        Phase::Incoming => Ok(()),
+    };
+    done.map_err(|e| e.to_string())
+}
+
+/// Serves again what is not served any more. A front-end that waits for its socket goes on then.
+async fn restore(daemon: &Daemon, domain: &Domain) -> Result<(), vdisk_domain::Failure> {
+    let there = served(daemon, &domain.uuid).await?;
+    for (disk, socket) in domain.served() {
+        if there.iter().all(|s| s.target != disk.target) {
+            build_disk(daemon, domain, disk, socket).await?;
+        }
+    }
+    Ok(())
+}
+
+fn run(phase: Phase) -> Result<(), String> {
+    let mut xml = String::new();
+    std::io::stdin()
+        .read_to_string(&mut xml)
+        .map_err(|e| format!("the domain's XML cannot be read: {e}"))?;
+    let domain = Domain::parse(&xml).map_err(|e| e.to_string())?;
+    if domain.served().next().is_none() {
+        return Ok(());
+    }
+    let (name, release) = (&domain.name, phase == Phase::Release);
+    if phase == Phase::Incoming {
+        return Err(format!(
+            "domain '{name}' cannot be migrated: vdiskd does not hand disks over to another host yet; shut it down and start it there"
+        ));
+    }
+    if !domain.shares_memory && !release {
+        return Err(format!(
+            "domain '{name}' does not share its memory, which disks of vdiskd need: put <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking> into it (virsh edit)"
+        ));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| e.to_string())?;
+    runtime.block_on(async {
+        match tokio::time::timeout(LIMIT, act(phase, &domain)).await {
+            Ok(done) => done,
+            Err(_) => Err(format!(
+                "vdiskd has not answered within {} s: see journalctl -u vdiskd",
+                LIMIT.as_secs()
+            )),
+        }
+    })
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    let word = |n: usize| args.get(n).map_or("", String::as_str);
+    if args.len() < 4 {
+        eprintln!(
+            "This is a hook of libvirt: it is run by libvirt's daemon as /etc/libvirt/hooks/qemu.d/vdiskd DOMAIN PHASE SUBPHASE REASON, with the domain's XML on standard input"
+        );
+        return ExitCode::from(2);
+    }
+    let Some(phase) = phase(word(2), word(3)) else {
+        return ExitCode::SUCCESS;
+    };
+    match run(phase) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vdiskd: {error}");
+            // A failure here would end a domain that runs.
+            match phase == Phase::Reconnect {
+                true => ExitCode::SUCCESS,
+                false => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_that_matter() {
+        assert_eq!(phase("prepare", "begin"), Some(Phase::Prepare));
+        assert_eq!(phase("release", "end"), Some(Phase::Release));
+        for other in [
+            ("start", "begin"),
+            ("started", "begin"),
+            ("stopped", "end"),
+            ("restore", "begin"),
+            ("attach", "begin"),
+            ("prepare", "end"),
+        ] {
+            assert_eq!(phase(other.0, other.1), None);
+        }
+    }
+}

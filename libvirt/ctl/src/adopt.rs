@@ -1,0 +1,226 @@
+//! `vdiskctl domain adopt` and `release`.
+
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use similar::TextDiff;
+use vdisk_dbus::ManagerProxy;
+use vdisk_domain::{Adoption, Disk, Domain};
+use vdiskctl::error::{Error, Result};
+use vdiskctl::output::print_json;
+
+use crate::args::Command;
+use crate::libvirt::{Guest, Side};
+use crate::{Context, files, wrong};
+
+/// Where definitions are kept as they were before.
+const BACKUPS: &str = "/var/lib/vdisk-domains";
+
+/// KEY=VALUE words.
+pub fn settings(words: &[String]) -> Result<Vec<(String, String)>> {
+    let split = |word: &String| match word.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err(Error::invalid(format!(
+            "'{word}' is not a setting: write KEY=VALUE"
+        ))),
+    };
+    words.iter().map(split).collect()
+}
+
+fn print_diff(name: &str, before: &str, after: &str, json: bool) {
+    if json {
+        print_json(&json!({"domain": name, "before": before, "after": after}));
+        return;
+    }
+    let diff = TextDiff::from_lines(before, after);
+    let mut unified = diff.unified_diff();
+    anstream::print!("{}", unified.header(name, &format!("{name} (new)")));
+}
+
+/// Keeps a definition; the file.
+fn keep(guest: &Guest, xml: &str) -> Result<PathBuf> {
+    let no = |e: std::io::Error| {
+        Error::failed(format!(
+            "the definition of domain '{}' cannot be kept in {BACKUPS}: {e}",
+            guest.name
+        ))
+    };
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(BACKUPS)
+        .map_err(no)?;
+    for n in 1.. {
+        let path = Path::new(BACKUPS).join(format!("{}.{n}.xml", guest.name.replace('/', "_")));
+        let made = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path);
+        match made {
+            Ok(mut file) => {
+                file.write_all(xml.as_bytes()).map_err(no)?;
+                file.sync_all().map_err(no)?;
+                return Ok(path);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(no(e)),
+        }
+    }
+    unreachable!("there is a number that is free")
+}
+
+fn changeable(cx: &Context, name: &str) -> Result<Guest> {
+    let guest = cx.libvirt.find(name)?;
+    guest.must_be_off()?;
+    if guest.snapshots()? > 0 {
+        return Err(Error::named(
+            "InUse",
+            format!(
+                "domain '{0}' has snapshots of libvirt's, which know its disks as they are: delete them first (virsh snapshot-list {0})",
+                guest.name
+            ),
+        ));
+    }
+    Ok(guest)
+}
+
+/// Gives the images of disks to the daemon's user; what was whose.
+async fn give(
+    manager: &ManagerProxy<'_>,
+    disks: &[Disk],
+    given: &mut Vec<(PathBuf, (u32, u32))>,
+) -> Result<()> {
+    for disk in disks {
+        let mut file = disk.file().to_owned();
+        let mut is_top = true;
+        loop {
+            let path = Path::new(&file);
+            if let Some(owner) = files::give(path, !is_top)? {
+                given.push((path.to_owned(), owner));
+            }
+            // The daemon could not look into it before.
+            let chain = files::chain(manager, &file, disk.format()).await;
+            match chain {
+                Ok(chain) if chain.len() > 1 => file.clone_from(&chain[1].0),
+                Ok(_) => break,
+                // A backing file that it may not open yet: the one after this.
+                Err(e) => match is_top {
+                    true => return Err(e),
+                    false => break,
+                },
+            }
+            is_top = false;
+        }
+    }
+    Ok(())
+}
+
+pub async fn adopt(cx: &Context) -> Result<()> {
+    let Command::Adopt {
+        domain,
+        disks,
+        dry_run,
+        settings: words,
+    } = &cx.args.command
+    else {
+        return Ok(());
+    };
+    let guest = changeable(cx, domain)?;
+    let before = guest.xml(Side::Config)?;
+    let how = Adoption {
+        targets: disks.clone(),
+        instance: cx.args.daemon.instance.clone(),
+        settings: settings(words)?,
+    };
+    let (after, adopted) = vdisk_domain::adopt(&before, &how).map_err(wrong)?;
+    if *dry_run {
+        print_diff(&guest.name, &before, &after, cx.args.json);
+        return Ok(());
+    }
+    let new = Domain::parse(&after).map_err(wrong)?;
+    let daemon = cx.daemon(&new).await?;
+    let manager = daemon.manager().await?;
+    let mut given = Vec::new();
+    let done = async {
+        give(&manager, &adopted, &mut given).await?;
+        let mut metadata = new.metadata.clone();
+        for disk in &adopted {
+            let owner = given
+                .iter()
+                .find(|(path, _)| path == Path::new(disk.file()));
+            let original = metadata
+                .disk_mut(&disk.target)
+                .and_then(|d| d.original.as_mut());
+            if let (Some(original), Some((_, owner))) = (original, owner) {
+                original.owner = Some(*owner);
+            }
+        }
+        let after = vdisk_domain::replace_metadata(&after, &metadata).map_err(wrong)?;
+        let kept = keep(&guest, &before)?;
+        cx.libvirt.define(&guest.name, &after)?;
+        Ok(kept)
+    };
+    let kept: Result<PathBuf> = done.await;
+    let kept = match kept {
+        Ok(kept) => kept,
+        Err(e) => {
+            for (path, owner) in given {
+                let _ = files::give_back(&path, owner);
+            }
+            return Err(e);
+        }
+    };
+    let names: Vec<&str> = adopted.iter().map(|d| d.target.as_str()).collect();
+    match cx.args.json {
+        true => print_json(
+            &json!({"domain": guest.name, "adopted": names, "backup": kept.display().to_string()}),
+        ),
+        false => anstream::println!(
+            "vdiskd serves {} of '{}' from its next start on; its definition as it was is in {}",
+            names.join(", "),
+            guest.name,
+            kept.display()
+        ),
+    }
+    Ok(())
+}
+
+pub async fn release(cx: &Context) -> Result<()> {
+    let Command::Release {
+        domain,
+        disks,
+        dry_run,
+    } = &cx.args.command
+    else {
+        return Ok(());
+    };
+    let guest = changeable(cx, domain)?;
+    let before = guest.xml(Side::Config)?;
+    let (after, released) = vdisk_domain::release(&before, disks).map_err(wrong)?;
+    if *dry_run {
+        print_diff(&guest.name, &before, &after, cx.args.json);
+        return Ok(());
+    }
+    let daemon = cx.daemon(&Domain::parse(&before).map_err(wrong)?).await?;
+    let manager = daemon.manager().await?;
+    cx.libvirt.define(&guest.name, &after)?;
+    for disk in &released {
+        let Some(owner) = disk.original.as_ref().and_then(|o| o.owner) else {
+            continue;
+        };
+        let chain = files::chain(&manager, disk.file(), disk.format()).await;
+        let chain = chain.unwrap_or_else(|_| vec![(disk.file().to_owned(), String::new())]);
+        for (file, _) in chain {
+            files::give_back(Path::new(&file), owner)?;
+        }
+    }
+    let names: Vec<&str> = released.iter().map(|d| d.target.as_str()).collect();
+    match cx.args.json {
+        true => print_json(&json!({"domain": guest.name, "released": names})),
+        false => anstream::println!("{} of '{}' is QEMU's again", names.join(", "), guest.name),
+    }
+    Ok(())
+}

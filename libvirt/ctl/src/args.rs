@@ -1,0 +1,221 @@
+//! The command line.
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use vdiskctl::args::Connection;
+
+/// Domains of libvirt whose disks vdiskd serves
+///
+/// Disks are named by their targets (vda), as in virsh. Settings of disks are given as KEY=VALUE: format, readonly, serial, cache,
+/// discard, detect-zeroes, queues, iothread, secret, group.
+///
+/// Exit codes are those of vdiskctl(1).
+#[derive(Debug, Parser)]
+#[command(
+    name = "vdiskctl domain",
+    bin_name = "vdiskctl domain",
+    version,
+    max_term_width = 100
+)]
+pub struct Args {
+    #[command(flatten)]
+    pub daemon: Connection,
+
+    /// libvirt's daemon
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "URI",
+        env = "LIBVIRT_DEFAULT_URI",
+        default_value = "qemu:///system"
+    )]
+    pub connect: String,
+
+    /// Print JSON for scripts
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the disks of domains that vdiskd serves
+    List {
+        /// Disks that it does not serve, too
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show the disks of a domain, with their images and what they have done
+    Info { domain: String },
+    /// Have vdiskd serve disks of a domain that is shut off
+    ///
+    /// Files and block devices on virtio become vhost-user disks; their cache mode, limits, serial and so on go on. The image belongs to
+    /// vdiskd's user from then on.
+    ///
+    /// Example: vdiskctl domain adopt vm1 --dry-run
+    Adopt {
+        domain: String,
+        /// Targets of the disks (all that can be, if not given)
+        disks: Vec<String>,
+        /// Only show what would change
+        #[arg(long)]
+        dry_run: bool,
+        /// A setting of the disks, such as iothread=fast or cache=none
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        settings: Vec<String>,
+    },
+    /// Make disks what they were before vdiskd served them; the domain is shut off
+    ///
+    /// What was written since stays.
+    Release {
+        domain: String,
+        /// Targets of the disks (all, if not given)
+        disks: Vec<String>,
+        /// Only show what would change
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Give a domain a disk
+    ///
+    /// Example: vdiskctl domain attach vm1 /srv/vm1-data.qcow2 vdb discard=unmap --persistent
+    Attach {
+        domain: String,
+        /// The image or block device
+        file: String,
+        target: String,
+        #[arg(value_name = "KEY=VALUE")]
+        settings: Vec<String>,
+        #[command(flatten)]
+        when: When,
+    },
+    /// Take a disk from a domain; its image stays
+    Detach {
+        domain: String,
+        target: String,
+        #[command(flatten)]
+        when: When,
+        /// Seconds that the guest may take to let go of it
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u64,
+    },
+    /// What disks were at some moment, all of them at one instant
+    #[command(subcommand)]
+    Snapshot(Snapshot),
+    /// Put what was written since a snapshot into the image below, while the guest runs
+    #[command(name = "blockcommit")]
+    BlockCommit {
+        domain: String,
+        target: String,
+        /// Down to this file (the one below, if not given)
+        #[arg(long, value_name = "FILE")]
+        base: Option<String>,
+        /// Bytes per second at most (50M)
+        #[arg(long)]
+        speed: Option<String>,
+    },
+    /// Put what a disk reads from the images below into its own, so that it does not need them any more, while the guest runs
+    #[command(name = "blockpull")]
+    BlockPull {
+        domain: String,
+        target: String,
+        /// The file that stays below
+        #[arg(long, value_name = "FILE")]
+        base: Option<String>,
+        /// Bytes per second at most (50M)
+        #[arg(long)]
+        speed: Option<String>,
+    },
+    /// Bring a disk to another file or device while the guest runs, and have the guest use that
+    #[command(name = "blockcopy")]
+    BlockCopy {
+        domain: String,
+        target: String,
+        dest: String,
+        #[arg(long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
+        format: String,
+        /// Leave the guest where it is: the copy is what the disk is at the end
+        #[arg(long)]
+        finish: bool,
+        /// Bytes per second at most (50M)
+        #[arg(long)]
+        speed: Option<String>,
+    },
+    /// Change the size of a disk; a guest that runs notices
+    Resize {
+        domain: String,
+        target: String,
+        /// 20G, or +5G
+        size: String,
+    },
+    /// Limit what a disk may do; 0 for no limit
+    ///
+    /// Example: vdiskctl domain throttle vm1 vda total_iops_sec=500 read_bytes_sec=50M
+    Throttle {
+        domain: String,
+        target: String,
+        /// total_, read_ and write_bytes_sec and _iops_sec, with _max and _max_length for bursts, as in virsh blkdeviotune
+        #[arg(value_name = "LIMIT=N", required = true)]
+        limits: Vec<String>,
+    },
+    /// Say once when a write reaches beyond an offset of a disk's image
+    Threshold {
+        domain: String,
+        target: String,
+        /// Bytes (15G); 0 for none
+        offset: String,
+        /// Wait for it
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Show what the guest has done to its disks
+    Stats { domain: String },
+    /// Print the man page
+    #[command(hide = true)]
+    Man,
+    /// Print a completion script for a shell
+    #[command(hide = true)]
+    Completion { shell: clap_complete::Shell },
+}
+
+/// What of a domain is changed.
+#[derive(Debug, ClapArgs)]
+pub struct When {
+    /// Only from the next start on
+    #[arg(long, conflicts_with_all = ["live", "persistent"])]
+    pub config: bool,
+    /// Only until the domain ends
+    #[arg(long, conflicts_with = "persistent")]
+    pub live: bool,
+    /// Now, if it runs, and for all times (the default)
+    #[arg(long)]
+    pub persistent: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Make one of the disks that vdiskd serves, while the guest runs
+    ///
+    /// Example: vdiskctl domain snapshot create vm1 before-upgrade --quiesce
+    Create {
+        domain: String,
+        /// Its name (the time, if not given)
+        name: Option<String>,
+        /// Targets of the disks (all, if not given)
+        #[arg(long, value_delimiter = ',')]
+        disks: Vec<String>,
+        /// The guest's memory, too, into this new file
+        #[arg(long, value_name = "FILE")]
+        memspec: Option<String>,
+        /// Have the guest agent freeze the guest's file systems meanwhile
+        #[arg(long)]
+        quiesce: bool,
+    },
+    /// List them, the oldest first
+    List { domain: String },
+    /// Make the disks what they were then; the domain is shut off, and what was written since is lost
+    Revert { domain: String, name: String },
+    /// Forget one: what was written since goes into its image
+    Delete { domain: String, name: String },
+}

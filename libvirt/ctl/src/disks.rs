@@ -1,0 +1,210 @@
+//! The disks of a domain as the daemon has them.
+
+use serde_json::Value as Json;
+use vdisk_dbus::ManagerProxy;
+use vdisk_domain::{Disk, Domain, Metadata, Served, served};
+use vdiskctl::daemon::Daemon;
+use vdiskctl::error::{Error, Result};
+use vdiskctl::objects::{Objects, name_of};
+use vdiskctl::output::{names, text};
+
+use crate::libvirt::Guest;
+use crate::{Context, failed, wrong};
+
+/// A domain whose guest runs on disks of the daemon.
+pub struct Running {
+    pub guest: Guest,
+    pub domain: Domain,
+    pub daemon: Daemon,
+    pub served: Vec<Served>,
+}
+
+impl Running {
+    pub async fn find(cx: &Context, name: &str) -> Result<Running> {
+        let guest = cx.libvirt.find(name)?;
+        if !guest.is_active()? {
+            return Err(Error::failed(format!(
+                "domain '{0}' is not running: start it first (virsh start {0})",
+                guest.name
+            )));
+        }
+        let domain = guest.now()?;
+        if domain.metadata.disks.is_empty() {
+            return Err(none_served(&domain.name));
+        }
+        let daemon = cx.daemon(&domain).await?;
+        let served = served(&daemon, &domain.uuid).await.map_err(failed)?;
+        Ok(Running {
+            guest,
+            domain,
+            daemon,
+            served,
+        })
+    }
+
+    pub async fn manager(&self) -> Result<ManagerProxy<'_>> {
+        Ok(self.daemon.manager().await?)
+    }
+
+    /// One disk, and what serves it.
+    pub fn disk(&self, target: &str) -> Result<(&Disk, &Served)> {
+        let disk = self.domain.metadata.disk(target);
+        let served = self.served.iter().find(|s| s.target == target);
+        match (disk, served) {
+            (Some(disk), Some(served)) => Ok((disk, served)),
+            (Some(_), None) => Err(Error::failed(format!(
+                "disk '{target}' of domain '{}' is not served (any more): see vdiskctl export list and journalctl -u vdiskd",
+                self.domain.name
+            ))),
+            (None, _) => Err(no_disk(&self.domain, target)),
+        }
+    }
+
+    pub async fn look(&self) -> Result<Objects> {
+        Objects::load(&self.daemon).await
+    }
+
+    /// Has the metadata say what the disk's image is by now, and forgets snapshots whose files it does not stand on any more.
+    pub async fn settle(&self, target: &str) -> Result<()> {
+        let (_, served) = self.disk(target)?;
+        let objects = self.look().await?;
+        let chain = chain(&objects, &served.id)?;
+        let Some((_, file, format)) = chain.first() else {
+            return Ok(());
+        };
+        self.guest.change(|metadata| {
+            if let Some(disk) = metadata.disk_mut(target) {
+                disk.set("file", file).map_err(wrong)?;
+                disk.set("format", format).map_err(wrong)?;
+            }
+            forget_gone(metadata, target, &chain);
+            Ok(())
+        })
+    }
+}
+
+pub fn none_served(domain: &str) -> Error {
+    Error::failed(format!(
+        "domain '{domain}' has no disks that vdiskd serves: vdiskctl domain adopt {domain}, or attach one"
+    ))
+}
+
+pub fn no_disk(domain: &Domain, target: &str) -> Error {
+    let there: Vec<&str> = domain
+        .metadata
+        .disks
+        .iter()
+        .map(|d| d.target.as_str())
+        .collect();
+    Error::not_found(format!(
+        "domain '{}' has no disk '{target}' that vdiskd serves: there are {}",
+        domain.name,
+        match there.is_empty() {
+            true => "none".to_owned(),
+            false => there.join(", "),
+        }
+    ))
+}
+
+fn forget_gone(metadata: &mut Metadata, target: &str, chain: &[(String, String, String)]) {
+    for snapshot in &mut metadata.snapshots {
+        snapshot.disks.retain_mut(|d| {
+            if d.target != target {
+                return true;
+            }
+            let place = chain.iter().position(|(_, file, _)| *file == d.file);
+            match place {
+                Some(n) if n > 0 => {
+                    // It may be another one's overlay by now.
+                    d.overlay.clone_from(&chain[n - 1].1);
+                    true
+                }
+                _ => false,
+            }
+        });
+    }
+    metadata.snapshots.retain(|s| !s.disks.is_empty());
+}
+
+/// The child of a node in a role.
+pub fn child(objects: &Objects, node: &str, role: &str) -> Option<String> {
+    let properties = objects.find("node", node).ok()?;
+    let children = properties.get("Children")?.as_array()?;
+    let found = children.iter().filter_map(Json::as_array).find_map(|pair| {
+        let path = pair.get(1)?.as_str()?;
+        (pair.first()?.as_str()? == role).then(|| name_of(path))
+    });
+    found
+}
+
+/// The node of an export's image: what is below its filters.
+pub fn image_node(objects: &Objects, export: &str) -> Result<String> {
+    let export = objects.find("export", export)?;
+    let mut node = names(export, "Node").concat();
+    loop {
+        let driver = text(objects.find("node", &node)?, "Driver");
+        let is_filter = matches!(
+            driver.as_str(),
+            "throttle" | "copy-on-read" | "copy-before-write" | "blkdebug"
+        );
+        match child(objects, &node, "file").filter(|_| is_filter) {
+            Some(below) => node = below,
+            None => return Ok(node),
+        }
+    }
+}
+
+/// The images that an export stands on, the top one first: node, file and format.
+pub fn chain(objects: &Objects, export: &str) -> Result<Vec<(String, String, String)>> {
+    let mut chain = Vec::new();
+    let mut next = Some(image_node(objects, export)?);
+    while let Some(node) = next {
+        let p = objects.find("node", &node)?;
+        let format = match text(p, "Driver").as_str() {
+            driver @ ("qcow2" | "luks") => driver.to_owned(),
+            _ => "raw".to_owned(),
+        };
+        next = child(objects, &node, "backing");
+        chain.push((node, text(p, "Filename"), format));
+    }
+    Ok(chain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vdisk_domain::{Snapshot, SnapshotDisk};
+
+    #[test]
+    fn snapshots_follow_their_chain() {
+        let disk = |file: &str, overlay: &str| SnapshotDisk {
+            target: "vda".into(),
+            file: file.into(),
+            format: "qcow2".into(),
+            overlay: overlay.into(),
+        };
+        let snapshot = |name: &str, d| Snapshot {
+            name: name.into(),
+            disks: vec![d],
+            ..Snapshot::default()
+        };
+        let mut metadata = Metadata {
+            snapshots: vec![
+                snapshot("a", disk("/0", "/1")),
+                snapshot("b", disk("/1", "/2")),
+                snapshot("c", disk("/2", "/3")),
+            ],
+            ..Metadata::default()
+        };
+        // /1 was put into /0.
+        let chain: Vec<_> = ["/3", "/2", "/0"]
+            .map(|f| (String::new(), f.to_owned(), "qcow2".to_owned()))
+            .into();
+        forget_gone(&mut metadata, "vda", &chain);
+        let left: Vec<_> = metadata.snapshots.iter().map(|s| s.name.as_str()).collect();
+        assert_eq!(left, ["a", "c"]);
+        assert_eq!(metadata.snapshots[0].disks[0].overlay, "/2");
+        forget_gone(&mut metadata, "vdb", &[]);
+        assert_eq!(metadata.snapshots.len(), 2);
+    }
+}

@@ -1,0 +1,259 @@
+//! What is done to a disk while its guest runs: `blockcommit`, `blockpull`, `blockcopy`, `resize`, `throttle`, `threshold`.
+
+use std::path::Path;
+
+use serde_json::json;
+use vdisk_api::parse_size;
+use vdiskctl::args::{self, Merge, Mirror, Node};
+use vdiskctl::error::{Error, Result};
+use vdiskctl::jobs;
+use vdiskctl::objects::properties;
+use vdiskctl::options::Options;
+use vdiskctl::output::{number, print_json, text};
+use zbus::Variant;
+
+use crate::args::Command;
+use crate::disks::{Running, chain, image_node};
+use crate::{Context, files, wrong};
+
+pub async fn merge(cx: &Context) -> Result<()> {
+    let (commit, domain, target, base, speed) = match &cx.args.command {
+        Command::BlockCommit {
+            domain,
+            target,
+            base,
+            speed,
+        } => (true, domain, target, base, speed),
+        Command::BlockPull {
+            domain,
+            target,
+            base,
+            speed,
+        } => (false, domain, target, base, speed),
+        _ => return Ok(()),
+    };
+    let running = Running::find(cx, domain).await?;
+    let (_, served) = running.disk(target)?;
+    let images = chain(&running.look().await?, &served.id)?;
+    if images.len() < 2 {
+        return Err(Error::failed(format!(
+            "disk '{target}' of domain '{}' stands on no other image: there is nothing to do",
+            running.domain.name
+        )));
+    }
+    let base = match base {
+        Some(file) => {
+            let path = std::path::absolute(file).map_err(|e| Error::invalid(e.to_string()))?;
+            let below = images[1..].iter();
+            let mut found = below.filter(|(_, f, _)| Path::new(f) == path);
+            match found.next() {
+                Some((node, ..)) => Some(node.clone()),
+                None => {
+                    let files: Vec<&str> = images[1..].iter().map(|(_, f, _)| f.as_str()).collect();
+                    return Err(Error::not_found(format!(
+                        "disk '{target}' does not stand on '{file}': below it are {}",
+                        files.join(", ")
+                    )));
+                }
+            }
+        }
+        None => None,
+    };
+    let merge = Merge {
+        node: images[0].0.clone(),
+        base,
+        speed: speed.clone(),
+        detach: false,
+        options: Vec::new(),
+    };
+    jobs::merge(&running.daemon, &merge, commit, cx.args.json).await?;
+    running.settle(target).await
+}
+
+pub async fn copy(cx: &Context) -> Result<()> {
+    let Command::BlockCopy {
+        domain,
+        target,
+        dest,
+        format,
+        finish,
+        speed,
+    } = &cx.args.command
+    else {
+        return Ok(());
+    };
+    let running = Running::find(cx, domain).await?;
+    let (disk, served) = running.disk(target)?;
+    let manager = running.manager().await?;
+    let objects = running.look().await?;
+    let node = image_node(&objects, &served.id)?;
+    let dest = std::path::absolute(dest).map_err(|e| Error::invalid(e.to_string()))?;
+    let dest = dest.to_string_lossy().into_owned();
+    let size = number(objects.find("node", &node)?, "Size");
+    let is_device = std::fs::metadata(&dest).is_ok_and(|m| !m.is_file());
+    match is_device {
+        // What is on a device is overwritten, as it has no other use.
+        true => files::give(Path::new(&dest), false).map(drop)?,
+        false => {
+            let options = Options::from([("size", Variant::from(size))]);
+            files::make_image(&manager, &dest, format, options).await?;
+        }
+    }
+    let copy = args::Copy {
+        filename: dest.clone(),
+        format: format.clone(),
+        existing: true,
+        name: Some(format!("{}-{}", served.id, stamp())),
+        sync: None,
+        compress: false,
+        speed: speed.clone(),
+        detach: false,
+        target: node_words(disk.more_node_options()),
+        options: Vec::new(),
+    };
+    let mirror = Mirror {
+        node,
+        copy,
+        pivot: !finish,
+        write_blocking: false,
+    };
+    let done = jobs::mirror(&running.daemon, &manager, &mirror, cx.args.json).await;
+    if done.is_err() && !is_device {
+        let _ = std::fs::remove_file(&dest);
+    }
+    done?;
+    running.settle(target).await
+}
+
+/// Something that makes names of nodes different.
+pub fn stamp() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| d.as_secs())
+}
+
+fn node_words(options: Vec<(&'static str, Variant<'static>)>) -> Vec<String> {
+    let word = |(key, value): (&str, Variant<'static>)| match value {
+        Variant::Bool(b) => format!("{key}={}", if b { "on" } else { "off" }),
+        Variant::Str(s) => format!("{key}={}", s.as_str()),
+        other => format!("{key}={other:?}"),
+    };
+    options.into_iter().map(word).collect()
+}
+
+pub async fn resize(cx: &Context) -> Result<()> {
+    let Command::Resize {
+        domain,
+        target,
+        size,
+    } = &cx.args.command
+    else {
+        return Ok(());
+    };
+    let running = Running::find(cx, domain).await?;
+    let (_, served) = running.disk(target)?;
+    let objects = running.look().await?;
+    let node = image_node(&objects, &served.id)?;
+    let before = number(objects.find("node", &node)?, "Size");
+    let new = match size.strip_prefix('+') {
+        Some(more) => parse_size(more).and_then(|m| before.checked_add(m)),
+        None => parse_size(size),
+    };
+    let Some(new) = new else {
+        return Err(Error::invalid(format!(
+            "'{size}' is not a size: give bytes or a number with k, M, G or T, with + in front to add"
+        )));
+    };
+    if new < before {
+        return Err(Error::invalid(format!(
+            "disk '{target}' has {before} bytes: a disk that a guest uses is not made smaller, which would cut its file systems off"
+        )));
+    }
+    let proxy = running.daemon.node(&node).await?;
+    Ok(proxy.resize(new, Options::new()).await?)
+}
+
+pub async fn throttle(cx: &Context) -> Result<()> {
+    let Command::Throttle {
+        domain,
+        target,
+        limits,
+    } = &cx.args.command
+    else {
+        return Ok(());
+    };
+    let guest = cx.libvirt.find(domain)?;
+    let now = guest.now()?;
+    let mut disk = match now.metadata.disk(target) {
+        Some(disk) => disk.clone(),
+        None => return Err(crate::disks::no_disk(&now, target)),
+    };
+    for (name, value) in crate::adopt::settings(limits)? {
+        let number = parse_size(&value).ok_or_else(|| {
+            Error::invalid(format!(
+                "{name} is '{value}': give a number, such as 500 or 50M"
+            ))
+        })?;
+        disk.set_limit(&name, number).map_err(wrong)?;
+    }
+    if guest.is_active()? {
+        let running = Running::find(cx, domain).await?;
+        let (_, served) = running.disk(target)?;
+        let group = disk.get("group").unwrap_or(&served.id);
+        let manager = running.manager().await?;
+        let all = disk.limits().into_iter().collect();
+        manager.set_throttle_group(group, all).await?;
+        let objects = running.look().await?;
+        let top = text(objects.find("node", &served.node)?, "Driver");
+        if top != "throttle" {
+            let filter = Options::from([
+                ("driver", Variant::from("throttle")),
+                (
+                    "node-name",
+                    Variant::from(format!("{}-throttle", served.id)),
+                ),
+                ("throttle-group", Variant::from(group.to_owned())),
+            ]);
+            let node = running.daemon.node(&served.node).await?;
+            let (_, report) = node.insert_filter(filter).await?;
+            let paused = number(&properties(report), "paused-ns") as f64 / 1e6;
+            if !cx.args.json {
+                anstream::println!("the guest waited for {paused:.1} ms");
+            }
+        }
+    }
+    guest.change(|metadata| {
+        if let Some(there) = metadata.disk_mut(target) {
+            there.iotune.clone_from(&disk.iotune);
+        }
+        Ok(())
+    })?;
+    if cx.args.json {
+        print_json(&json!({"domain": guest.name, "target": target, "iotune": disk.iotune}));
+    }
+    Ok(())
+}
+
+pub async fn threshold(cx: &Context) -> Result<()> {
+    let Command::Threshold {
+        domain,
+        target,
+        offset,
+        wait,
+    } = &cx.args.command
+    else {
+        return Ok(());
+    };
+    let running = Running::find(cx, domain).await?;
+    let (_, served) = running.disk(target)?;
+    let objects = running.look().await?;
+    let node = image_node(&objects, &served.id)?;
+    // The file below an image is what grows.
+    let node = crate::disks::child(&objects, &node, "file").unwrap_or(node);
+    let command = Node::Threshold {
+        name: node,
+        offset: offset.clone(),
+        wait: *wait,
+    };
+    let manager = running.manager().await?;
+    vdiskctl::commands::node(&running.daemon, &manager, command, cx.args.json).await
+}

@@ -1,0 +1,91 @@
+//! vdiskctl-domain: what vdiskctl(1) runs as `vdiskctl domain`. A program of its own, as it needs libvirt's client library.
+
+mod adopt;
+mod args;
+mod devices;
+mod disks;
+mod files;
+mod libvirt;
+mod list;
+mod live;
+mod snapshots;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use vdisk_domain::Domain;
+use vdiskctl::daemon::{self, Daemon};
+use vdiskctl::error::{Error, Result};
+
+use args::{Args, Command};
+use libvirt::Libvirt;
+
+/// What every command has at hand.
+pub struct Context {
+    pub args: Args,
+    pub libvirt: Libvirt,
+}
+
+impl Context {
+    /// The daemon that serves a domain.
+    async fn daemon(&self, domain: &Domain) -> Result<Daemon> {
+        let mut to = self.args.daemon.clone();
+        to.instance = domain.metadata.instance.clone().or(to.instance);
+        daemon::connect(&to).await
+    }
+}
+
+pub fn wrong(e: vdisk_domain::Error) -> Error {
+    Error::invalid(e.to_string())
+}
+
+pub fn failed(e: vdisk_domain::Failure) -> Error {
+    Error::failed(e.to_string())
+}
+
+fn print(bytes: &[u8]) {
+    let _ = std::io::stdout().write_all(bytes);
+}
+
+async fn run(args: Args) -> Result<()> {
+    match &args.command {
+        Command::Man => {
+            let mut page = Vec::new();
+            vdiskctl::commands::man_page(Args::command(), "vdiskctl domain", &mut page)
+                .map_err(|e| Error::failed(e.to_string()))?;
+            print(&page);
+            return Ok(());
+        }
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            let command = &mut Args::command();
+            clap_complete::generate(*shell, command, "vdiskctl-domain", &mut script);
+            print(&script);
+            return Ok(());
+        }
+        _ => {}
+    }
+    let libvirt = Libvirt::open(&args.connect)?;
+    let cx = Context { args, libvirt };
+    match &cx.args.command {
+        Command::List { all } => list::list(&cx, *all).await,
+        Command::Info { domain } => list::info(&cx, domain).await,
+        Command::Adopt { .. } => adopt::adopt(&cx).await,
+        Command::Release { .. } => adopt::release(&cx).await,
+        Command::Attach { .. } => devices::attach(&cx).await,
+        Command::Detach { .. } => devices::detach(&cx).await,
+        Command::Snapshot(command) => snapshots::run(&cx, command).await,
+        Command::BlockCommit { .. } | Command::BlockPull { .. } => live::merge(&cx).await,
+        Command::BlockCopy { .. } => live::copy(&cx).await,
+        Command::Resize { .. } => live::resize(&cx).await,
+        Command::Throttle { .. } => live::throttle(&cx).await,
+        Command::Threshold { .. } => live::threshold(&cx).await,
+        Command::Stats { domain } => list::stats(&cx, domain).await,
+        Command::Man | Command::Completion { .. } => Ok(()),
+    }
+}
+
+fn main() -> ExitCode {
+    vdiskctl::run(run(Args::parse()))
+}

@@ -1,0 +1,28 @@
+//! libvirt's domains whose disks vdiskd serves.
+//!
+//! libvirt only knows the socket of such a disk (`<disk type='vhostuser'>`); what is behind it stands in the domain's
+//! metadata, in an element of [`NAMESPACE`] (docs/libvirt-domain.rng). Nothing here talks to libvirt: the hook must not, and the
+//! rest is the business of vdiskctl-domain(1).
+
+mod adopt;
+mod disk;
+mod metadata;
+mod serve;
+mod xml;
+
+pub use adopt::{Adoption, adopt, attach_xml, release, replace_metadata, with_shared_memory};
+pub use disk::{Disk, Original, SETTINGS};
+pub use metadata::{Metadata, NAMESPACE, PREFIX, Snapshot, SnapshotDisk};
+pub use serve::{Failure, Served, build, build_disk, served, take_down, take_down_disk};
+pub use xml::{DiskElement, Domain, disk_xml};
+
+/// What is wrong with a domain's XML or with what is to be done to it, in words that name the domain and the remedy.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Error(pub String);
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+fn error<T>(message: impl Into<String>) -> Result<T> {
+    Err(Error(message.into()))
+}

@@ -1,0 +1,144 @@
+//! A domain's XML, as libvirt gives it.
+
+use std::path::{Path, PathBuf};
+
+use roxmltree::{Document, Node};
+
+use crate::disk::{Disk, object_name, socket_path};
+use crate::metadata::{Metadata, NAMESPACE};
+use crate::{Error, Result, error};
+
+/// What matters of a `<disk>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskElement {
+    pub target: String,
+    /// file, block, vhostuser, …
+    pub kind: String,
+    /// disk, cdrom, …
+    pub device: String,
+    /// The file or device, or the socket.
+    pub source: Option<String>,
+}
+
+/// A domain and its disks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Domain {
+    pub name: String,
+    pub uuid: String,
+    pub metadata: Metadata,
+    /// Those of libvirt, in their order.
+    pub disks: Vec<DiskElement>,
+    /// Guest memory can be shared with the daemon.
+    pub shares_memory: bool,
+}
+
+/// The text of a child element.
+fn child_text<'a>(element: Node<'a, '_>, name: &str) -> Option<&'a str> {
+    child(element, name).and_then(|n| n.text())
+}
+
+pub(crate) fn child<'a, 'i>(element: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
+    element.children().find(|n| n.has_tag_name(name))
+}
+
+pub(crate) fn disks<'a, 'i>(root: Node<'a, 'i>) -> impl Iterator<Item = (String, Node<'a, 'i>)> {
+    let devices = child(root, "devices");
+    let disks = devices.into_iter().flat_map(|d| d.children());
+    disks.filter(|n| n.has_tag_name("disk")).filter_map(|disk| {
+        let target = child(disk, "target")?.attribute("dev")?;
+        Some((target.to_owned(), disk))
+    })
+}
+
+/// The element of ours.
+pub(crate) fn metadata_element<'a, 'i>(root: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
+    let metadata = child(root, "metadata")?;
+    let mut children = metadata.children();
+    children.find(|n| n.has_tag_name((NAMESPACE, "domain")))
+}
+
+/// Whether guest memory is shared with other processes, by `<memoryBacking>` or by every NUMA cell.
+pub(crate) fn shares_memory(root: Node<'_, '_>) -> bool {
+    let shared = |n: Node<'_, '_>| n.attribute("mode") == Some("shared");
+    let backing = child(root, "memoryBacking");
+    if backing.and_then(|b| child(b, "access")).is_some_and(shared) {
+        return true;
+    }
+    let numa = child(root, "cpu").and_then(|c| child(c, "numa"));
+    let mut cells = numa
+        .into_iter()
+        .flat_map(|n| n.children())
+        .filter(|n| n.has_tag_name("cell"))
+        .peekable();
+    cells.peek().is_some() && cells.all(|c| c.attribute("memAccess") == Some("shared"))
+}
+
+/// The element of one disk, as it stands there.
+pub fn disk_xml(xml: &str, target: &str) -> Result<Option<String>> {
+    let doc = document(xml)?;
+    let found = disks(doc.root_element()).find(|(t, _)| t == target);
+    Ok(found.map(|(_, node)| xml[node.range()].to_owned()))
+}
+
+pub(crate) fn document(xml: &str) -> Result<Document<'_>> {
+    Document::parse(xml).map_err(|e| Error(format!("the domain's XML cannot be read: {e}")))
+}
+
+impl Domain {
+    pub fn parse(xml: &str) -> Result<Domain> {
+        let doc = document(xml)?;
+        let mut root = doc.root_element();
+        if root.has_tag_name("domstatus") || root.has_tag_name("domainsnapshot") {
+            // What libvirt gives at a reconnect or keeps with a snapshot has the domain inside.
+            root = child(root, "domain").unwrap_or(root);
+        }
+        let (Some(name), Some(uuid)) = (child_text(root, "name"), child_text(root, "uuid")) else {
+            return error("this is no domain's XML: it has no name or no uuid");
+        };
+        let metadata = metadata_element(root).map(Metadata::parse).transpose();
+        let metadata = metadata.map_err(|Error(e)| Error(format!("domain '{name}': {e}")))?;
+        let disks = disks(root).map(|(target, n)| {
+            let source = child(n, "source");
+            let source = source.and_then(|s| {
+                let attributes = ["file", "dev", "path"];
+                attributes.iter().find_map(|a| s.attribute(*a))
+            });
+            DiskElement {
+                target,
+                kind: n.attribute("type").unwrap_or("file").to_owned(),
+                device: n.attribute("device").unwrap_or("disk").to_owned(),
+                source: source.map(str::to_owned),
+            }
+        });
+        Ok(Domain {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            metadata: metadata.unwrap_or_default(),
+            disks: disks.collect(),
+            shares_memory: shares_memory(root),
+        })
+    }
+
+    /// The disks that the daemon serves, with their sockets: those that metadata and devices both have.
+    pub fn served(&self) -> impl Iterator<Item = (&Disk, &Path)> {
+        self.metadata.disks.iter().filter_map(|disk| {
+            let element = self.element(&disk.target)?;
+            let socket = element.source.as_deref()?;
+            (element.kind == "vhostuser").then(|| (disk, Path::new(socket)))
+        })
+    }
+
+    pub fn element(&self, target: &str) -> Option<&DiskElement> {
+        self.disks.iter().find(|d| d.target == target)
+    }
+
+    /// What a disk is called in the daemon.
+    pub fn object_name(&self, target: &str) -> String {
+        object_name(&self.name, &self.uuid, target)
+    }
+
+    /// Where the socket of a disk belongs.
+    pub fn socket_path(&self, target: &str) -> PathBuf {
+        socket_path(&self.uuid, self.metadata.instance.as_deref(), target)
+    }
+}
