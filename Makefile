@@ -15,6 +15,7 @@ LIBEXECDIR = $(PREFIX)/libexec
 MANDIR = $(PREFIX)/share/man
 UNITDIR = $(PREFIX)/lib/systemd/system
 DBUSDIR = $(PREFIX)/share/dbus-1
+HOOKDIR = /etc/libvirt/hooks/qemu.d
 USERUNITDIR = $(PREFIX)/lib/systemd/user
 TMPFILESDIR = $(PREFIX)/lib/tmpfiles.d
 SYSUSERSDIR = $(PREFIX)/lib/sysusers.d
@@ -74,6 +75,7 @@ lint: tools
 
 test: setup tools build
 	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh trixie
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh libvirt
 	@$(MAKE) --no-print-directory lint
 	$(CARGO) nextest run --locked --workspace --no-fail-fast
 
@@ -94,9 +96,15 @@ bench-service: setup release
 install:
 	install -D -m 755 $(PROGRAMS)/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd
 	install -D -m 755 $(PROGRAMS)/vdiskctl $(DESTDIR)$(BINDIR)/vdiskctl
+	install -D -m 755 $(PROGRAMS)/vdiskctl-domain $(DESTDIR)$(BINDIR)/vdiskctl-domain
+	install -D -m 755 $(PROGRAMS)/vdisk-libvirt-hook $(DESTDIR)$(LIBEXECDIR)/vdisk-libvirt-hook
+	install -d $(DESTDIR)$(HOOKDIR)
+	ln -sf $(LIBEXECDIR)/vdisk-libvirt-hook $(DESTDIR)$(HOOKDIR)/vdiskd
 	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
 	install -D -m 644 docs/vdiskd.toml.5 $(DESTDIR)$(MANDIR)/man5/vdiskd.toml.5
 	$(PROGRAMS)/vdiskctl man >$(DESTDIR)$(MANDIR)/man1/vdiskctl.1
+	$(PROGRAMS)/vdiskctl-domain man >$(DESTDIR)$(MANDIR)/man1/vdiskctl-domain.1
+	install -D -m 644 docs/libvirt-domain.rng $(DESTDIR)$(PREFIX)/share/vdiskd/libvirt-domain.rng
 	$(PROGRAMS)/vdisk-dbus-man >$(DESTDIR)$(MANDIR)/man5/org.vdisk1.5
 	$(PROGRAMS)/vdiskd --man >$(DESTDIR)$(MANDIR)/man8/vdiskd.8
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions

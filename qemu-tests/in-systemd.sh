@@ -1,10 +1,11 @@
 #!/bin/sh
-# Runs a script under a systemd and a bus of its own, in a container that has this machine's files, with vdiskd installed from a
-# build; nothing that it changes stays. For root.
+# Runs a script under a systemd and a bus of its own, in a container that has this machine's files (or those of a lab root), with
+# vdiskd installed from a build; nothing that it changes stays. For root.
 #
 #   in-systemd.sh PROGRAMS SCRIPT     PROGRAMS: the folder with vdiskd, vdiskctl and vdisk-steady
 #
-# ROUNDS has the script do what it repeats more often; OTHER is another build of vdiskd that takes turns with this one.
+# ROUNDS has the script do what it repeats more often; OTHER is another build of vdiskd that takes turns with this one; LOWER is a
+# folder whose files the container has instead.
 set -eu
 programs=$1 script=$2
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -12,7 +13,7 @@ dir=$(mktemp -d /var/tmp/vdisk-systemd-XXXXXX)
 mounts() {
     mount -t tmpfs none "$dir"
     mkdir "$dir/upper" "$dir/work" "$dir/root"
-    mount -t overlay overlay -o "lowerdir=/,upperdir=$dir/upper,workdir=$dir/work" "$dir/root"
+    mount -t overlay overlay -o "lowerdir=${LOWER:-/},upperdir=$dir/upper,workdir=$dir/work" "$dir/root"
 }
 end() {
     umount -R "$dir" 2>/dev/null || umount -l "$dir" 2>/dev/null || true
@@ -28,6 +29,8 @@ make -s -C "$here" install DESTDIR="$root" PROGRAMS="$programs" >/dev/null
 systemd-sysusers --root="$root" vdiskd.conf
 install -m 755 "$programs/vdisk-steady" "$root/usr/bin/"
 install -m 755 "$script" "$root/usr/bin/vdisk-script"
+lib=$(dirname "$script")/lib.sh
+[ ! -e "$lib" ] || install -m 644 "$lib" "$root/usr/bin/vdisk-script-lib"
 cat >"$root/etc/systemd/system/vdisk-script.service" <<UNIT
 [Unit]
 Requires=dbus.socket

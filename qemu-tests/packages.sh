@@ -8,12 +8,13 @@ missing() {
         PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || echo "$program"
     done
     /usr/bin/python3 -c 'import dbus' 2>/dev/null || echo python3-dbus
+    pkg-config --exists libvirt libvirt-qemu 2>/dev/null || echo libvirt-dev
 }
 lacking=$(missing | tr '\n' ' ')
 [ -n "$lacking" ] || exit 0
 echo "== packages (missing: $lacking)"
 if command -v apt-get >/dev/null; then
-    packages="build-essential ca-certificates curl cpio dbus e2fsprogs fio kmod mmdebstrap python3 python3-dbus
+    packages="build-essential ca-certificates curl cpio dbus e2fsprogs fio kmod libvirt-dev mmdebstrap pkg-config python3 python3-dbus
         polkitd qemu-system-x86 qemu-utils systemd systemd-container util-linux xz-utils"
     install() {
         # shellcheck disable=SC2086
@@ -43,7 +44,7 @@ if command -v apt-get >/dev/null; then
     }
 elif command -v dnf >/dev/null; then
     $sudo dnf -q install -y --setopt=install_weak_deps=False \
-        gcc glibc-static make curl cpio dbus-daemon e2fsprogs fio kmod mmdebstrap polkit python3 python3-dbus \
+        gcc glibc-static make curl cpio dbus-daemon e2fsprogs fio kmod libvirt-devel mmdebstrap pkgconf-pkg-config polkit python3 python3-dbus \
         qemu-system-x86-core qemu-device-display-virtio-gpu qemu-img systemd systemd-container util-linux xz zstd
 else
     echo "neither apt-get nor dnf is here: install these by hand: $lacking" >&2

@@ -656,7 +656,9 @@ impl Connection<'_> {
         desc: &InflightDesc,
         payload_len: usize,
     ) -> Result<Reply, ProtocolError> {
-        let layout = InflightLayout::new(desc.num_queues, desc.queue_size).map_err(invalid)?;
+        // Guests (firmware above all) can make their queues longer than the front-end thinks.
+        let size = desc.queue_size.max(MAX_QUEUE_SIZE);
+        let layout = InflightLayout::new(desc.num_queues, size).map_err(invalid)?;
         if usize::from(desc.num_queues) > self.queues.len() || desc.queue_size > MAX_QUEUE_SIZE {
             return Err(invalid(format_args!(
                 "inflight area for {} queues of {} entries: there are {} queues of at most {MAX_QUEUE_SIZE}",
@@ -671,7 +673,7 @@ impl Connection<'_> {
             mmap_size: layout.bytes(),
             mmap_offset: 0,
             num_queues: desc.num_queues,
-            queue_size: desc.queue_size,
+            queue_size: size,
         };
         let mut reply = Vec::new();
         reply.extend(state.mmap_size.to_ne_bytes());
@@ -706,13 +708,13 @@ impl Connection<'_> {
                 );
             }
         }
-        self.inflight = Some(Arc::new(region));
         self.state.inflight = Some(InflightState {
             mmap_size: desc.mmap_size,
             mmap_offset: desc.mmap_offset,
             num_queues: desc.num_queues,
-            queue_size: desc.queue_size,
+            queue_size: region.layout().queue_size,
         });
+        self.inflight = Some(Arc::new(region));
         self.fds.inflight = Some(fd);
         Ok(())
     }
@@ -766,6 +768,11 @@ impl Connection<'_> {
         if self.shared.keeper.is_none() || self.inflight.is_some() {
             return Ok(());
         }
+        self.make_inflight()
+    }
+
+    /// Makes an area that the front-end does not know.
+    fn make_inflight(&mut self) -> Result<(), ProtocolError> {
         let (num_queues, queue_size) = (self.queues.len() as u16, MAX_QUEUE_SIZE);
         let layout = InflightLayout::new(num_queues, queue_size).map_err(invalid)?;
         let (region, fd) = InflightRegion::create(layout).map_err(invalid)?;
@@ -793,6 +800,17 @@ impl Connection<'_> {
             )));
         }
         self.note_inflight()?;
+        let v = &self.state.vrings[i];
+        let too_long = |r: &Arc<InflightRegion>| v.size > r.layout().queue_size;
+        if self.inflight.as_ref().is_some_and(too_long) && self.queues.iter().all(Option::is_none) {
+            tracing::warn!(
+                export = self.shared.id(),
+                queue = i,
+                entries = v.size,
+                "the front-end's inflight area has no room for so long a queue: what is in flight is noted elsewhere, and is lost if the front-end has to connect again"
+            );
+            self.make_inflight()?;
+        }
         let v = &self.state.vrings[i];
         let inflight = match &self.inflight {
             Some(region) => {

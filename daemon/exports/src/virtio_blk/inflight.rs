@@ -9,6 +9,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering, fence};
+use vdisk_api::MAX_QUEUE_SIZE;
 
 use vdisk_virtio::{GuestMemory, GuestRegion};
 
@@ -46,6 +47,15 @@ pub enum InflightError {
     },
     #[error("inflight area: {0}")]
     Map(String),
+    #[error(
+        "inflight area of {num_queues} queues of {most} entries: queue {queue} with {queue_size} entries has no place in it"
+    )]
+    Range {
+        queue: u16,
+        queue_size: u16,
+        num_queues: u16,
+        most: u16,
+    },
     #[error(
         "inflight area of queue {queue}: version {version}, {desc_num} entries; expected version {VERSION}, {queue_size} entries or more"
     )]
@@ -116,16 +126,12 @@ impl InflightRegion {
             rustix::fs::SealFlags::SHRINK | rustix::fs::SealFlags::GROW,
         );
         let region = InflightRegion::map(fd.as_fd(), layout, layout.bytes(), 0)?;
-        for queue in 0..layout.num_queues {
-            let q = region.queue_at(queue);
-            q.u16(VERSION_AT).store(VERSION, Ordering::Relaxed);
-            q.u16(DESC_NUM_AT)
-                .store(layout.queue_size, Ordering::Relaxed);
-        }
         Ok((region, fd))
     }
 
-    /// Maps an area that a front-end sent.
+    /// Maps an area that a front-end sent. It may have room for longer queues than the front-end says: guests can make
+    /// theirs longer than their device was made with, so we give more than is asked for. One that is all zeroes is new, or was reset
+    /// by its front-end.
     pub fn map(
         fd: BorrowedFd<'_>,
         layout: InflightLayout,
@@ -146,11 +152,41 @@ impl InflightRegion {
             )));
         }
         let region = GuestRegion::map(fd, 0, len, 0, offset).map_err(map_error)?;
-        Ok(InflightRegion {
+        let mut region = InflightRegion {
             layout,
-            has_trailer: len >= layout.bytes(),
+            has_trailer: false,
             memory: GuestMemory::new(vec![region]).map_err(map_error)?,
-        })
+        };
+        let first = region.queue_at(0);
+        let version = first.u16(VERSION_AT).load(Ordering::Relaxed);
+        let desc_num = first.u16(DESC_NUM_AT).load(Ordering::Relaxed);
+        let noted = match (version, desc_num) {
+            (VERSION, desc_num) => desc_num,
+            (0, 0) => MAX_QUEUE_SIZE,
+            _ => 0,
+        };
+        if noted > layout.queue_size
+            && let Ok(longer) = InflightLayout::new(layout.num_queues, noted)
+            && len >= longer.queues_bytes()
+        {
+            region.layout = longer;
+        }
+        region.has_trailer = len >= region.layout.bytes();
+        for queue in 0..region.layout.num_queues {
+            let q = region.queue_at(queue);
+            let is_new = q.u16(VERSION_AT).load(Ordering::Relaxed) == 0;
+            if is_new && q.u16(DESC_NUM_AT).load(Ordering::Relaxed) == 0 {
+                let size = region.layout.queue_size;
+                q.u16(DESC_NUM_AT).store(size, Ordering::Relaxed);
+                q.u16(VERSION_AT).store(VERSION, Ordering::Release);
+            }
+        }
+        Ok(region)
+    }
+
+    /// What it has room for.
+    pub fn layout(&self) -> InflightLayout {
+        self.layout
     }
 
     fn base(&self) -> *mut u8 {
@@ -237,7 +273,12 @@ impl InflightQueue {
             queue_size,
         };
         if queue >= layout.num_queues || queue_size > layout.queue_size {
-            return Err(mismatch(0, 0));
+            return Err(InflightError::Range {
+                queue,
+                queue_size,
+                num_queues: layout.num_queues,
+                most: layout.queue_size,
+            });
         }
         let cells = region.queue_at(queue);
         let version = cells.u16(VERSION_AT).load(Ordering::Relaxed);
@@ -381,6 +422,29 @@ mod tests {
         assert!(InflightQueue::new(&region, 1, 8).is_err());
         assert!(InflightQueue::new(&region, 2, 8).is_err());
         assert!(InflightLayout::new(0, 8).is_err());
+    }
+
+    #[test]
+    fn an_area_with_room_for_more_is_known_again() {
+        let layout = InflightLayout::new(2, MAX_QUEUE_SIZE).unwrap();
+        let (region, fd) = InflightRegion::create(layout).unwrap();
+        let mut q = InflightQueue::new(&Arc::new(region), 1, 256).unwrap();
+        q.take(200);
+        // As a front-end gives it back that asked for less.
+        let asked = InflightLayout::new(2, 128).unwrap();
+        let map = || InflightRegion::map(fd.as_fd(), asked, layout.bytes(), 0).unwrap();
+        let region = map();
+        assert_eq!(region.layout(), layout);
+        let mut q = InflightQueue::new(&Arc::new(region), 1, 256).unwrap();
+        assert_eq!(q.recover(0), [200]);
+        // Its front-end has reset it: nothing is in flight.
+        rustix::fs::ftruncate(&fd, layout.bytes()).unwrap();
+        rustix::io::pwrite(&fd, &vec![0; layout.bytes() as usize], 0).unwrap();
+        let mut q = InflightQueue::new(&Arc::new(map()), 1, 256).unwrap();
+        assert_eq!(q.recover(0), [0u16; 0]);
+        // Too long for what is there.
+        let (small, _fd) = InflightRegion::create(asked).unwrap();
+        assert!(InflightQueue::new(&Arc::new(small), 1, 256).is_err());
     }
 
     #[test]

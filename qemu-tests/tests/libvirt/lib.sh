@@ -1,0 +1,94 @@
+# For the scripts beside it: domains of a real libvirt under real systemd, whose guests do what the host says.
+set -Eeu
+failed() {
+    echo "failed at line $1"
+    virsh list --all
+    vdiskctl domain list --all
+    vdiskctl tree
+    journalctl -u vdiskd -u libvirtd --no-pager | tail -40
+    tail -n 20 /var/log/libvirt/qemu/*.log
+}
+trap 'failed $LINENO' ERR
+images=/var/lib/libvirt/images
+
+# What guests are told and answer: one JSON object a line over a port.
+cat >/usr/bin/guest <<'PYTHON'
+#!/usr/bin/python3
+import json, socket, sys, time
+
+domain, *words = sys.argv[1:]
+request = {"cmd": words[0]}
+for word in words[1:]:
+    key, value = word.split("=", 1)
+    request[key] = int(value) if value.isdigit() else value
+s = socket.socket(socket.AF_UNIX)
+s.settimeout(120)
+for _ in range(200):
+    try:
+        s.connect(f"/run/guest-{domain}")
+        break
+    except OSError:
+        time.sleep(0.05)
+else:
+    sys.exit(f"guest {domain} has no port")
+s.sendall((json.dumps(request) + "\n").encode())
+for line in s.makefile():
+    reply = json.loads(line)
+    if "ready" not in reply:
+        print(json.dumps(reply))
+        sys.exit("error" in reply)
+sys.exit(f"guest {domain} went away")
+PYTHON
+chmod +x /usr/bin/guest
+
+# define NAME [XML of devices]: a domain that boots our own PID 1.
+define() {
+    cat >"/tmp/$1.xml" <<XML
+<domain type='qemu'>
+  <name>$1</name>
+  <memory unit='MiB'>192</memory>
+  <vcpu>${cpus:-2}</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>/boot/vmlinuz</kernel>
+    <initrd>/boot/initramfs</initrd>
+    <cmdline>console=ttyS0 panic=-1 quiet nohz=off highres=off</cmdline>
+  </os>
+  <cpu mode='maximum'/>
+  <on_reboot>restart</on_reboot>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <channel type='unix'>
+      <source mode='bind' path='/run/guest-$1'/>
+      <target type='virtio' name='org.vdisk.test'/>
+    </channel>
+    <serial type='file'><source path='/tmp/console-$1'/></serial>
+    <memballoon model='none'/>
+    ${2:-}
+  </devices>
+</domain>
+XML
+    virsh -q define "/tmp/$1.xml"
+}
+# file FORMAT FILE TARGET [MORE]: the XML of a disk in a file.
+file() { echo "<disk type='file' device='disk'><driver name='qemu' type='$1'/><source file='$2'/><target dev='$3' bus='virtio'/>${4:-}</disk>"; }
+# refused WHY COMMAND…
+refused() {
+    local why=$1
+    shift
+    if "$@" >/tmp/refused 2>&1; then echo "not refused: $*"; false; fi
+    grep -q -e "$why" /tmp/refused || { cat /tmp/refused; false; }
+}
+# Nothing is left of any domain.
+nothing_left() {
+    [ "$(vdiskctl node list --json | tr -d ' \n')" = '[]' ]
+    [ "$(vdiskctl export list --json | tr -d ' \n')" = '[]' ]
+    [ -z "$(find /run/vdiskd -name '*.sock')" ]
+}
+until_gone() { until [ "$(virsh -q domstate "$1")" = 'shut off' ]; do sleep 0.05; done; }
+
+cp /lab/kernel/vmlinuz /lab/initramfs /boot/
+chmod 644 /boot/vmlinuz /boot/initramfs
+mkdir -p $images
+chmod 711 $images
+systemctl start libvirtd virtlogd
