@@ -86,8 +86,7 @@ nothing_left
 virsh -q define /tmp/adopted
 # No shared memory, unknown metadata, a daemon that cannot start.
 sed "/<memoryBacking>/,/<.memoryBacking>/d" /tmp/adopted >/tmp/broken.xml
-virsh -q define /tmp/broken.xml
-refused 'does not share its memory' virsh start vm
+refused 'does not share its memory' /etc/libvirt/hooks/qemu.d/vdiskd vm prepare begin - </tmp/broken.xml
 sed 's/ serial="FIRST"/ searial="FIRST"/' /tmp/adopted >/tmp/broken.xml
 virsh -q define /tmp/broken.xml
 refused 'searial' virsh start vm

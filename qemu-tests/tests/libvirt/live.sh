@@ -1,0 +1,122 @@
+#!/bin/bash
+# What virsh refuses on vhost-user disks, vdiskctl domain does, while the guest runs a load that verifies what it reads.
+. /usr/bin/vdisk-script-lib
+qemu-img create -q -f qcow2 $images/a.qcow2 64M
+qemu-img create -q -f raw $images/b.raw 64M
+define vm "$(file qcow2 $images/a.qcow2 vda)$(file raw $images/b.raw vdb)"
+vdiskctl domain adopt vm --set discard=unmap
+virsh start vm
+guest vm wait-disk disk=vdb
+guest vm write disk=vdb offset=0 len=1048576 generation=1
+guest vm load-start disk=vda offset=0 len=33554432 threads=4
+top() { vdiskctl domain info vm --json | python3 -c 'import json,sys; print([d["chain"][0]["file"] for d in json.load(sys.stdin)["disks"] if d["target"]==sys.argv[1]][0])' "$1"; }
+goes_on() {
+    local before after
+    before=$(guest vm load-status)
+    until after=$(guest vm load-status) && [ "$before" != "$after" ]; do sleep 0.02; done
+    if grep -q '"failed": true' <<<"$after"; then echo "the load failed"; false; fi
+}
+
+# Snapshots of all disks at one instant, and what they are over is told to libvirt's metadata, of both definitions.
+vdiskctl domain snapshot create vm one | tee /tmp/paused
+goes_on
+[ "$(top vda)" = $images/a.one ]
+virsh dumpxml --inactive vm | grep -q 'file="/var/lib/libvirt/images/a.one"'
+virsh dumpxml vm | grep -q 'file="/var/lib/libvirt/images/b.one"'
+refused "snapshot 'one' already" vdiskctl domain snapshot create vm one
+vdiskctl domain snapshot create vm two --disks vda
+vdiskctl domain snapshot list vm
+guest vm write disk=vdb offset=0 len=1048576 generation=2
+vdiskctl domain snapshot delete vm one
+goes_on
+[ ! -e $images/a.one ]
+[ "$(top vda)" = $images/a.two ]
+[ "$(top vdb)" = $images/b.raw ]
+vdiskctl domain blockcommit vm vda
+goes_on
+[ "$(top vda)" = $images/a.qcow2 ]
+[ "$(vdiskctl domain snapshot list vm --json | tr -d ' \n')" = '[]' ]
+vdiskctl domain snapshot create vm three --disks vda
+vdiskctl domain blockpull vm vda
+goes_on
+refused 'stands on no other image' vdiskctl domain blockcommit vm vda
+vdiskctl domain blockcopy vm vda $images/copy.qcow2
+goes_on
+[ "$(top vda)" = $images/copy.qcow2 ]
+vdiskctl domain blockcopy vm vdb $images/copy.raw --format raw --finish
+[ "$(top vdb)" = $images/b.raw ]
+cmp $images/b.raw $images/copy.raw
+vdiskctl domain resize vm vda +16M
+guest vm wait-size disk=vda size=$((80 << 20))
+refused 'is not made smaller' vdiskctl domain resize vm vda 1M
+vdiskctl domain throttle vm vda total_iops_sec=2000
+goes_on
+vdiskctl throttle list | grep -q vm-vda
+vdiskctl domain throttle vm vda total_iops_sec=0
+vdiskctl domain stats vm
+
+# A disk comes and goes, also one that was there from the start.
+qemu-img create -q -f qcow2 $images/c.qcow2 16M
+vdiskctl domain attach vm $images/c.qcow2 vdc serial=THIRD
+guest vm wait-disk disk=vdc | grep -q THIRD
+guest vm write disk=vdc offset=0 len=1048576 generation=1
+refused "has a disk 'vdc' already" vdiskctl domain attach vm $images/c.qcow2 vdc
+refused 'No such file' vdiskctl domain attach vm $images/nothing vdd
+virsh dumpxml --inactive vm | grep -q c.qcow2
+vdiskctl domain detach vm vdc
+if virsh dumpxml vm | grep c.qcow2; then false; fi
+if virsh dumpxml --inactive vm | grep c.qcow2; then false; fi
+if vdiskctl node list | grep c.qcow2; then false; fi
+vdiskctl domain attach vm $images/c.qcow2 vdd --config
+if virsh dumpxml vm | grep c.qcow2; then false; fi
+virsh dumpxml --inactive vm | grep -q c.qcow2
+
+# Both daemons fall and come back under the load, a snapshot later everything is where it was.
+systemctl kill --kill-whom=main -s KILL vdiskd
+systemctl restart libvirtd
+vdiskctl domain snapshot create vm four
+goes_on
+guest vm load-stop | tee /tmp/load
+grep -q '"verified": [1-9]' /tmp/load
+guest vm verify disk=vdb offset=0 len=1048576 generation=2
+virsh destroy vm
+nothing_left
+for image in $images/*.qcow2 $images/*.four; do qemu-img check -q "$image"; done
+
+# The guest's memory with its disks: back to that moment.
+virsh start vm
+guest vm write disk=vdb offset=0 len=1048576 generation=3
+vdiskctl domain snapshot create vm with-memory --memspec /var/lib/libvirt/images/vm.memory
+guest vm write disk=vdb offset=0 len=1048576 generation=4
+virsh destroy vm
+vdiskctl domain snapshot revert vm with-memory
+virsh snapshot-list vm --name | grep -q with-memory
+virsh start vm
+guest vm wait-disk disk=vdd
+guest vm verify disk=vdb offset=0 len=1048576 generation=3
+virsh destroy vm
+nothing_left
+
+# Two domains on one base and one I/O thread; the base goes while both run, which QEMU alone cannot do.
+qemu-img create -q -f raw $images/base.raw 32M
+printf 'base' | dd of=$images/base.raw bs=1M seek=5 conv=notrunc status=none
+for vm in left right; do
+    qemu-img create -q -f qcow2 -b $images/base.raw -F raw $images/$vm.qcow2
+    define $vm "$(file qcow2 $images/$vm.qcow2 vda)"
+    vdiskctl domain adopt $vm --set iothread=shared
+    virsh start $vm
+    guest $vm wait-disk disk=vda
+    guest $vm load-start disk=vda offset=8388608 len=8388608 threads=2
+done
+[ "$(vdiskctl iothread show shared --json | grep -c export)" -ge 2 ]
+for vm in left right; do vdiskctl domain blockpull $vm vda; done
+if vdiskctl node list | grep base.raw; then false; fi
+rm $images/base.raw
+for vm in left right; do
+    guest $vm load-stop | grep -q '"verified": [1-9]'
+    virsh destroy $vm
+    qemu-img check -q $images/$vm.qcow2
+    [ "$(qemu-io -r -f qcow2 -c 'read -v 5M 4' $images/$vm.qcow2 | grep -c 'base')" = 1 ]
+done
+nothing_left
+echo "all is well"
