@@ -75,6 +75,11 @@ fn run(phase: Phase) -> Result<(), String> {
             "domain '{name}' cannot be migrated: vdiskd does not hand disks over to another host yet; shut it down and start it there"
         ));
     }
+    if let (Some(snapshot), Phase::Prepare) = (&domain.metadata.memory_of, phase) {
+        return Err(format!(
+            "this is the memory of snapshot '{snapshot}' of domain '{name}', which belongs to what its disks were then: vdiskctl domain snapshot revert {name} {snapshot}"
+        ));
+    }
     if !domain.shares_memory && !release {
         return Err(format!(
             "domain '{name}' does not share its memory, which disks of vdiskd need: put <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking> into it (virsh edit)"

@@ -29,8 +29,34 @@ pub fn as_root(args: &[&str]) -> String {
         .args(&words[1..])
         .output()
         .expect("the program is installed: run 'make setup'");
-    assert!(out.status.success(), "{args:?}: {out:?}");
+    if !out.status.success() {
+        println!("{}", String::from_utf8_lossy(&out.stdout));
+        panic!("{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    }
     String::from_utf8_lossy(&out.stdout).trim().to_owned()
+}
+
+/// Runs a script of `tests` in a container that has a systemd and the installed service (see `in-systemd.sh`), on this machine's
+/// files or on those of a lab root; panics unless it says at its end that all is well.
+pub fn in_container(script: &str, root: Option<&str>) {
+    let here = env!("CARGO_MANIFEST_DIR");
+    let programs = program("vdiskd");
+    let programs = programs.parent().expect("a program is in a folder");
+    let lower = root.map_or("/".into(), |root| lab_path(root).display().to_string());
+    let (lab, lower) = (
+        format!("VDISK_LAB={}", lab().display()),
+        format!("LOWER={lower}"),
+    );
+    let out = as_root(&[
+        "env",
+        &lab,
+        &lower,
+        &format!("{here}/in-systemd.sh"),
+        programs.to_str().expect("build folders are ASCII"),
+        &format!("{here}/tests/{script}"),
+    ]);
+    print!("{out}");
+    assert!(out.ends_with("all is well"), "{script}");
 }
 
 /// Looks again and again until something is there; panics after a minute.

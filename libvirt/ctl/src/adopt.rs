@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use similar::TextDiff;
-use vdisk_dbus::ManagerProxy;
-use vdisk_domain::{Adoption, Disk, Domain};
+use vdisk_domain::{Adoption, Domain};
 use vdiskctl::error::{Error, Result};
 use vdiskctl::output::print_json;
 
@@ -87,37 +86,6 @@ fn changeable(cx: &Context, name: &str) -> Result<Guest> {
     Ok(guest)
 }
 
-/// Gives the images of disks to the daemon's user; what was whose.
-async fn give(
-    manager: &ManagerProxy<'_>,
-    disks: &[Disk],
-    given: &mut Vec<(PathBuf, (u32, u32))>,
-) -> Result<()> {
-    for disk in disks {
-        let mut file = disk.file().to_owned();
-        let mut is_top = true;
-        loop {
-            let path = Path::new(&file);
-            if let Some(owner) = files::give(path, !is_top)? {
-                given.push((path.to_owned(), owner));
-            }
-            // The daemon could not look into it before.
-            let chain = files::chain(manager, &file, disk.format()).await;
-            match chain {
-                Ok(chain) if chain.len() > 1 => file.clone_from(&chain[1].0),
-                Ok(_) => break,
-                // A backing file that it may not open yet: the one after this.
-                Err(e) => match is_top {
-                    true => return Err(e),
-                    false => break,
-                },
-            }
-            is_top = false;
-        }
-    }
-    Ok(())
-}
-
 pub async fn adopt(cx: &Context) -> Result<()> {
     let Command::Adopt {
         domain,
@@ -145,9 +113,12 @@ pub async fn adopt(cx: &Context) -> Result<()> {
     let manager = daemon.manager().await?;
     let mut given = Vec::new();
     let done = async {
-        give(&manager, &adopted, &mut given).await?;
         let mut metadata = new.metadata.clone();
         for disk in &adopted {
+            let chain = files::give_chain(&manager, disk.file(), disk.format(), &mut given).await?;
+            if let Some(disk) = metadata.disk_mut(&disk.target) {
+                disk.backing = chain[1..].to_vec();
+            }
             let owner = given
                 .iter()
                 .find(|(path, _)| path == Path::new(disk.file()));

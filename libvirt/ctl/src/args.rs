@@ -215,7 +215,15 @@ pub enum Snapshot {
     /// List them, the oldest first
     List { domain: String },
     /// Make the disks what they were then; the domain is shut off, and what was written since is lost
-    Revert { domain: String, name: String },
+    ///
+    /// If the snapshot has the guest's memory, the guest goes on from that moment.
+    Revert {
+        domain: String,
+        name: String,
+        /// Leave the guest's memory out
+        #[arg(long)]
+        disks_only: bool,
+    },
     /// Forget one: what was written since goes into its image
     Delete { domain: String, name: String },
 }

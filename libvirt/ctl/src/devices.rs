@@ -1,11 +1,9 @@
 //! `vdiskctl domain attach` and `detach`.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use vdisk_domain::{
-    Disk, Domain, Original, attach_xml, build_disk, take_down_disk, with_shared_memory,
-};
+use vdisk_domain::{Disk, Domain, attach_xml, build_disk, take_down_disk, with_shared_memory};
 use vdiskctl::error::{Error, Result};
 
 use crate::adopt::settings;
@@ -75,19 +73,13 @@ pub async fn attach(cx: &Context) -> Result<()> {
             )));
         }
     }
-    let owner = files::give(Path::new(&path), false)?;
-    let mut done = Vec::new();
-    for side in &sides {
-        if let Err(e) = attach_to(cx, &guest, *side, &disk).await {
-            for side in done {
-                let _ = detach_from(cx, &guest, side, target, Duration::from_secs(5)).await;
-            }
-            if let Some(owner) = owner {
-                let _ = files::give_back(Path::new(&path), owner);
-            }
-            return Err(e);
+    let mut given = Vec::new();
+    let attached = attach_all(cx, &guest, &sides, &mut disk, &mut given).await;
+    if let Err(e) = attached {
+        for (path, owner) in given {
+            let _ = files::give_back(&path, owner);
         }
-        done.push(*side);
+        return Err(e);
     }
     if !cx.args.json {
         let until = match sides.as_slice() {
@@ -96,6 +88,31 @@ pub async fn attach(cx: &Context) -> Result<()> {
             _ => "",
         };
         anstream::println!("'{}' has {path} as {target}{until}", guest.name);
+    }
+    Ok(())
+}
+
+async fn attach_all(
+    cx: &Context,
+    guest: &Guest,
+    sides: &[Side],
+    disk: &mut Disk,
+    given: &mut Vec<(PathBuf, (u32, u32))>,
+) -> Result<()> {
+    let daemon = cx.daemon(&guest.parsed(sides[0])?).await?;
+    let manager = daemon.manager().await?;
+    let chain = files::give_chain(&manager, disk.file(), disk.format(), given).await?;
+    disk.backing = chain[1..].to_vec();
+    let mut done = Vec::new();
+    for side in sides {
+        if let Err(e) = attach_to(cx, guest, *side, disk).await {
+            for side in done {
+                let limit = Duration::from_secs(5);
+                let _ = detach_from(cx, guest, side, &disk.target, limit).await;
+            }
+            return Err(e);
+        }
+        done.push(*side);
     }
     Ok(())
 }
@@ -150,15 +167,13 @@ pub async fn detach(cx: &Context) -> Result<()> {
     };
     let guest = cx.libvirt.find(domain)?;
     let sides = sides(&guest, when)?;
-    let mut original: Option<Original> = None;
     let mut found = false;
     for side in sides {
         let there = guest.parsed(side)?;
-        let Some(disk) = there.metadata.disk(target) else {
+        if there.metadata.disk(target).is_none() {
             continue;
-        };
+        }
         found = true;
-        original = disk.original.clone().or(original);
         let limit = Duration::from_secs(*timeout);
         detach_from(cx, &guest, side, target, limit).await?;
     }

@@ -6,10 +6,14 @@ use vdisk_domain::{Disk, Domain, Metadata, Served, served};
 use vdiskctl::daemon::Daemon;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::objects::{Objects, name_of};
+use vdiskctl::options::Options;
 use vdiskctl::output::{names, text};
 
 use crate::libvirt::Guest;
 use crate::{Context, failed, wrong};
+
+/// An image of a chain: node, file and format.
+pub type Image = (String, String, String);
 
 /// A domain whose guest runs on disks of the daemon.
 pub struct Running {
@@ -64,11 +68,19 @@ impl Running {
         Objects::load(&self.daemon).await
     }
 
-    /// Has the metadata say what the disk's image is by now, and forgets snapshots whose files it does not stand on any more.
-    pub async fn settle(&self, target: &str) -> Result<()> {
+    /// Has the metadata say what the disk's image is by now, forgets snapshots whose files it does not stand on any more, and closes
+    /// those of the images `before` that nobody uses any more.
+    pub async fn settle(&self, target: &str, before: &[Image]) -> Result<()> {
         let (_, served) = self.disk(target)?;
         let objects = self.look().await?;
         let chain = chain(&objects, &served.id)?;
+        for (node, ..) in before {
+            let is_left = chain.iter().all(|(n, ..)| n != node) && !node.starts_with('#');
+            if is_left && objects.find("node", node).is_ok() {
+                // In use by somebody else: it stays.
+                let _ = self.daemon.node(node).await?.remove(Options::new()).await;
+            }
+        }
         let Some((_, file, format)) = chain.first() else {
             return Ok(());
         };
@@ -76,6 +88,8 @@ impl Running {
             if let Some(disk) = metadata.disk_mut(target) {
                 disk.set("file", file).map_err(wrong)?;
                 disk.set("format", format).map_err(wrong)?;
+                let below = chain[1..].iter().cloned();
+                disk.backing = below.map(|(_, file, format)| (file, format)).collect();
             }
             forget_gone(metadata, target, &chain);
             Ok(())
@@ -106,7 +120,7 @@ pub fn no_disk(domain: &Domain, target: &str) -> Error {
     ))
 }
 
-fn forget_gone(metadata: &mut Metadata, target: &str, chain: &[(String, String, String)]) {
+fn forget_gone(metadata: &mut Metadata, target: &str, chain: &[Image]) {
     for snapshot in &mut metadata.snapshots {
         snapshot.disks.retain_mut(|d| {
             if d.target != target {
@@ -130,11 +144,10 @@ fn forget_gone(metadata: &mut Metadata, target: &str, chain: &[(String, String, 
 pub fn child(objects: &Objects, node: &str, role: &str) -> Option<String> {
     let properties = objects.find("node", node).ok()?;
     let children = properties.get("Children")?.as_array()?;
-    let found = children.iter().filter_map(Json::as_array).find_map(|pair| {
+    children.iter().filter_map(Json::as_array).find_map(|pair| {
         let path = pair.get(1)?.as_str()?;
         (pair.first()?.as_str()? == role).then(|| name_of(path))
-    });
-    found
+    })
 }
 
 /// The node of an export's image: what is below its filters.
@@ -155,7 +168,7 @@ pub fn image_node(objects: &Objects, export: &str) -> Result<String> {
 }
 
 /// The images that an export stands on, the top one first: node, file and format.
-pub fn chain(objects: &Objects, export: &str) -> Result<Vec<(String, String, String)>> {
+pub fn chain(objects: &Objects, export: &str) -> Result<Vec<Image>> {
     let mut chain = Vec::new();
     let mut next = Some(image_node(objects, export)?);
     while let Some(node) = next {

@@ -11,6 +11,9 @@ use vdiskctl::options::Options;
 use vdiskctl::output::text;
 use zbus::Variant;
 
+/// Files with their formats, each standing on the next.
+pub type Chain = Vec<(String, String)>;
+
 /// The user that the daemon runs as.
 const USER: &str = "vdiskd";
 
@@ -92,15 +95,48 @@ pub async fn make_image(
     Ok(made?)
 }
 
-/// The files that an image stands on, itself first, with their formats.
-pub async fn chain(
+/// Gives an image, and what it stands on, to the daemon's user; what was whose is added to `given`. The chain, itself first.
+pub async fn give_chain(
     manager: &ManagerProxy<'_>,
     file: &str,
     format: &str,
-) -> Result<Vec<(String, String)>> {
+    given: &mut Vec<(PathBuf, (u32, u32))>,
+) -> Result<Chain> {
+    let mut known = 0;
+    loop {
+        let all = match known {
+            0 => Ok(vec![(file.to_owned(), format.to_owned())]),
+            // The daemon can look into one more of them.
+            _ => chain_of(manager, file, format, known + 1).await,
+        }?;
+        if all.len() == known {
+            return Ok(all);
+        }
+        for (file, _) in &all[known..] {
+            let path = Path::new(file);
+            if let Some(owner) = give(path, known > 0)? {
+                given.push((path.to_owned(), owner));
+            }
+        }
+        known = all.len();
+    }
+}
+
+/// The files that an image stands on, itself first, with their formats.
+pub async fn chain(manager: &ManagerProxy<'_>, file: &str, format: &str) -> Result<Chain> {
+    chain_of(manager, file, format, usize::MAX).await
+}
+
+/// At most `most` of them.
+async fn chain_of(
+    manager: &ManagerProxy<'_>,
+    file: &str,
+    format: &str,
+    most: usize,
+) -> Result<Chain> {
     let mut chain = vec![(file.to_owned(), format.to_owned())];
     while let Some((file, format)) = chain.last().cloned() {
-        if format != "qcow2" {
+        if format != "qcow2" || chain.len() >= most {
             break;
         }
         let options = Options::from([

@@ -73,6 +73,27 @@ impl Libvirt {
         Ok(Guest { domain, name })
     }
 
+    /// The domain's XML in a file with the memory of a guest.
+    pub fn saved_xml(&self, file: &str) -> Result<String> {
+        let flags = sys::VIR_DOMAIN_SAVE_IMAGE_XML_SECURE;
+        VirDomain::save_image_get_xml_desc(&self.connection, file, flags)
+            .map_err(failed(format_args!("'{file}' cannot be read")))
+    }
+
+    pub fn set_saved_xml(&self, file: &str, xml: &str) -> Result<()> {
+        VirDomain::save_image_define_xml(&self.connection, file, xml, 0)
+            .map(drop)
+            .map_err(failed(format_args!("'{file}' cannot be changed")))
+    }
+
+    /// Starts a domain with memory from a file, and with this XML instead of that in it.
+    pub fn restore(&self, file: &str, xml: &str) -> Result<()> {
+        // It was stopped for the snapshot.
+        let flags = sys::VIR_DOMAIN_SAVE_RUNNING;
+        VirDomain::domain_restore_flags(&self.connection, file, Some(xml), flags)
+            .map_err(failed(format_args!("'{file}' cannot be restored")))
+    }
+
     /// Puts a definition in the place of what the domain of its name was.
     pub fn define(&self, name: &str, xml: &str) -> Result<()> {
         let defined = VirDomain::define_xml(&self.connection, xml);
@@ -232,7 +253,9 @@ impl Guest {
         let xml = format!(
             "<domainsnapshot><name>{name}</name><memory snapshot='external' file='{file}'/><disks>{disks}</disks></domainsnapshot>"
         );
-        DomainSnapshot::create_xml(&self.domain, &xml, 0)
+        // Ours is the record of it: one of libvirt's would not know what becomes of the disks.
+        let flags = sys::VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA;
+        DomainSnapshot::create_xml(&self.domain, &xml, flags)
             .map(drop)
             .map_err(self.failed("cannot be saved"))
     }

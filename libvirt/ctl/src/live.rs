@@ -67,7 +67,7 @@ pub async fn merge(cx: &Context) -> Result<()> {
         options: Vec::new(),
     };
     jobs::merge(&running.daemon, &merge, commit, cx.args.json).await?;
-    running.settle(target).await
+    running.settle(target, &images).await
 }
 
 pub async fn copy(cx: &Context) -> Result<()> {
@@ -86,6 +86,7 @@ pub async fn copy(cx: &Context) -> Result<()> {
     let (disk, served) = running.disk(target)?;
     let manager = running.manager().await?;
     let objects = running.look().await?;
+    let before = chain(&objects, &served.id)?;
     let node = image_node(&objects, &served.id)?;
     let dest = std::path::absolute(dest).map_err(|e| Error::invalid(e.to_string()))?;
     let dest = dest.to_string_lossy().into_owned();
@@ -122,7 +123,7 @@ pub async fn copy(cx: &Context) -> Result<()> {
         let _ = std::fs::remove_file(&dest);
     }
     done?;
-    running.settle(target).await
+    running.settle(target, &before).await
 }
 
 /// Something that makes names of nodes different.

@@ -14,14 +14,19 @@ use zbus::Variant;
 
 use crate::args::Snapshot as Command;
 use crate::disks::{Running, chain, none_served};
+use crate::files::{self, Chain};
 use crate::live::stamp;
-use crate::{Context, files, wrong};
+use crate::{Context, wrong};
 
 pub async fn run(cx: &Context, command: &Command) -> Result<()> {
     match command {
         Command::Create { .. } => create(cx, command).await,
         Command::List { domain } => list(cx, domain),
-        Command::Revert { domain, name } => revert(cx, domain, name).await,
+        Command::Revert {
+            domain,
+            name,
+            disks_only,
+        } => revert(cx, domain, name, *disks_only).await,
         Command::Delete { domain, name } => delete(cx, domain, name).await,
     }
 }
@@ -91,6 +96,15 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
         if disk.is_read_only() || (!disks.is_empty() && !disks.contains(&disk.target)) {
             continue;
         }
+        if disk.get("secret").is_some() {
+            return Err(Error::named(
+                "NotSupported",
+                format!(
+                    "disk '{}' is encrypted: an overlay over it would hold what is written in the clear; leave it out (--disks)",
+                    disk.target
+                ),
+            ));
+        }
         let (_, served) = running.disk(&disk.target)?;
         parts.push(part(&objects, &disk.target, &served.id, &name)?);
     }
@@ -137,8 +151,8 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
             if let Some(disk) = metadata.disk_mut(&part.target) {
                 disk.set("file", &part.overlay).map_err(wrong)?;
                 disk.set("format", "qcow2").map_err(wrong)?;
-                // The secret is of the image below.
-                disk.unset("secret");
+                let below = (part.file.clone(), part.format.clone());
+                disk.backing.insert(0, below);
             }
         }
         metadata.snapshots.push(snapshot.clone());
@@ -158,14 +172,6 @@ fn part(objects: &Objects, target: &str, export: &str, name: &str) -> Result<Par
     let Some((node, file, format)) = images.into_iter().next() else {
         return Err(Error::failed(format!("disk '{target}' has no image")));
     };
-    if format == "luks" {
-        return Err(Error::named(
-            "NotSupported",
-            format!(
-                "disk '{target}' is encrypted as a whole: an overlay over it would hold what is written in the clear"
-            ),
-        ));
-    }
     let overlay = overlay_of(&file, name);
     if overlay.exists() {
         return Err(Error::named(
@@ -242,12 +248,18 @@ async fn take(
         }
         None => Ok(()),
     };
+    let noted = match (memory, &stopped) {
+        (Some(file), Ok(())) => note_snapshot(cx, file, name),
+        _ => Ok(()),
+    };
+    let stopped = stopped.and(noted);
     let report = match &stopped {
         Ok(()) => manager.transaction(actions, Options::new()).await,
         Err(_) => Ok(Default::default()),
     };
     let resumed = match memory {
-        Some(_) if stopped.is_ok() => running.guest.resume(),
+        // If it was stopped.
+        Some(_) => running.guest.resume(),
         _ => Ok(()),
     };
     let thawed = match quiesce {
@@ -264,6 +276,15 @@ async fn take(
         }
     }
     Ok(properties(report))
+}
+
+/// Has a file with memory say what it belongs to: its domain's disks would be written to where the snapshot has them.
+fn note_snapshot(cx: &Context, file: &str, name: &str) -> Result<()> {
+    let saved = cx.libvirt.saved_xml(file)?;
+    let mut metadata = vdisk_domain::Domain::parse(&saved).map_err(wrong)?.metadata;
+    metadata.memory_of = Some(name.to_owned());
+    let marked = vdisk_domain::replace_metadata(&saved, &metadata).map_err(wrong)?;
+    cx.libvirt.set_saved_xml(file, &marked)
 }
 
 fn list(cx: &Context, domain: &str) -> Result<()> {
@@ -302,7 +323,7 @@ fn missing(domain: &str, name: &str) -> Error {
 }
 
 /// New overlays over what the snapshot has, in place of those that were written since.
-async fn revert(cx: &Context, domain: &str, name: &str) -> Result<()> {
+async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Result<()> {
     let guest = cx.libvirt.find(domain)?;
     guest.must_be_off()?;
     let there = guest.now()?;
@@ -328,13 +349,13 @@ async fn revert(cx: &Context, domain: &str, name: &str) -> Result<()> {
     let daemon = cx.daemon(&there).await?;
     let manager = daemon.manager().await?;
     let snapshot = snapshots[place].clone();
-    let mut new = Vec::new();
+    let mut new: Vec<(String, String, Chain)> = Vec::new();
     for disk in &snapshot.disks {
         let fresh = overlay_of(&disk.file, &format!("{name}-{}", stamp()));
         let fresh = fresh.to_string_lossy().into_owned();
         let made = async {
             let chain = files::chain(&manager, &disk.file, &disk.format).await?;
-            let format = chain.first().map_or("raw", |(_, f)| f).to_owned();
+            let format = disk.format.clone();
             let info = Options::from([
                 ("filename", Variant::from(disk.file.clone())),
                 ("driver", Variant::from(format.clone())),
@@ -345,21 +366,26 @@ async fn revert(cx: &Context, domain: &str, name: &str) -> Result<()> {
                 ("backing-file", Variant::from(disk.file.clone())),
                 ("backing-fmt", Variant::from(format)),
             ]);
-            files::make_image(&manager, &fresh, "qcow2", options).await
+            files::make_image(&manager, &fresh, "qcow2", options).await?;
+            Ok(chain)
         };
-        if let Err(e) = made.await {
-            for (_, file) in new {
-                let _ = std::fs::remove_file(file);
+        let made: Result<Chain> = made.await;
+        match made {
+            Ok(chain) => new.push((disk.target.clone(), fresh, chain)),
+            Err(e) => {
+                for (_, file, _) in new {
+                    let _ = std::fs::remove_file(file);
+                }
+                return Err(e);
             }
-            return Err(e);
         }
-        new.push((disk.target.clone(), fresh));
     }
     let mut dropped: Vec<String> = Vec::new();
     guest.change(|metadata| {
-        for (target, file) in &new {
+        for (target, file, chain) in &new {
             if let Some(disk) = metadata.disk_mut(target) {
                 dropped.push(disk.file().to_owned());
+                disk.backing.clone_from(chain);
                 disk.set("file", file).map_err(wrong)?;
                 disk.set("format", "qcow2").map_err(wrong)?;
             }
@@ -383,10 +409,14 @@ async fn revert(cx: &Context, domain: &str, name: &str) -> Result<()> {
             "the disks of '{}' are what they were at '{name}'",
             guest.name
         );
-        if let Some(memory) = &snapshot.memory {
-            anstream::println!(
-                "its memory of that moment: virsh restore {memory} (instead of virsh start)"
-            );
+    }
+    if let Some(memory) = snapshot.memory.as_deref().filter(|_| !disks_only) {
+        let now = guest.now()?.metadata;
+        let saved = cx.libvirt.saved_xml(memory)?;
+        let xml = vdisk_domain::replace_metadata(&saved, &now).map_err(wrong)?;
+        cx.libvirt.restore(memory, &xml)?;
+        if !cx.args.json {
+            anstream::println!("'{}' goes on from that moment", guest.name);
         }
     }
     Ok(())
@@ -416,8 +446,11 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
             options: Vec::new(),
         };
         jobs::merge(&running.daemon, &merge, true, cx.args.json).await?;
-        running.settle(&disk.target).await?;
+        running.settle(&disk.target, &images).await?;
         let _ = std::fs::remove_file(file);
+    }
+    if let Some(memory) = &snapshot.memory {
+        let _ = std::fs::remove_file(memory);
     }
     Ok(())
 }

@@ -72,6 +72,9 @@ pub struct Disk {
     pub(crate) settings: BTreeMap<String, String>,
     /// Limits by libvirt's names.
     pub iotune: BTreeMap<String, u64>,
+    /// The images that the file stands on, from the top down: files with their formats. What an image itself says is below it is not
+    /// followed: a guest may have written that.
+    pub backing: Vec<(String, String)>,
     pub original: Option<Original>,
 }
 
@@ -122,10 +125,6 @@ impl Disk {
         Ok(())
     }
 
-    pub fn unset(&mut self, name: &str) {
-        self.settings.remove(name);
-    }
-
     pub fn get(&self, name: &str) -> Option<&str> {
         self.settings.get(name).map(String::as_str)
     }
@@ -173,22 +172,40 @@ impl Disk {
     }
 
     /// Options of the image's node.
-    pub fn node_options(&self, name: &str) -> Vec<(&'static str, Variant<'static>)> {
+    pub fn node_options(&self, name: &str) -> Vec<(String, Variant<'static>)> {
         let text = |value: &str| Variant::from(value.to_owned());
         let mut options = vec![
-            ("node-name", text(name)),
-            ("driver", text(self.format())),
-            ("file.driver", text("file")),
-            ("file.filename", text(self.file())),
-            ("read-only", Variant::from(self.is_read_only())),
+            ("node-name".to_owned(), text(name)),
+            ("driver".to_owned(), text(self.format())),
+            ("file.driver".to_owned(), text("file")),
+            ("file.filename".to_owned(), text(self.file())),
+            ("read-only".to_owned(), Variant::from(self.is_read_only())),
         ];
-        options.extend(self.more_node_options());
+        let more = self.more_node_options().into_iter();
+        options.extend(more.map(|(key, value)| (key.to_owned(), value)));
+        let direct = matches!(self.get("cache"), Some("none" | "directsync"));
+        let mut at = String::new();
+        for (n, (file, format)) in self.backing.iter().enumerate() {
+            at.push_str("backing.");
+            options.extend([
+                (
+                    format!("{at}node-name"),
+                    text(&format!("{name}.b{}", n + 1)),
+                ),
+                (format!("{at}driver"), text(format)),
+                (format!("{at}file.driver"), text("file")),
+                (format!("{at}file.filename"), text(file)),
+            ]);
+            if direct {
+                options.push((format!("{at}file.cache.direct"), true.into()));
+            }
+        }
         if let Some(secret) = self.get("secret") {
             let key = match self.format() {
                 "qcow2" => "encrypt.key-secret",
                 _ => "key-secret",
             };
-            options.push((key, text(secret)));
+            options.push((key.to_owned(), text(secret)));
         }
         options
     }

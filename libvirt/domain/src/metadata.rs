@@ -38,6 +38,8 @@ pub struct SnapshotDisk {
 pub struct Metadata {
     /// The daemon that serves the disks, if not the usual one.
     pub instance: Option<String>,
+    /// This is what a file with a guest's memory has of its domain: what disks it goes with only the snapshot of this name knows.
+    pub memory_of: Option<String>,
     pub disks: Vec<Disk>,
     /// The oldest first.
     pub snapshots: Vec<Snapshot>,
@@ -74,6 +76,7 @@ impl Metadata {
         let mut metadata = Metadata::default();
         for a in element.attributes() {
             match a.name() {
+                "memory-of" => metadata.memory_of = Some(a.value().to_owned()),
                 "instance" => metadata.instance = Some(a.value().to_owned()),
                 other => return unknown("its element", other),
             }
@@ -125,13 +128,16 @@ impl Metadata {
         if let Some(instance) = &self.instance {
             let _ = write!(out, " instance='{}'", escape(instance));
         }
+        if let Some(snapshot) = &self.memory_of {
+            let _ = write!(out, " memory-of='{}'", escape(snapshot));
+        }
         out.push_str(">\n");
         for disk in &self.disks {
             let _ = write!(out, "{pad}  <{p}disk target='{}'", escape(&disk.target));
             for (name, value) in disk.settings() {
                 let _ = write!(out, " {name}='{}'", escape(value));
             }
-            if disk.iotune.is_empty() && disk.original.is_none() {
+            if disk.iotune.is_empty() && disk.original.is_none() && disk.backing.is_empty() {
                 out.push_str("/>\n");
                 continue;
             }
@@ -142,6 +148,13 @@ impl Metadata {
                     let _ = write!(out, " {name}='{value}'");
                 }
                 out.push_str("/>\n");
+            }
+            for (file, format) in &disk.backing {
+                let (file, format) = (escape(file), escape(format));
+                let _ = writeln!(
+                    out,
+                    "{pad}    <{p}backing file='{file}' format='{format}'/>"
+                );
             }
             if let Some(original) = &disk.original {
                 let _ = write!(out, "{pad}    <{p}original");
@@ -235,6 +248,18 @@ fn parse_disk(element: Node<'_, '_>) -> Result<Disk> {
                     disk.set_limit(a.name(), value)?;
                 }
             }
+            "backing" => match (child.attribute("file"), child.attribute("format")) {
+                (Some(file), Some(format)) => {
+                    // By the same rules.
+                    Disk::new(target, file, format)?;
+                    disk.backing.push((file.to_owned(), format.to_owned()));
+                }
+                _ => {
+                    return error(format!(
+                        "disk '{target}': a backing has no file or no format"
+                    ));
+                }
+            },
             "original" => {
                 let mut original = Original::try_from(child.text().unwrap_or_default())?;
                 if let Some(owner) = child.attribute("owner") {

@@ -226,8 +226,11 @@ async fn add(daemon: &Daemon, name: &str, disk: &Disk, socket: &Path) -> Result<
     {
         manager.add_io_thread(thread, Options::new()).await?;
     }
-    let node: Options<'_> = disk.node_options(name).into_iter().collect();
-    manager.add_node(node).await?;
+    let options = disk.node_options(name);
+    let node = options
+        .iter()
+        .map(|(key, value)| (key.as_str(), value.clone()));
+    manager.add_node(node.collect()).await?;
     let limits = disk.limits();
     let filter = filter_name(name);
     let top = match limits.is_empty() && disk.get("group").is_none() {

@@ -54,6 +54,7 @@ define() {
     <initrd>/boot/initramfs</initrd>
     <cmdline>console=ttyS0 panic=-1 quiet nohz=off highres=off</cmdline>
   </os>
+  <features><acpi/></features>
   <cpu mode='maximum'/>
   <on_reboot>restart</on_reboot>
   <devices>
@@ -64,6 +65,8 @@ define() {
     </channel>
     <serial type='file'><source path='/tmp/console-$1'/></serial>
     <memballoon model='none'/>
+    <controller type='pci' model='pcie-root'/>
+    $(printf "<controller type='pci' model='pcie-root-port'/>%.0s" 1 2 3 4 5 6 7 8)
     ${2:-}
   </devices>
 </domain>

@@ -86,13 +86,25 @@ for image in $images/*.qcow2 $images/*.four; do qemu-img check -q "$image"; done
 # The guest's memory with its disks: back to that moment.
 virsh start vm
 guest vm write disk=vdb offset=0 len=1048576 generation=3
-vdiskctl domain snapshot create vm with-memory --memspec /var/lib/libvirt/images/vm.memory
+vdiskctl domain snapshot create vm with-memory --memspec $images/vm.memory
 guest vm write disk=vdb offset=0 len=1048576 generation=4
+guest vm load-start disk=vda offset=0 len=4194304 threads=1
 virsh destroy vm
+# Its disks are others by now.
+refused 'memory of snapshot' virsh restore $images/vm.memory
+nothing_left
 vdiskctl domain snapshot revert vm with-memory
-virsh snapshot-list vm --name | grep -q with-memory
+guest vm verify disk=vdb offset=0 len=1048576 generation=3
+# The guest is what it was then: it has not begun its load.
+refused 'no load' guest vm load-stop
+guest vm write disk=vdb offset=0 len=1048576 generation=5
+virsh destroy vm
+vdiskctl domain snapshot revert vm with-memory --disks-only
 virsh start vm
-guest vm wait-disk disk=vdd
+guest vm wait-disk disk=vdc
+guest vm verify disk=vdb offset=0 len=1048576 generation=3
+vdiskctl domain snapshot delete vm with-memory
+[ ! -e $images/vm.memory ]
 guest vm verify disk=vdb offset=0 len=1048576 generation=3
 virsh destroy vm
 nothing_left

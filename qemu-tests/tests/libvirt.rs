@@ -1,0 +1,16 @@
+//! Domains of a real libvirt 11 on the installed service, under a real systemd (see `in-systemd.sh` and `libvirt/lib.sh`).
+
+use vdisk_qemu_tests::in_container;
+
+/// Adopted and released byte for byte; start, reboot, save, kills of QEMU, libvirt and vdiskd, failures in each phase: what a domain
+/// needs is there before it, and nothing is left after it.
+#[test]
+fn every_phase_of_a_domain() {
+    in_container("libvirt/phases.sh", Some("libvirt"));
+}
+
+/// Snapshots (with memory, too), commit, pull, copy, resize, limits and hotplug under a verified load; two domains on one base.
+#[test]
+fn what_virsh_refuses() {
+    in_container("libvirt/live.sh", Some("libvirt"));
+}
