@@ -142,6 +142,28 @@ pub enum Command {
         #[arg(long)]
         speed: Option<String>,
     },
+    /// Back up the disks as they are at one instant, while the guest runs: all of them at first, and then what has changed
+    ///
+    /// Each file stands on the one before it: the newest, with those that it stands on, is the disk (qemu-img convert).
+    ///
+    /// Example: vdiskctl domain backup vm1 /backup/vm1
+    Backup {
+        domain: String,
+        /// Where they go; one folder for each domain
+        folder: String,
+        /// Targets of the disks (all, if not given)
+        #[arg(long, value_delimiter = ',')]
+        disks: Vec<String>,
+        /// Everything once more
+        #[arg(long)]
+        full: bool,
+        /// Write compressed clusters
+        #[arg(long)]
+        compress: bool,
+        /// Have the guest agent freeze the guest's file systems for that instant
+        #[arg(long)]
+        quiesce: bool,
+    },
     /// Change the size of a disk; a guest that runs notices
     Resize {
         domain: String,

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod args;
+mod backup;
 mod devices;
 mod disks;
 mod files;
@@ -78,6 +79,7 @@ async fn run(args: Args) -> Result<()> {
         Command::Snapshot(command) => snapshots::run(&cx, command).await,
         Command::BlockCommit { .. } | Command::BlockPull { .. } => live::merge(&cx).await,
         Command::BlockCopy { .. } => live::copy(&cx).await,
+        Command::Backup { .. } => backup::backup(&cx).await,
         Command::Resize { .. } => live::resize(&cx).await,
         Command::Throttle { .. } => live::throttle(&cx).await,
         Command::Threshold { .. } => live::threshold(&cx).await,

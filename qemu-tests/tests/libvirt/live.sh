@@ -55,6 +55,35 @@ vdiskctl throttle list | grep -q vm-vda
 vdiskctl domain throttle vm vda total_iops_sec=0
 vdiskctl domain stats vm
 
+# Backups: all at first, then what has changed; each is what the disk was, which a copy of the same moment shows.
+guest vm load-stop | grep -q '"verified": [1-9]'
+mkdir -p /var/lib/backup
+for n in 1 2 3 4; do
+    guest vm write disk=vda offset=$((n * 4194304)) len=1048576 generation=1$n
+    guest vm write disk=vdb offset=$((8388608 + n * 65536)) len=65536 generation=1$n
+    vdiskctl domain backup vm /var/lib/backup | tee /tmp/backup
+    [ "$(grep -c 'what has changed since' /tmp/backup || true)" = $((n == 1 ? 0 : 2)) ]
+    for disk in vda vdb; do
+        vdiskctl domain blockcopy vm $disk $images/now.raw --format raw --finish
+        file=$(awk -v d=$disk '$1 == d { print $2 }' /tmp/backup | tr -d ,)
+        qemu-img compare -q -f qcow2 -F raw "$file" $images/now.raw
+        rm $images/now.raw
+    done
+    # Over a snapshot that comes and goes, too.
+    [ $n != 2 ] || { vdiskctl domain snapshot create vm between && guest vm write disk=vda offset=0 len=65536 generation=99 && vdiskctl domain snapshot delete vm between; }
+done
+guest vm load-start disk=vda offset=0 len=33554432 threads=4
+vdiskctl domain backup vm /var/lib/backup --full --compress | grep 'as asked for'
+qemu-img check -q "$(find /var/lib/backup -name 'vda.*' | sort | tail -1)"
+# One that fails changes nothing: the next one has what it should have had. One that was interrupted is not built upon.
+mount -t tmpfs -o size=64k none /mnt
+refused 'backed up\|space\|made' vdiskctl domain backup vm /mnt
+umount /mnt
+vdiskctl domain backup vm /var/lib/backup | grep -c 'what has changed since' | grep -q 2
+sed -i 's/"unfinished": false/"unfinished": true/' /var/lib/backup/vdisk-backup.json
+vdiskctl domain backup vm /var/lib/backup | grep -c 'was interrupted' | grep -q 2
+goes_on
+
 # A disk comes and goes, also one that was there from the start.
 qemu-img create -q -f qcow2 $images/c.qcow2 16M
 vdiskctl domain attach vm $images/c.qcow2 vdc serial=THIRD
