@@ -4,11 +4,12 @@
 //! calls libvirt back, and ends in time. What it says on standard error when it fails is what the user of virsh sees.
 
 use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use vdisk_dbus::{Bus, Daemon, bus_name};
-use vdisk_domain::{Domain, build, build_disk, served, take_down};
+use vdisk_domain::{Busy, Domain, Identity, build, build_disk, served, take_down};
 
 /// How long all of it may take. A daemon that has to be started first takes some tenths of a second.
 const LIMIT: Duration = Duration::from_secs(15);
@@ -36,17 +37,48 @@ fn phase(name: &str, sub: &str) -> Option<Phase> {
     }
 }
 
-async fn act(phase: Phase, domain: &Domain) -> Result<(), String> {
-    let name = bus_name(domain.metadata.instance.as_deref())?;
-    let daemon = Daemon::connect(&Bus::System, name).await;
-    let daemon = daemon.map_err(|e| format!("the system bus cannot be reached: {e}"))?;
+async fn connect(instance: Option<&str>) -> Result<Daemon, String> {
+    let daemon = Daemon::connect(&Bus::System, bus_name(instance)?).await;
+    daemon.map_err(|e| format!("the system bus cannot be reached: {e}"))
+}
+
+async fn serve(phase: Phase, domain: &Domain) -> Result<(), String> {
+    let daemon = connect(domain.metadata.instance.as_deref()).await?;
     let done = match phase {
-        Phase::Prepare => build(&daemon, domain).await,
-        Phase::Release => take_down(&daemon, &domain.uuid).await,
         Phase::Reconnect => restore(&daemon, domain).await,
-        Phase::Incoming => Ok(()),
+        _ => build(&daemon, domain).await,
     };
     done.map_err(|e| e.to_string())
+}
+
+/// Whatever its metadata say by then, and however little of them is understood.
+async fn release(identity: &Identity, busy: Busy) -> Result<(), String> {
+    let Some(instance) = &identity.served_by else {
+        return Ok(());
+    };
+    let daemon = connect(instance.as_deref()).await?;
+    let done = take_down(&daemon, &identity.uuid, busy).await;
+    done.map_err(|e| e.to_string())
+}
+
+/// Lets the daemon's user in to block devices: whose they are is forgotten whenever they come up.
+fn let_in(domain: &Domain) -> Result<(), String> {
+    let Ok(Some(user)) = nix::unistd::User::from_name("vdiskd") else {
+        return Ok(());
+    };
+    for (disk, _) in domain.served() {
+        let files = disk.backing.iter().map(|(file, _)| file.as_str());
+        for file in files.chain([disk.file()]) {
+            let Ok(there) = std::fs::metadata(file) else {
+                continue;
+            };
+            if there.file_type().is_block_device() && there.uid() != user.uid.as_raw() {
+                chown(file, Some(user.uid.as_raw()), None)
+                    .map_err(|e| format!("'{file}' cannot be given to vdiskd's user: {e}"))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Serves again what is not served any more. A front-end that waits for its socket goes on then.
@@ -60,16 +92,31 @@ async fn restore(daemon: &Daemon, domain: &Domain) -> Result<(), vdisk_domain::F
     Ok(())
 }
 
-fn run(phase: Phase) -> Result<(), String> {
+fn run(phase: Phase, reason: &str) -> Result<(), String> {
     let mut xml = String::new();
     std::io::stdin()
         .read_to_string(&mut xml)
         .map_err(|e| format!("the domain's XML cannot be read: {e}"))?;
+    if phase == Phase::Release {
+        let identity = Identity::parse(&xml).map_err(|e| e.to_string())?;
+        // A start may have failed because there is a guest already.
+        let busy = match reason {
+            "failed" => Busy::Stays,
+            _ => Busy::Ends,
+        };
+        return in_time(release(&identity, busy));
+    }
     let domain = Domain::parse(&xml).map_err(|e| e.to_string())?;
+    let name = &domain.name;
+    if let (Some(disk), Phase::Prepare) = (domain.unknown(), phase) {
+        return Err(format!(
+            "disk '{}' of domain '{name}' has a socket of vdiskd's, and the domain's metadata do not say what is to be served there: detach it, or write it down (docs/libvirt.md)",
+            disk.target
+        ));
+    }
     if domain.served().next().is_none() {
         return Ok(());
     }
-    let (name, release) = (&domain.name, phase == Phase::Release);
     if phase == Phase::Incoming {
         return Err(format!(
             "domain '{name}' cannot be migrated: vdiskd does not hand disks over to another host yet; shut it down and start it there"
@@ -80,17 +127,24 @@ fn run(phase: Phase) -> Result<(), String> {
             "this is the memory of snapshot '{snapshot}' of domain '{name}', which belongs to what its disks were then: vdiskctl domain snapshot revert {name} {snapshot}"
         ));
     }
-    if !domain.shares_memory && !release {
+    if !domain.shares_memory {
         return Err(format!(
             "domain '{name}' does not share its memory, which disks of vdiskd need: put <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking> into it (virsh edit)"
         ));
     }
+    if phase == Phase::Prepare {
+        let_in(&domain)?;
+    }
+    in_time(serve(phase, &domain))
+}
+
+fn in_time(work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| e.to_string())?;
     runtime.block_on(async {
-        match tokio::time::timeout(LIMIT, act(phase, &domain)).await {
+        match tokio::time::timeout(LIMIT, work).await {
             Ok(done) => done,
             Err(_) => Err(format!(
                 "vdiskd has not answered within {} s: see journalctl -u vdiskd",
@@ -112,7 +166,7 @@ fn main() -> ExitCode {
     let Some(phase) = phase(word(2), word(3)) else {
         return ExitCode::SUCCESS;
     };
-    match run(phase) {
+    match run(phase, word(4)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vdiskd: {error}");

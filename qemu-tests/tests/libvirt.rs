@@ -9,6 +9,12 @@ fn every_phase_of_a_domain() {
     in_container("libvirt/phases.sh", Some("libvirt"));
 }
 
+/// Fifty operations in any order, on two domains: nothing is left of any, and the disks have what was written.
+#[test]
+fn operations_in_any_order() {
+    in_container("libvirt/random.sh", Some("libvirt"));
+}
+
 /// Snapshots (with memory, too), commit, pull, copy, resize, limits and hotplug under a verified load; two domains on one base.
 #[test]
 fn what_virsh_refuses() {

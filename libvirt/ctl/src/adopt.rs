@@ -159,6 +159,23 @@ pub async fn adopt(cx: &Context) -> Result<()> {
     Ok(())
 }
 
+/// All files that domains have of vdiskd.
+fn in_use_elsewhere(cx: &Context) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for guest in cx.libvirt.all()? {
+        for side in guest.sides()? {
+            let Ok(domain) = guest.parsed(side) else {
+                continue;
+            };
+            for disk in &domain.metadata.disks {
+                files.push(disk.file().to_owned());
+                files.extend(disk.backing.iter().map(|(file, _)| file.clone()));
+            }
+        }
+    }
+    Ok(files)
+}
+
 pub async fn release(cx: &Context) -> Result<()> {
     let Command::Release {
         domain,
@@ -178,6 +195,7 @@ pub async fn release(cx: &Context) -> Result<()> {
     let daemon = cx.daemon(&Domain::parse(&before).map_err(wrong)?).await?;
     let manager = daemon.manager().await?;
     cx.libvirt.define(&guest.name, &after)?;
+    let others = in_use_elsewhere(cx)?;
     for disk in &released {
         let Some(owner) = disk.original.as_ref().and_then(|o| o.owner) else {
             continue;
@@ -185,7 +203,10 @@ pub async fn release(cx: &Context) -> Result<()> {
         let chain = files::chain(&manager, disk.file(), disk.format()).await;
         let chain = chain.unwrap_or_else(|_| vec![(disk.file().to_owned(), String::new())]);
         for (file, _) in chain {
-            files::give_back(Path::new(&file), owner)?;
+            // Others may stand on it.
+            if !others.contains(&file) {
+                files::give_back(Path::new(&file), owner)?;
+            }
         }
     }
     let names: Vec<&str> = released.iter().map(|d| d.target.as_str()).collect();

@@ -133,8 +133,9 @@ pub enum Command {
         domain: String,
         target: String,
         dest: String,
-        #[arg(long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]
-        format: String,
+        /// Of the copy (qcow2; raw on a device)
+        #[arg(long, value_parser = ["qcow2", "raw"])]
+        format: Option<String>,
         /// Leave the guest where it is: the copy is what the disk is at the end
         #[arg(long)]
         finish: bool,
@@ -199,6 +200,30 @@ pub enum Command {
     /// Print a completion script for a shell
     #[command(hide = true)]
     Completion { shell: clap_complete::Shell },
+}
+
+impl Command {
+    /// The domain whose definition or disks it changes.
+    pub fn changes(&self) -> Option<&str> {
+        match self {
+            Command::Adopt { domain, .. }
+            | Command::Release { domain, .. }
+            | Command::Attach { domain, .. }
+            | Command::Detach { domain, .. }
+            | Command::BlockCommit { domain, .. }
+            | Command::BlockPull { domain, .. }
+            | Command::BlockCopy { domain, .. }
+            | Command::Backup { domain, .. }
+            | Command::Resize { domain, .. }
+            | Command::Throttle { domain, .. }
+            | Command::Snapshot(
+                Snapshot::Create { domain, .. }
+                | Snapshot::Revert { domain, .. }
+                | Snapshot::Delete { domain, .. },
+            ) => Some(domain),
+            _ => None,
+        }
+    }
 }
 
 /// What of a domain is changed.

@@ -193,7 +193,8 @@ pub async fn backup(cx: &Context) -> Result<()> {
     let was_unfinished = std::mem::replace(&mut record.unfinished, true);
     store(&folder, &record)?;
     let mut made = Vec::new();
-    let done = copy(&running, &parts, *compress, *quiesce, &mut made).await;
+    let mut begun = false;
+    let done = copy(&running, &parts, *compress, *quiesce, &mut made, &mut begun).await;
     // The files are closed; those of a backup that failed are nothing.
     for part in &parts {
         if let Ok(node) = running.daemon.node(&part.copy).await {
@@ -218,9 +219,11 @@ pub async fn backup(cx: &Context) -> Result<()> {
         }
     }
     if let Err(e) = done {
-        // What the bitmaps had they have still.
-        record.unfinished = was_unfinished;
-        store(&folder, &record)?;
+        if !begun {
+            // What the bitmaps had they have still.
+            record.unfinished = was_unfinished;
+            store(&folder, &record)?;
+        }
         return Err(e);
     }
     record.unfinished = false;
@@ -263,6 +266,7 @@ async fn copy(
     compress: bool,
     quiesce: bool,
     made: &mut Vec<PathBuf>,
+    begun: &mut bool,
 ) -> Result<()> {
     let manager = running.manager().await?;
     let mut actions = Vec::new();
@@ -307,20 +311,27 @@ async fn copy(
         }
         actions.push(("backup", backup));
     }
-    if quiesce {
-        running.guest.freeze(true)?;
+    if quiesce && let Err(e) = running.guest.freeze(true) {
+        // It may have heard of it all the same.
+        let _ = running.guest.freeze(false);
+        return Err(e);
     }
     let grouped = Options::from([("completion-mode", Variant::from("grouped"))]);
     let started = manager.transaction(actions, grouped).await;
-    if quiesce {
-        running.guest.freeze(false)?;
-    }
+    let thawed = match quiesce {
+        true => running.guest.freeze(false),
+        false => Ok(()),
+    };
     let (jobs, _) = started?;
+    *begun = true;
     let mut failed = None;
     for job in jobs {
         if let Err(e) = jobs::result_of(&running.daemon, job.as_str()).await {
             failed = failed.or(Some(e));
         }
+    }
+    if let Err(e) = thawed {
+        anstream::eprintln!("warning: {e}");
     }
     match failed {
         None => Ok(()),

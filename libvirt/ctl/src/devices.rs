@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use vdisk_domain::{Disk, Domain, attach_xml, build_disk, take_down_disk, with_shared_memory};
+use vdisk_domain::{
+    Disk, Domain, Metadata, attach_xml, build_disk, take_down_disk, with_shared_memory,
+};
 use vdiskctl::error::{Error, Result};
 
 use crate::adopt::settings;
@@ -131,6 +133,8 @@ async fn attach_to(cx: &Context, guest: &Guest, side: Side, disk: &Disk) -> Resu
     }
     let before = domain.metadata.clone();
     let socket = domain.socket_path(&disk.target);
+    // Something may be left of one that virsh has taken away.
+    forget(&mut domain.metadata, &disk.target);
     domain.metadata.disks.push(disk.clone());
     let serve = side == Side::Live;
     if serve {
@@ -214,11 +218,16 @@ async fn detach_from(
             .await
             .map_err(failed)?;
     }
-    let mut metadata = domain.metadata;
+    // As it is by now.
+    let mut metadata = guest.parsed(side)?.metadata;
+    forget(&mut metadata, target);
+    guest.set_metadata(side, &metadata)
+}
+
+fn forget(metadata: &mut Metadata, target: &str) {
     metadata.disks.retain(|d| d.target != target);
     for snapshot in &mut metadata.snapshots {
         snapshot.disks.retain(|d| d.target != target);
     }
     metadata.snapshots.retain(|s| !s.disks.is_empty());
-    guest.set_metadata(side, &metadata)
 }

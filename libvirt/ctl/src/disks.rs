@@ -85,13 +85,19 @@ impl Running {
             return Ok(());
         };
         self.guest.change(|metadata| {
-            if let Some(disk) = metadata.disk_mut(target) {
+            let was = before.first().map(|(_, file, _)| file.as_str());
+            // The other definition may be about another image.
+            let disk = metadata.disk_mut(target);
+            let same = |d: &&mut Disk| Some(d.file()) == was || d.file() == file;
+            if let Some(disk) = disk.filter(same) {
                 disk.set("file", file).map_err(wrong)?;
                 disk.set("format", format).map_err(wrong)?;
                 let below = chain[1..].iter().cloned();
                 disk.backing = below.map(|(_, file, format)| (file, format)).collect();
             }
-            forget_gone(metadata, target, &chain);
+            if metadata.disk(target).is_some_and(|d| d.file() == file) {
+                forget_gone(metadata, target, &chain);
+            }
             Ok(())
         })
     }
@@ -209,7 +215,7 @@ mod tests {
             ],
             ..Metadata::default()
         };
-        // /1 was put into /0.
+        // Somebody has put /1 into /0, and not as a snapshot that is deleted.
         let chain: Vec<_> = ["/3", "/2", "/0"]
             .map(|f| (String::new(), f.to_owned(), "qcow2".to_owned()))
             .into();

@@ -1,12 +1,13 @@
 //! Image files, and whose they are: the daemon runs as a user of its own, which has to be let in.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, chown};
+use std::fs::{Metadata, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use vdisk_dbus::ManagerProxy;
+use vdiskctl::daemon::Daemon;
 use vdiskctl::error::{Error, Result};
-use vdiskctl::objects::properties;
+use vdiskctl::objects::{Objects, properties};
 use vdiskctl::options::Options;
 use vdiskctl::output::text;
 use zbus::Variant;
@@ -44,9 +45,27 @@ pub fn give(path: &Path, only_read: bool) -> Result<Option<(u32, u32)>> {
     if !there.is_file() || (only_read && there.mode() & 0o004 != 0) {
         return Ok(None);
     }
-    chown(path, Some(user), None)
-        .map_err(|e| failed("cannot be given to vdiskd's user", path, &e))?;
+    change_owner(path, &there, Some(user), None)?;
     Ok(Some((there.uid(), there.gid())))
+}
+
+/// Gives away exactly the file that was looked at: the folder may be somebody's who puts another in its place meanwhile.
+fn change_owner(path: &Path, seen: &Metadata, user: Option<u32>, group: Option<u32>) -> Result<()> {
+    let no = |e: std::io::Error| failed("cannot be given to another user", path, &e);
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path)
+        .map_err(no)?;
+    let opened = file.metadata().map_err(no)?;
+    if (opened.dev(), opened.ino()) != (seen.dev(), seen.ino()) {
+        return Err(Error::failed(format!(
+            "'{}' is not the file that it was a moment ago",
+            path.display()
+        )));
+    }
+    fchown(&file, user, group).map_err(no)
 }
 
 /// Gives an image back, if it is the daemon's user's.
@@ -54,11 +73,10 @@ pub fn give_back(path: &Path, owner: (u32, u32)) -> Result<()> {
     let there = path
         .metadata()
         .map_err(|e| failed("cannot be looked at", path, &e))?;
-    if Some(there.uid()) == user() {
-        chown(path, Some(owner.0), Some(owner.1))
-            .map_err(|e| failed("cannot be given back", path, &e))?;
+    match Some(there.uid()) == user() {
+        true => change_owner(path, &there, Some(owner.0), Some(owner.1)),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Makes a file that is not there, for the daemon to make an image in.
@@ -68,12 +86,21 @@ pub fn make(path: &Path) -> Result<()> {
         .create_new(true)
         .mode(0o660)
         .open(path);
-    made.map_err(|e| failed("cannot be made", path, &e))?;
+    let file = made.map_err(|e| failed("cannot be made", path, &e))?;
     if let Some(user) = user() {
-        chown(path, Some(user), None)
+        fchown(&file, Some(user), None)
             .map_err(|e| failed("cannot be given to vdiskd's user", path, &e))?;
     }
     Ok(())
+}
+
+/// Whether the daemon has a file open.
+///
+/// # Errors
+/// If it does not say: then it may be.
+pub async fn is_open(daemon: &Daemon, file: &str) -> Result<bool> {
+    let objects = Objects::load(daemon).await?;
+    Ok(objects.of("node").any(|(_, p)| text(p, "Filename") == file))
 }
 
 /// Makes an image in a new file; nothing stays of what failed.
@@ -114,12 +141,23 @@ pub async fn give_chain(
         }
         for (file, _) in &all[known..] {
             let path = Path::new(file);
+            // What an image names is somebody's word: files beside it at most.
+            if known > 0 && !is_beside(path, Path::new(&all[0].0)) {
+                continue;
+            }
             if let Some(owner) = give(path, known > 0)? {
                 given.push((path.to_owned(), owner));
             }
         }
         known = all.len();
     }
+}
+
+/// Whether two files are in one folder, wherever links lead.
+fn is_beside(one: &Path, other: &Path) -> bool {
+    let folder = |p: &Path| p.canonicalize().ok()?.parent().map(Path::to_owned);
+    let (one, other) = (folder(one), folder(other));
+    one.is_some() && one == other
 }
 
 /// The files that an image stands on, itself first, with their formats.
@@ -159,10 +197,11 @@ async fn chain_of(
             )));
         }
         let format = text(&info, "backing-fmt");
-        let format = match format.is_empty() {
-            true => "raw".to_owned(),
-            false => format,
-        };
+        if format.is_empty() {
+            return Err(Error::failed(format!(
+                "'{file}' names '{backing}' as its backing file without saying what format that has: qemu-img rebase -u -b '{backing}' -F FORMAT '{file}'"
+            )));
+        }
         chain.push((below, format));
     }
     Ok(chain)

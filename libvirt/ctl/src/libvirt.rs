@@ -114,10 +114,42 @@ impl Guest {
         failed(format!("domain '{}' {what}", self.name))
     }
 
+    /// Keeps other commands of ours away from the domain for as long as the file is open.
+    pub fn lock(&self) -> Result<std::fs::File> {
+        let uuid = self.domain.get_uuid_string();
+        let uuid = uuid.map_err(self.failed("has no UUID"))?;
+        let path = format!("/run/lock/vdisk-domain.{uuid}");
+        let no = |e: std::io::Error| Error::failed(format!("'{path}': {e}"));
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(no)?;
+        let operation = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+        rustix::fs::flock(&file, operation).map_err(|_| {
+            Error::named(
+                "Busy",
+                format!(
+                    "domain '{}' is being changed by another vdiskctl: wait for it",
+                    self.name
+                ),
+            )
+        })?;
+        Ok(file)
+    }
+
     pub fn is_active(&self) -> Result<bool> {
         self.domain
             .is_active()
             .map_err(self.failed("does not say whether it runs"))
+    }
+
+    /// Whether its CPUs run: it may be there, and stopped.
+    pub fn is_running(&self) -> Result<bool> {
+        let state = self.domain.get_state();
+        let (state, _) = state.map_err(self.failed("does not say what state it is in"))?;
+        Ok(state == sys::VIR_DOMAIN_RUNNING)
     }
 
     pub fn is_persistent(&self) -> Result<bool> {
@@ -179,12 +211,13 @@ impl Guest {
 
     /// Both definitions, or the one that there is.
     pub fn sides(&self) -> Result<Vec<Side>> {
+        // What the next start has is the one that must not be wrong.
         let mut sides = Vec::new();
-        if self.is_active()? {
-            sides.push(Side::Live);
-        }
         if self.is_persistent()? {
             sides.push(Side::Config);
+        }
+        if self.is_active()? {
+            sides.push(Side::Live);
         }
         Ok(sides)
     }

@@ -66,8 +66,9 @@ pub async fn merge(cx: &Context) -> Result<()> {
         detach: false,
         options: Vec::new(),
     };
-    jobs::merge(&running.daemon, &merge, commit, cx.args.json).await?;
-    running.settle(target, &images).await
+    let done = jobs::merge(&running.daemon, &merge, commit, cx.args.json).await;
+    running.settle(target, &images).await?;
+    done
 }
 
 pub async fn copy(cx: &Context) -> Result<()> {
@@ -84,6 +85,14 @@ pub async fn copy(cx: &Context) -> Result<()> {
     };
     let running = Running::find(cx, domain).await?;
     let (disk, served) = running.disk(target)?;
+    if disk.get("secret").is_some() {
+        return Err(Error::named(
+            "NotSupported",
+            format!(
+                "disk '{target}' is encrypted, and the copy would not be: copy the image with vdiskctl mirror, into one that you have made"
+            ),
+        ));
+    }
     let manager = running.manager().await?;
     let objects = running.look().await?;
     let before = chain(&objects, &served.id)?;
@@ -92,6 +101,8 @@ pub async fn copy(cx: &Context) -> Result<()> {
     let dest = dest.to_string_lossy().into_owned();
     let size = number(objects.find("node", &node)?, "Size");
     let is_device = std::fs::metadata(&dest).is_ok_and(|m| !m.is_file());
+    let usual = if is_device { "raw" } else { "qcow2" };
+    let format = format.as_deref().unwrap_or(usual);
     match is_device {
         // What is on a device is overwritten, as it has no other use.
         true => files::give(Path::new(&dest), false).map(drop)?,
@@ -102,7 +113,7 @@ pub async fn copy(cx: &Context) -> Result<()> {
     }
     let copy = args::Copy {
         filename: dest.clone(),
-        format: format.clone(),
+        format: format.to_owned(),
         existing: true,
         name: Some(format!("{}-{}", served.id, stamp())),
         sync: None,
@@ -119,11 +130,12 @@ pub async fn copy(cx: &Context) -> Result<()> {
         write_blocking: false,
     };
     let done = jobs::mirror(&running.daemon, &manager, &mirror, cx.args.json).await;
-    if done.is_err() && !is_device {
+    // Whatever was said about the job, what the guest is on now counts.
+    running.settle(target, &before).await?;
+    if done.is_err() && !is_device && !files::is_open(&running.daemon, &dest).await? {
         let _ = std::fs::remove_file(&dest);
     }
-    done?;
-    running.settle(target, &before).await
+    done
 }
 
 /// Something that makes names of nodes different.

@@ -32,7 +32,10 @@ impl Context {
     /// The daemon that serves a domain.
     async fn daemon(&self, domain: &Domain) -> Result<Daemon> {
         let mut to = self.args.daemon.clone();
-        to.instance = domain.metadata.instance.clone().or(to.instance);
+        // The one that serves it, whatever else is said.
+        if !domain.metadata.disks.is_empty() {
+            to.instance.clone_from(&domain.metadata.instance);
+        }
         daemon::connect(&to).await
     }
 }
@@ -69,6 +72,11 @@ async fn run(args: Args) -> Result<()> {
     }
     let libvirt = Libvirt::open(&args.connect)?;
     let cx = Context { args, libvirt };
+    // What one of us reads another one must not have changed when it is written.
+    let _lock = match cx.args.command.changes() {
+        Some(domain) => Some(cx.libvirt.find(domain)?.lock()?),
+        None => None,
+    };
     match &cx.args.command {
         Command::List { all } => list::list(&cx, *all).await,
         Command::Info { domain } => list::info(&cx, domain).await,

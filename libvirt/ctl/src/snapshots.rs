@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
-use vdisk_domain::SnapshotDisk;
+use vdisk_domain::{DiskElement, Metadata, SnapshotDisk};
 use vdiskctl::args::Merge;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
@@ -120,50 +120,123 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
     if parts.is_empty() {
         return Err(none_served(&running.domain.name));
     }
-    let mut made: Vec<String> = Vec::new();
-    let taken = take(
-        cx,
-        &running,
-        &parts,
-        &name,
-        memspec.as_deref(),
-        *quiesce,
-        &mut made,
-    )
-    .await;
-    let report = match taken {
-        Ok(report) => report,
-        Err(e) => {
-            for file in made {
-                let _ = std::fs::remove_file(file);
-            }
-            return Err(e);
+    if let Some(file) = memspec {
+        check_memory_file(file)?;
+        let left = |d: &&DiskElement| {
+            let read_only = running.domain.metadata.disk(&d.target);
+            let read_only = read_only.is_some_and(|d| d.is_read_only());
+            let taken = parts.iter().any(|p| p.disk.target == d.target);
+            d.device == "disk" && !read_only && !taken
+        };
+        if let Some(left) = running.domain.disks.iter().find(left) {
+            return Err(Error::failed(format!(
+                "disk '{}' would go on while the guest's memory is of another moment: a snapshot with memory has all disks, and vdiskd has to serve them (vdiskctl domain adopt)",
+                left.target
+            )));
         }
-    };
+    }
     let snapshot = vdisk_domain::Snapshot {
         name: name.clone(),
         created: stamp(),
         memory: memspec.clone(),
         disks: parts.iter().map(|p| p.disk.clone()).collect(),
     };
-    running.guest.change(|metadata| {
-        for part in &snapshot.disks {
-            if let Some(disk) = metadata.disk_mut(&part.target) {
-                disk.set("file", &part.overlay).map_err(wrong)?;
-                disk.set("format", "qcow2").map_err(wrong)?;
-                let below = (part.file.clone(), part.format.clone());
-                disk.backing.insert(0, below);
-            }
+    let mut made: Vec<String> = Vec::new();
+    let images = make_overlays(&running, &parts, &mut made).await;
+    // Before the guest writes to the overlays: an overlay with nothing in it is what is below it, so that it does no harm if nothing
+    // comes of it, and a start without it would.
+    let noted = images.and_then(|()| running.guest.change(|m| note(m, &snapshot)));
+    let taken = match noted {
+        Ok(()) => take(cx, &running, &parts, &name, memspec.as_deref(), *quiesce).await,
+        Err(e) => Err(e),
+    };
+    let report = match taken {
+        Ok(report) => report,
+        Err(e) => {
+            give_up(&running, &snapshot, &made).await?;
+            return Err(e);
         }
-        metadata.snapshots.push(snapshot.clone());
-        Ok(())
-    })?;
+    };
     let targets: Vec<&str> = parts.iter().map(|p| p.disk.target.as_str()).collect();
     let what = format!(
         "snapshot '{name}' has {} at one instant",
         targets.join(", ")
     );
     print_pause(&what, report, cx.args.json);
+    Ok(())
+}
+
+/// A file for memory has to be new: libvirt writes over what is there.
+fn check_memory_file(file: &str) -> Result<()> {
+    let path = Path::new(file);
+    if !path.is_absolute() || file.contains(['\'', '"', '<', '>', '&']) {
+        return Err(Error::invalid(format!(
+            "'{file}': give an absolute path without quotes, '<', '>' and '&'"
+        )));
+    }
+    match path.exists() {
+        true => Err(Error::named(
+            "Exists",
+            format!("'{file}' is there already: memory goes into a new file"),
+        )),
+        false => Ok(()),
+    }
+}
+
+/// Has the metadata say that the disks are the overlays of a snapshot.
+fn note(metadata: &mut Metadata, snapshot: &vdisk_domain::Snapshot) -> Result<()> {
+    let mut mine = snapshot.clone();
+    // The other definition may be about another image.
+    mine.disks.retain(|part| {
+        let disk = metadata.disk(&part.target);
+        disk.is_some_and(|d| d.file() == part.file)
+    });
+    for part in &mine.disks {
+        if let Some(disk) = metadata.disk_mut(&part.target) {
+            disk.set("file", &part.overlay).map_err(wrong)?;
+            disk.set("format", "qcow2").map_err(wrong)?;
+            disk.backing
+                .insert(0, (part.file.clone(), part.format.clone()));
+        }
+    }
+    if !mine.disks.is_empty() {
+        metadata.snapshots.push(mine);
+    }
+    Ok(())
+}
+
+/// Takes back what was noted of a snapshot that was not made. Overlays that are in use all the same, or of which nobody knows whether
+/// they are, stay.
+async fn give_up(
+    running: &Running,
+    snapshot: &vdisk_domain::Snapshot,
+    made: &[String],
+) -> Result<()> {
+    for file in made {
+        if files::is_open(&running.daemon, file).await? {
+            return Ok(());
+        }
+    }
+    running.guest.change(|metadata| {
+        for part in &snapshot.disks {
+            let disk = metadata.disk_mut(&part.target);
+            if let Some(disk) = disk.filter(|d| d.file() == part.overlay) {
+                disk.set("file", &part.file).map_err(wrong)?;
+                disk.set("format", &part.format).map_err(wrong)?;
+                if !disk.backing.is_empty() {
+                    disk.backing.remove(0);
+                }
+            }
+        }
+        metadata.snapshots.retain(|s| s.name != snapshot.name);
+        Ok(())
+    })?;
+    for file in made {
+        let _ = std::fs::remove_file(file);
+    }
+    if let Some(memory) = &snapshot.memory {
+        let _ = std::fs::remove_file(memory);
+    }
     Ok(())
 }
 
@@ -196,16 +269,7 @@ fn part(objects: &Objects, target: &str, export: &str, name: &str) -> Result<Par
     })
 }
 
-/// Makes the overlays, and puts them over the disks in one instant.
-async fn take(
-    cx: &Context,
-    running: &Running,
-    parts: &[Part],
-    name: &str,
-    memory: Option<&str>,
-    quiesce: bool,
-    made: &mut Vec<String>,
-) -> Result<vdiskctl::objects::Properties> {
+async fn make_overlays(running: &Running, parts: &[Part], made: &mut Vec<String>) -> Result<()> {
     let manager = running.manager().await?;
     for part in parts {
         let options = Options::from([
@@ -216,6 +280,20 @@ async fn take(
         files::make_image(&manager, &part.disk.overlay, "qcow2", options).await?;
         made.push(part.disk.overlay.clone());
     }
+    Ok(())
+}
+
+/// Puts the overlays over the disks in one instant.
+async fn take(
+    cx: &Context,
+    running: &Running,
+    parts: &[Part],
+    name: &str,
+    memory: Option<&str>,
+    quiesce: bool,
+) -> Result<vdiskctl::objects::Properties> {
+    let manager = running.manager().await?;
+    let was_running = running.guest.is_running()?;
     let mut actions = Vec::new();
     for part in parts {
         let disk = running.domain.metadata.disk(&part.disk.target);
@@ -233,8 +311,10 @@ async fn take(
         ]);
         actions.push(("add-overlay", options));
     }
-    if quiesce {
-        running.guest.freeze(true)?;
+    if quiesce && let Err(e) = running.guest.freeze(true) {
+        // It may have heard of it all the same.
+        let _ = running.guest.freeze(false);
+        return Err(e);
     }
     let stopped = match memory {
         Some(file) => {
@@ -258,8 +338,7 @@ async fn take(
         Err(_) => Ok(Default::default()),
     };
     let resumed = match memory {
-        // If it was stopped.
-        Some(_) => running.guest.resume(),
+        Some(_) if was_running => running.guest.resume(),
         _ => Ok(()),
     };
     let thawed = match quiesce {
@@ -268,8 +347,6 @@ async fn take(
     };
     stopped?;
     let (_, report) = report?;
-    // From here on the overlays are in use, whatever else there is to say.
-    made.clear();
     for e in [resumed, thawed].into_iter().filter_map(|r| r.err()) {
         if !cx.args.json {
             anstream::eprintln!("warning: {e}");
@@ -380,11 +457,25 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
             }
         }
     }
-    let mut dropped: Vec<String> = Vec::new();
+    // Only what was written since: somebody may have put something else there.
+    let overlays: Vec<String> = snapshot.disks.iter().map(|d| d.overlay.clone()).collect();
+    for disk in &snapshot.disks {
+        let now = there.metadata.disk(&disk.target).map(|d| d.file());
+        if now.is_some_and(|file| file != disk.overlay) {
+            for (_, file, _) in new {
+                let _ = std::fs::remove_file(file);
+            }
+            return Err(Error::failed(format!(
+                "disk '{}' is '{}' now, and not what was written since the snapshot ('{}'): nothing was changed",
+                disk.target,
+                now.unwrap_or_default(),
+                disk.overlay
+            )));
+        }
+    }
     guest.change(|metadata| {
         for (target, file, chain) in &new {
             if let Some(disk) = metadata.disk_mut(target) {
-                dropped.push(disk.file().to_owned());
                 disk.backing.clone_from(chain);
                 disk.set("file", file).map_err(wrong)?;
                 disk.set("format", "qcow2").map_err(wrong)?;
@@ -398,11 +489,8 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
         }
         Ok(())
     })?;
-    for file in &dropped {
-        let still = snapshot.disks.iter().any(|d| d.file == *file);
-        if !still {
-            let _ = std::fs::remove_file(file);
-        }
+    for file in overlays {
+        let _ = std::fs::remove_file(file);
     }
     if !cx.args.json {
         anstream::println!(
@@ -446,8 +534,25 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
             options: Vec::new(),
         };
         jobs::merge(&running.daemon, &merge, true, cx.args.json).await?;
+        // What the next snapshot was is in the lower file now.
+        running.guest.change(|metadata| {
+            for s in &mut metadata.snapshots {
+                let is_this = s.name == name;
+                s.disks.retain(|d| !is_this || d.target != disk.target);
+                for d in s.disks.iter_mut().filter(|d| d.target == disk.target) {
+                    if d.file == disk.overlay {
+                        d.file.clone_from(&disk.file);
+                        d.format.clone_from(&disk.format);
+                    }
+                }
+            }
+            metadata.snapshots.retain(|s| !s.disks.is_empty());
+            Ok(())
+        })?;
         running.settle(&disk.target, &images).await?;
-        let _ = std::fs::remove_file(file);
+        if !files::is_open(&running.daemon, file).await? {
+            let _ = std::fs::remove_file(file);
+        }
     }
     if let Some(memory) = &snapshot.memory {
         let _ = std::fs::remove_file(memory);

@@ -92,7 +92,7 @@ const TAKEN: [&str; 10] = [
 ];
 
 /// The disk that an element describes, as vdiskd serves it.
-fn take(target: &str, element: Node<'_, '_>, text: &str) -> Result<Disk> {
+fn take(domain: &Domain, target: &str, element: Node<'_, '_>, text: &str) -> Result<Disk> {
     let no = |why: String| error(format!("disk '{target}' cannot be adopted: {why}"));
     for (name, why) in NOT_TAKEN {
         if child(element, name).is_some() {
@@ -113,6 +113,11 @@ fn take(target: &str, element: Node<'_, '_>, text: &str) -> Result<Disk> {
     };
     let driver = child(element, "driver");
     let attribute = |name| driver.and_then(|d| d.attribute(name));
+    if source.is_some_and(|s| child(s, "slices").is_some())
+        || child(element, "throttlefilters").is_some()
+    {
+        return no("it is a part of a file, or has filters of libvirt's".into());
+    }
     let mut disk = Disk::new(target, file, attribute("type").unwrap_or("raw"))?;
     for a in driver.iter().flat_map(|d| d.attributes()) {
         if !KEPT.contains(&a.name()) && !TAKEN.contains(&a.name()) {
@@ -141,7 +146,8 @@ fn take(target: &str, element: Node<'_, '_>, text: &str) -> Result<Disk> {
     for limit in child(element, "iotune").iter().flat_map(|n| n.children()) {
         match (limit.tag_name().name(), limit.text().unwrap_or_default()) {
             ("", _) => {}
-            ("group_name", name) => disk.set("group", name)?,
+            // libvirt's are each domain's own.
+            ("group_name", name) => disk.set("group", &domain.object_name(name))?,
             (name, value) => match value.parse() {
                 Ok(n) => disk.set_limit(name, n)?,
                 Err(_) => return no(format!("its limit {name} is '{value}'")),
@@ -306,7 +312,7 @@ pub fn adopt(xml: &str, how: &Adoption) -> Result<(String, Vec<Disk>)> {
             }
             continue;
         }
-        let taken = take(&target, node, xml).and_then(|mut disk| {
+        let taken = take(&domain, &target, node, xml).and_then(|mut disk| {
             for (name, value) in &how.settings {
                 disk.set(name, value)?;
             }
@@ -361,6 +367,13 @@ pub fn adopt(xml: &str, how: &Adoption) -> Result<(String, Vec<Disk>)> {
             false => left.join("; "),
         });
     }
+    let is_adopted = |t: &str| adopted.iter().any(|d| d.target == t);
+    // Something may be left of disks that were taken away.
+    metadata.disks.retain(|d| !is_adopted(&d.target));
+    for snapshot in &mut metadata.snapshots {
+        snapshot.disks.retain(|d| !is_adopted(&d.target));
+    }
+    metadata.snapshots.retain(|s| !s.disks.is_empty());
     metadata.disks.extend(adopted.iter().cloned());
     if let Some(before) = share_memory(root, xml, &mut edits) {
         metadata.memory_backing = Some(before);
@@ -398,10 +411,31 @@ fn restored(disk: &Disk, original: &Original) -> Result<String> {
     let source = child(root, "source");
     let name = source.and_then(|s| s.attribute_node("file").or_else(|| s.attribute_node("dev")));
     if let Some(name) = name.filter(|n| n.value() != disk.file()) {
+        if name.name() == "dev" || disk.format() == "luks" {
+            return error(format!(
+                "disk '{}' was '{}' and is '{}' now, which is another kind of thing: bring it back first (vdiskctl domain blockcommit or blockcopy)",
+                disk.target,
+                name.value(),
+                disk.file()
+            ));
+        }
         edits.replace(name.range_value(), escape(disk.file()));
-        let format = child(root, "driver").and_then(|d| d.attribute_node("type"));
-        if let Some(format) = format {
-            edits.replace(format.range_value(), disk.format());
+        let driver = child(root, "driver");
+        match (driver, driver.and_then(|d| d.attribute_node("type"))) {
+            (_, Some(format)) => edits.replace(format.range_value(), disk.format()),
+            (Some(driver), None) => {
+                let at = driver.range().start + "<driver".len();
+                edits.replace(at..at, format!(" type='{}'", disk.format()));
+            }
+            (None, None) => {
+                let at = child(root, "source").map_or(0, |s| s.range().start);
+                let driver = format!("<driver name='qemu' type='{}'/>", disk.format());
+                edits.replace(at..at, driver);
+            }
+        }
+        // It says what the other one stood on.
+        if let Some(backing) = child(root, "backingStore") {
+            edits.remove(&original.xml, backing.range());
         }
     }
     Ok(edits.apply(&original.xml))

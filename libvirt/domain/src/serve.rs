@@ -132,7 +132,7 @@ async fn look(daemon: &Daemon) -> Result<There, Failure> {
 }
 
 /// The target of a socket that is a domain's.
-fn target_of<'a>(socket: &'a str, uuid: &str) -> Option<&'a str> {
+pub(crate) fn target_of<'a>(socket: &'a str, uuid: &str) -> Option<&'a str> {
     if uuid.len() != 36 {
         return None;
     }
@@ -171,11 +171,11 @@ pub async fn build(daemon: &Daemon, domain: &Domain) -> Result<(), Failure> {
         )));
     }
     if !before.is_empty() {
-        take_down(daemon, &domain.uuid).await?;
+        take_down(daemon, &domain.uuid, Busy::Stays).await?;
     }
     for (disk, socket) in domain.served() {
         if let Err(e) = build_disk(daemon, domain, disk, socket).await {
-            let _ = take_down(daemon, &domain.uuid).await;
+            let _ = take_down(daemon, &domain.uuid, Busy::Stays).await;
             return Err(e);
         }
     }
@@ -190,11 +190,10 @@ pub async fn build_disk(
     socket: &Path,
 ) -> Result<(), Failure> {
     let name = domain.object_name(&disk.target);
-    let done = add(daemon, &name, disk, socket).await;
+    let mut added = Vec::new();
+    let done = add(daemon, &name, disk, socket, &mut added).await;
     if done.is_err() {
-        // Whatever of it is there.
-        let filter = filter_name(&name);
-        for node in [filter.as_str(), &name] {
+        for node in added.iter().rev() {
             if let Ok(node) = daemon.node(node).await {
                 let _ = node.remove(Options::new()).await;
             }
@@ -213,7 +212,13 @@ fn filter_name(name: &str) -> String {
     format!("{name}-throttle")
 }
 
-async fn add(daemon: &Daemon, name: &str, disk: &Disk, socket: &Path) -> Result<(), Failure> {
+async fn add(
+    daemon: &Daemon,
+    name: &str,
+    disk: &Disk,
+    socket: &Path,
+    added: &mut Vec<String>,
+) -> Result<(), Failure> {
     let manager = daemon.manager().await?;
     let there = look(daemon).await?;
     if there.nodes.contains_key(name) || there.exports.iter().any(|e| e.id == name) {
@@ -231,6 +236,7 @@ async fn add(daemon: &Daemon, name: &str, disk: &Disk, socket: &Path) -> Result<
         .iter()
         .map(|(key, value)| (key.as_str(), value.clone()));
     manager.add_node(node.collect()).await?;
+    added.push(name.to_owned());
     let limits = disk.limits();
     let filter = filter_name(name);
     let top = match limits.is_empty() && disk.get("group").is_none() {
@@ -249,6 +255,7 @@ async fn add(daemon: &Daemon, name: &str, disk: &Disk, socket: &Path) -> Result<
                 ("file", Variant::from(name.to_owned())),
             ]);
             manager.add_node(options).await?;
+            added.push(filter.clone());
             &filter
         }
     };
@@ -267,12 +274,28 @@ async fn add(daemon: &Daemon, name: &str, disk: &Disk, socket: &Path) -> Result<
     Ok(())
 }
 
-/// Takes down everything that a domain has. What others use as well stays theirs.
-pub async fn take_down(daemon: &Daemon, uuid: &str) -> Result<(), Failure> {
+/// What becomes of exports that a front-end is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Busy {
+    /// It ends: its guest has.
+    Ends,
+    /// It stays: its guest may be another one than that of which this is about.
+    Stays,
+}
+
+/// Takes down everything that a domain has, as far as possible. What others use as well stays theirs.
+///
+/// # Errors
+/// The first of what went wrong.
+pub async fn take_down(daemon: &Daemon, uuid: &str, busy: Busy) -> Result<(), Failure> {
+    let mut result = Ok(());
     for export in served(daemon, uuid).await? {
-        take_down_export(daemon, &export).await?;
+        if busy == Busy::Stays && export.clients > 0 {
+            continue;
+        }
+        result = result.and(take_down_export(daemon, &export).await);
     }
-    Ok(())
+    result
 }
 
 /// Takes down one disk of a domain.

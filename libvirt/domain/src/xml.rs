@@ -6,6 +6,7 @@ use roxmltree::{Document, Node};
 
 use crate::disk::{Disk, object_name, socket_path};
 use crate::metadata::{Metadata, NAMESPACE};
+use crate::serve::target_of;
 use crate::{Error, Result, error};
 
 /// What matters of a `<disk>`.
@@ -84,14 +85,44 @@ pub(crate) fn document(xml: &str) -> Result<Document<'_>> {
     Document::parse(xml).map_err(|e| Error(format!("the domain's XML cannot be read: {e}")))
 }
 
+/// Who a domain is, and which daemon serves its disks: what can be said even if the rest of its metadata is not understood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    pub name: String,
+    pub uuid: String,
+    /// There is an element of ours, with this instance.
+    pub served_by: Option<Option<String>>,
+}
+
+impl Identity {
+    pub fn parse(xml: &str) -> Result<Identity> {
+        let doc = document(xml)?;
+        let root = domain_element(&doc);
+        let (Some(name), Some(uuid)) = (child_text(root, "name"), child_text(root, "uuid")) else {
+            return error("this is no domain's XML: it has no name or no uuid");
+        };
+        let ours = metadata_element(root);
+        Ok(Identity {
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            served_by: ours.map(|e| e.attribute("instance").map(str::to_owned)),
+        })
+    }
+}
+
+/// The domain itself: what libvirt gives at a reconnect, or keeps with a snapshot, has it inside.
+fn domain_element<'a, 'i>(doc: &'a Document<'i>) -> Node<'a, 'i> {
+    let root = doc.root_element();
+    match root.has_tag_name("domain") {
+        true => root,
+        false => child(root, "domain").unwrap_or(root),
+    }
+}
+
 impl Domain {
     pub fn parse(xml: &str) -> Result<Domain> {
         let doc = document(xml)?;
-        let mut root = doc.root_element();
-        if root.has_tag_name("domstatus") || root.has_tag_name("domainsnapshot") {
-            // What libvirt gives at a reconnect or keeps with a snapshot has the domain inside.
-            root = child(root, "domain").unwrap_or(root);
-        }
+        let root = domain_element(&doc);
         let (Some(name), Some(uuid)) = (child_text(root, "name"), child_text(root, "uuid")) else {
             return error("this is no domain's XML: it has no name or no uuid");
         };
@@ -125,6 +156,15 @@ impl Domain {
             let element = self.element(&disk.target)?;
             let socket = element.source.as_deref()?;
             (element.kind == "vhostuser").then(|| (disk, Path::new(socket)))
+        })
+    }
+
+    /// A disk whose socket is one of ours, and of which the metadata say nothing.
+    pub fn unknown(&self) -> Option<&DiskElement> {
+        self.disks.iter().find(|e| {
+            let socket = e.source.as_deref().filter(|_| e.kind == "vhostuser");
+            socket.is_some_and(|s| target_of(s, &self.uuid).is_some())
+                && self.metadata.disk(&e.target).is_none()
         })
     }
 

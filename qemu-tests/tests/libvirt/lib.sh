@@ -7,6 +7,12 @@ failed() {
     vdiskctl tree
     journalctl -u vdiskd -u libvirtd --no-pager | tail -40
     tail -n 20 /var/log/libvirt/qemu/*.log
+    vdiskctl stats
+    for vm in $(virsh list --name); do
+        tail -n 5 "/tmp/console-$vm"
+        virsh qemu-monitor-command "$vm" --hmp info registers | head -4
+        virsh qemu-monitor-command "$vm" --hmp info status
+    done
 }
 trap 'failed $LINENO' ERR
 images=/var/lib/libvirt/images
@@ -94,4 +100,8 @@ cp /lab/kernel/vmlinuz /lab/initramfs /boot/
 chmod 644 /boot/vmlinuz /boot/initramfs
 mkdir -p $images
 chmod 711 $images
+# However often it is restarted here.
+mkdir -p /run/systemd/system/libvirtd.service.d
+printf '[Unit]\nStartLimitIntervalSec=0\n' >/run/systemd/system/libvirtd.service.d/limit.conf
+systemctl daemon-reload
 systemctl start libvirtd virtlogd

@@ -28,6 +28,9 @@ vdiskctl domain snapshot create vm two --disks vda
 vdiskctl domain snapshot list vm
 guest vm write disk=vdb offset=0 len=1048576 generation=2
 vdiskctl domain snapshot delete vm one
+# What two was is in the lowest file now.
+[ "$(vdiskctl domain snapshot list vm --json | python3 -c 'import json,sys; print([(s["name"], d["file"], d["overlay"]) for s in json.load(sys.stdin) for d in s["disks"]])')" = \
+    "[('two', '$images/a.qcow2', '$images/a.two')]" ]
 goes_on
 [ ! -e $images/a.one ]
 [ "$(top vda)" = $images/a.two ]
@@ -115,6 +118,9 @@ for image in $images/*.qcow2 $images/*.four; do qemu-img check -q "$image"; done
 # The guest's memory with its disks: back to that moment.
 virsh start vm
 guest vm write disk=vdb offset=0 len=1048576 generation=3
+touch /tmp/there
+refused 'is there already' vdiskctl domain snapshot create vm with-memory --memspec /tmp/there
+refused 'all disks' vdiskctl domain snapshot create vm with-memory --disks vda --memspec /tmp/not-there
 vdiskctl domain snapshot create vm with-memory --memspec $images/vm.memory
 guest vm write disk=vdb offset=0 len=1048576 generation=4
 guest vm load-start disk=vda offset=0 len=4194304 threads=1
