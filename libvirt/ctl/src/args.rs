@@ -47,6 +47,14 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Take down what vdiskd serves for nobody: disks of domains that do not run, or do not have them any more
+    ///
+    /// Such are left when virsh takes a disk from a domain that runs, or when a hook could not run; list calls them orphans.
+    Cleanup {
+        /// Only show what would be taken down
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Show the disks of a domain, with their images and what they have done
     Info { domain: String },
     /// Have vdiskd serve disks of a domain that is shut off

@@ -213,7 +213,7 @@ pub async fn backup(cx: &Context) -> Result<()> {
         };
         if let Some(bitmap) = ended.filter(|_| is_new) {
             let path = vdisk_dbus::bitmap_path(&part.node, &bitmap);
-            if let Ok(bitmap) = running.daemon.bitmap(path.into()).await {
+            if let Ok(bitmap) = running.daemon.bitmap(path).await {
                 let _ = bitmap.remove(Options::new()).await;
             }
         }

@@ -70,10 +70,20 @@ impl Running {
 
     /// Has the metadata say what the disk's image is by now, forgets snapshots whose files it does not stand on any more, and closes
     /// those of the images `before` that nobody uses any more.
-    pub async fn settle(&self, target: &str, before: &[Image]) -> Result<()> {
+    ///
+    /// `expected` is what it has to be after a job that has succeeded: the guest may have ended meanwhile, and its export with it.
+    pub async fn settle(
+        &self,
+        target: &str,
+        before: &[Image],
+        expected: Option<&[Image]>,
+    ) -> Result<()> {
         let (_, served) = self.disk(target)?;
         let objects = self.look().await?;
-        let chain = chain(&objects, &served.id)?;
+        let chain = match (chain(&objects, &served.id), expected) {
+            (Err(_), Some(expected)) => expected.to_vec(),
+            (chain, _) => chain?,
+        };
         for (node, ..) in before {
             let is_left = chain.iter().all(|(n, ..)| n != node) && !node.starts_with('#');
             if is_left && objects.find("node", node).is_ok() {

@@ -2,15 +2,15 @@
 
 use serde_json::{Value as Json, json};
 use vdisk_api::format_size;
-use vdisk_domain::{Domain, Served, served};
+use vdisk_domain::{Domain, Served, all_served, served, take_down_disk};
 use vdiskctl::error::Result;
 use vdiskctl::objects::Objects;
 use vdiskctl::output::{Rows, number, print_json};
 use vdiskctl::stats::print_statistics;
 
 use crate::disks::{chain, none_served};
-use crate::libvirt::Guest;
-use crate::{Context, disks::Running};
+use crate::libvirt::{Guest, Side};
+use crate::{Context, disks::Running, failed};
 
 /// What serves the disks of a domain; nothing if the daemon is not there.
 async fn serving(cx: &Context, domain: &Domain) -> Vec<Served> {
@@ -39,13 +39,11 @@ fn in_words(running: bool, served: Option<&Served>) -> &'static str {
 pub async fn list(cx: &Context, all: bool) -> Result<()> {
     let mut rows = Rows::new(&["domain", "state", "disk", "format", "vdiskd", "image"]);
     let mut found = Vec::new();
-    let mut known = Vec::new();
     for guest in cx.libvirt.all()? {
         let Ok(domain) = guest.now() else {
             anstream::eprintln!("domain '{}': its metadata cannot be read", guest.name);
             continue;
         };
-        known.push(domain.uuid.clone());
         let (state, running) = (state(&guest)?, guest.is_active()?);
         let serving = match domain.metadata.disks.is_empty() {
             true => Vec::new(),
@@ -78,9 +76,68 @@ pub async fn list(cx: &Context, all: bool) -> Result<()> {
             ]);
         }
     }
+    // Whoever cannot reach the daemon sees no orphans.
+    for (uuid, orphan) in orphans(cx).await.unwrap_or_default() {
+        found.push(json!({
+            "domain": Json::Null, "uuid": uuid, "running": false, "target": orphan.target, "served": true,
+            "clients": orphan.clients, "image": Json::Null, "export": orphan.id, "vdiskd": true, "orphan": true,
+        }));
+        rows.add(vec![
+            uuid,
+            "-".into(),
+            orphan.target,
+            "-".into(),
+            "ORPHAN".into(),
+            format!("export {}", orphan.id),
+        ]);
+    }
     match cx.args.json {
         true => print_json(&Json::Array(found)),
         false => rows.print(),
+    }
+    Ok(())
+}
+
+/// What the daemon serves for no guest: those of domains that do not run, and disks that their domains do not have any more.
+async fn orphans(cx: &Context) -> Result<Vec<(String, Served)>> {
+    let daemon = vdiskctl::daemon::connect(&cx.args.daemon).await?;
+    let mut all = all_served(&daemon).await.map_err(failed)?;
+    for guest in cx.libvirt.all()? {
+        if !guest.is_active()? {
+            continue;
+        }
+        let live = guest.parsed(Side::Live)?;
+        all.retain(|(uuid, s)| {
+            let has = live
+                .disks
+                .iter()
+                .any(|d| d.source.as_ref() == Some(&s.socket));
+            *uuid != live.uuid || !has
+        });
+    }
+    Ok(all)
+}
+
+pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
+    let daemon = vdiskctl::daemon::connect(&cx.args.daemon).await?;
+    for (uuid, orphan) in orphans(cx).await? {
+        // A domain that starts has its exports before libvirt says that it runs.
+        let _lock = match cx.libvirt.find(&uuid) {
+            Ok(guest) => Some(guest.lock()?),
+            Err(_) => None,
+        };
+        if orphan.clients > 0 {
+            anstream::eprintln!("{}: a front-end is connected to it: it stays", orphan.id);
+            continue;
+        }
+        if !dry_run {
+            take_down_disk(&daemon, &uuid, &orphan.target)
+                .await
+                .map_err(failed)?;
+        }
+        if !cx.args.json {
+            anstream::println!("{} (of domain {uuid})", orphan.id);
+        }
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use vdiskctl::output::{number, print_json, text};
 use zbus::Variant;
 
 use crate::args::Command;
-use crate::disks::{Running, chain, image_node};
+use crate::disks::{Image, Running, chain, image_node};
 use crate::{Context, files, wrong};
 
 pub async fn merge(cx: &Context) -> Result<()> {
@@ -59,6 +59,9 @@ pub async fn merge(cx: &Context) -> Result<()> {
         }
         None => None,
     };
+    let base_at = base
+        .as_ref()
+        .and_then(|b| images.iter().position(|(n, ..)| n == b));
     let merge = Merge {
         node: images[0].0.clone(),
         base,
@@ -67,7 +70,13 @@ pub async fn merge(cx: &Context) -> Result<()> {
         options: Vec::new(),
     };
     let done = jobs::merge(&running.daemon, &merge, commit, cx.args.json).await;
-    running.settle(target, &images).await?;
+    let expected: Vec<Image> = match (commit, base_at) {
+        (true, at) => images[at.unwrap_or(1)..].to_vec(),
+        (false, None) => images[..1].to_vec(),
+        (false, Some(at)) => [&images[..1], &images[at..]].concat(),
+    };
+    let expected = done.is_ok().then_some(expected.as_slice());
+    running.settle(target, &images, expected).await?;
     done
 }
 
@@ -131,7 +140,9 @@ pub async fn copy(cx: &Context) -> Result<()> {
     };
     let done = jobs::mirror(&running.daemon, &manager, &mirror, cx.args.json).await;
     // Whatever was said about the job, what the guest is on now counts.
-    running.settle(target, &before).await?;
+    let after = [(String::new(), dest.clone(), format.to_owned())];
+    let expected = (done.is_ok() && !finish).then_some(after.as_slice());
+    running.settle(target, &before, expected).await?;
     if done.is_err() && !is_device && !files::is_open(&running.daemon, &dest).await? {
         let _ = std::fs::remove_file(&dest);
     }

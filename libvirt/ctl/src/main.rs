@@ -79,6 +79,7 @@ async fn run(args: Args) -> Result<()> {
     };
     match &cx.args.command {
         Command::List { all } => list::list(&cx, *all).await,
+        Command::Cleanup { dry_run } => list::cleanup(&cx, *dry_run).await,
         Command::Info { domain } => list::info(&cx, domain).await,
         Command::Adopt { .. } => adopt::adopt(&cx).await,
         Command::Release { .. } => adopt::release(&cx).await,

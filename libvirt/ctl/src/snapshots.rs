@@ -549,7 +549,7 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
             metadata.snapshots.retain(|s| !s.disks.is_empty());
             Ok(())
         })?;
-        running.settle(&disk.target, &images).await?;
+        running.settle(&disk.target, &images, None).await?;
         if !files::is_open(&running.daemon, file).await? {
             let _ = std::fs::remove_file(file);
         }

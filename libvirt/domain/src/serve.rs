@@ -141,6 +141,29 @@ pub(crate) fn target_of<'a>(socket: &'a str, uuid: &str) -> Option<&'a str> {
     target.strip_suffix(".sock")
 }
 
+/// The exports of all domains, with their UUIDs.
+pub async fn all_served(daemon: &Daemon) -> Result<Vec<(String, Served)>, Failure> {
+    let there = look(daemon).await?;
+    let whose = |export: &Served| {
+        let name = Path::new(&export.socket).file_name()?.to_str()?;
+        let uuid = name.get(..36).filter(|u| is_uuid(u))?;
+        let target = target_of(&export.socket, uuid)?.to_owned();
+        let export = Served {
+            target,
+            ..export.clone()
+        };
+        Some((uuid.to_owned(), export))
+    };
+    Ok(there.exports.iter().filter_map(whose).collect())
+}
+
+fn is_uuid(text: &str) -> bool {
+    text.char_indices().all(|(n, c)| match n {
+        8 | 13 | 18 | 23 => c == '-',
+        _ => c.is_ascii_hexdigit(),
+    })
+}
+
 /// The exports of a domain, whatever its metadata say by now: they are known by their sockets.
 pub async fn served(daemon: &Daemon, uuid: &str) -> Result<Vec<Served>, Failure> {
     let there = look(daemon).await?;
@@ -369,6 +392,7 @@ mod tests {
         let uuid = "c7a5fdbd-edaf-9455-926a-d65c16db1809";
         let socket = format!("/run/vdiskd/{uuid}-vda.sock");
         assert_eq!(target_of(&socket, uuid), Some("vda"));
+        assert!(is_uuid(uuid) && !is_uuid(&uuid.replace('-', "x")));
         assert_eq!(target_of(&socket, "c7a5fdbd"), None);
         assert_eq!(target_of("/run/vdiskd/mine.sock", uuid), None);
         assert_eq!(target_of(&format!("/{uuid}-vda"), uuid), None);

@@ -99,6 +99,16 @@ vdiskctl domain detach vm vdc
 if virsh dumpxml vm | grep c.qcow2; then false; fi
 if virsh dumpxml --inactive vm | grep c.qcow2; then false; fi
 if vdiskctl node list | grep c.qcow2; then false; fi
+# One that virsh takes away is an orphan until somebody cleans up, and comes back as if it had not been there.
+vdiskctl domain attach vm $images/c.qcow2 vdc
+guest vm wait-disk disk=vdc
+virsh detach-disk vm vdc --persistent
+until ! virsh dumpxml vm | grep -q vdc.sock; do sleep 0.1; done
+vdiskctl domain list | grep -q 'ORPHAN.*vm-vdc'
+vdiskctl domain cleanup | grep -q vm-vdc
+if vdiskctl node list | grep c.qcow2; then false; fi
+vdiskctl domain attach vm $images/c.qcow2 vdc
+vdiskctl domain detach vm vdc
 vdiskctl domain attach vm $images/c.qcow2 vdd --config
 if virsh dumpxml vm | grep c.qcow2; then false; fi
 virsh dumpxml --inactive vm | grep -q c.qcow2
