@@ -9,6 +9,12 @@ fn every_phase_of_a_domain() {
     in_container("libvirt/phases.sh", Some("libvirt"));
 }
 
+/// Four disks of an instance, at one instant; names and throttle groups that are not the daemon's.
+#[test]
+fn a_domain_of_an_instance() {
+    in_container("libvirt/instance.sh", Some("libvirt"));
+}
+
 /// Fifty operations in any order, on two domains: nothing is left of any, and the disks have what was written.
 #[test]
 fn operations_in_any_order() {

@@ -19,6 +19,8 @@ type Options<'a> = HashMap<&'a str, Variant<'a>>;
 #[error("{0}")]
 pub struct Failure(pub String);
 
+const NOT_THERE: &str = "vdiskd is not running, and the bus cannot start it: systemctl start vdiskd (or vdiskd@NAME for an instance)";
+
 impl From<zbus::Error> for Failure {
     fn from(e: zbus::Error) -> Failure {
         let message = match &e {
@@ -26,14 +28,17 @@ impl From<zbus::Error> for Failure {
                 let message = message.clone().unwrap_or_default();
                 match name.as_str() {
                     "org.freedesktop.DBus.Error.ServiceUnknown"
-                    | "org.freedesktop.DBus.Error.NameHasNoOwner" => {
-                        "vdiskd is not running, and the bus cannot start it: systemctl start vdiskd (or vdiskd@NAME for an instance)".into()
-                    }
+                    | "org.freedesktop.DBus.Error.NameHasNoOwner" => NOT_THERE.into(),
                     other if other.starts_with(ERROR_PREFIX) => message,
                     other => format!("{message} ({other})"),
                 }
             }
-            zbus::Error::FDO(e) => e.to_string(),
+            zbus::Error::FDO(e) => match **e {
+                zbus::fdo::Error::ServiceUnknown(_) | zbus::fdo::Error::NameHasNoOwner(_) => {
+                    NOT_THERE.into()
+                }
+                _ => e.to_string(),
+            },
             e => format!("cannot talk to vdiskd: {e}"),
         };
         Failure(message)
