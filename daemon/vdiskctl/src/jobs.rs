@@ -129,7 +129,8 @@ async fn watch(daemon: &Daemon, id: &str, ends: &[End], owner: bool) -> Result<P
             _ = tokio::signal::ctrl_c(), if owner && !interrupted => {
                 interrupted = true;
                 let force = Options::from([("force", Variant::from(true))]);
-                proxy.cancel(force).await?;
+                // It may have ended: then that is seen.
+                let _ = proxy.cancel(force).await;
             }
         }
     }

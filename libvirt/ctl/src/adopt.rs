@@ -159,14 +159,17 @@ pub async fn adopt(cx: &Context) -> Result<()> {
     Ok(())
 }
 
-/// All files that domains have of vdiskd.
-fn in_use_elsewhere(cx: &Context) -> Result<Vec<String>> {
+/// All files that domains have, but for one of them by its UUID.
+pub fn in_use_elsewhere(cx: &Context, but: Option<&str>) -> Result<Vec<String>> {
     let mut files = Vec::new();
     for guest in cx.libvirt.all()? {
         for side in guest.sides()? {
-            let Ok(domain) = guest.parsed(side) else {
+            let domain = guest.parsed(side)?;
+            if Some(domain.uuid.as_str()) == but {
                 continue;
-            };
+            }
+            let theirs = domain.disks.iter().filter(|d| d.kind != "vhostuser");
+            files.extend(theirs.filter_map(|d| d.source.clone()));
             for disk in &domain.metadata.disks {
                 files.push(disk.file().to_owned());
                 files.extend(disk.backing.iter().map(|(file, _)| file.clone()));
@@ -195,7 +198,8 @@ pub async fn release(cx: &Context) -> Result<()> {
     let daemon = cx.daemon(&Domain::parse(&before).map_err(wrong)?).await?;
     let manager = daemon.manager().await?;
     cx.libvirt.define(&guest.name, &after)?;
-    let others = in_use_elsewhere(cx)?;
+    let uuid = Domain::parse(&before).map_err(wrong)?.uuid;
+    let others = in_use_elsewhere(cx, Some(&uuid))?;
     for disk in &released {
         let Some(owner) = disk.original.as_ref().and_then(|o| o.owner) else {
             continue;

@@ -264,7 +264,7 @@ pub enum Snapshot {
         #[arg(long, value_name = "FILE")]
         memspec: Option<String>,
         /// Have the guest agent freeze the guest's file systems meanwhile
-        #[arg(long)]
+        #[arg(long, conflicts_with = "memspec")]
         quiesce: bool,
     },
     /// List them, the oldest first

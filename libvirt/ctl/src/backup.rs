@@ -226,7 +226,9 @@ pub async fn backup(cx: &Context) -> Result<()> {
         }
         return Err(e);
     }
-    record.unfinished = false;
+    // What the others' bitmaps have nobody knows still.
+    let is_new = |target: &String| parts.iter().any(|p| p.target == *target);
+    record.unfinished = was_unfinished && !record.disks.keys().all(is_new);
     let mut report = Vec::new();
     for part in &parts {
         let name = part.file.file_name().unwrap_or_default();
@@ -317,13 +319,14 @@ async fn copy(
         return Err(e);
     }
     let grouped = Options::from([("completion-mode", Variant::from("grouped"))]);
+    // It may begin although nobody says so.
+    *begun = true;
     let started = manager.transaction(actions, grouped).await;
     let thawed = match quiesce {
         true => running.guest.freeze(false),
         false => Ok(()),
     };
     let (jobs, _) = started?;
-    *begun = true;
     let mut failed = None;
     for job in jobs {
         if let Err(e) = jobs::result_of(&running.daemon, job.as_str()).await {

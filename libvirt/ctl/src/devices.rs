@@ -226,8 +226,5 @@ async fn detach_from(
 
 fn forget(metadata: &mut Metadata, target: &str) {
     metadata.disks.retain(|d| d.target != target);
-    for snapshot in &mut metadata.snapshots {
-        snapshot.disks.retain(|d| d.target != target);
-    }
-    metadata.snapshots.retain(|s| !s.disks.is_empty());
+    metadata.retain_snapshots(|_, d| d.target != target);
 }

@@ -79,22 +79,19 @@ impl Running {
         expected: Option<&[Image]>,
     ) -> Result<()> {
         let (_, served) = self.disk(target)?;
-        let objects = self.look().await?;
-        let chain = match (chain(&objects, &served.id), expected) {
-            (Err(_), Some(expected)) => expected.to_vec(),
-            (chain, _) => chain?,
+        let objects = self.look().await;
+        let found = match &objects {
+            Ok(objects) => chain(objects, &served.id),
+            Err(e) => Err(Error::failed(e.to_string())),
         };
-        for (node, ..) in before {
-            let is_left = chain.iter().all(|(n, ..)| n != node) && !node.starts_with('#');
-            if is_left && objects.find("node", node).is_ok() {
-                // In use by somebody else: it stays.
-                let _ = self.daemon.node(node).await?.remove(Options::new()).await;
-            }
-        }
+        let chain = match (found, expected) {
+            (Err(_), Some(expected)) => expected.to_vec(),
+            (found, _) => found?,
+        };
         let Some((_, file, format)) = chain.first() else {
             return Ok(());
         };
-        self.guest.change(|metadata| {
+        let changed = self.guest.change(|metadata| {
             let was = before.first().map(|(_, file, _)| file.as_str());
             // The other definition may be about another image.
             let disk = metadata.disk_mut(target);
@@ -109,7 +106,19 @@ impl Running {
                 forget_gone(metadata, target, &chain);
             }
             Ok(())
-        })
+        });
+        for (node, ..) in before {
+            let is_left = chain.iter().all(|(n, ..)| n != node) && !node.starts_with('#');
+            let is_there = objects.as_ref().is_ok_and(|o| o.find("node", node).is_ok());
+            if is_left
+                && is_there
+                && let Ok(node) = self.daemon.node(node).await
+            {
+                // In use by somebody else: it stays.
+                let _ = node.remove(Options::new()).await;
+            }
+        }
+        changed
     }
 }
 
@@ -137,23 +146,20 @@ pub fn no_disk(domain: &Domain, target: &str) -> Error {
 }
 
 fn forget_gone(metadata: &mut Metadata, target: &str, chain: &[Image]) {
-    for snapshot in &mut metadata.snapshots {
-        snapshot.disks.retain_mut(|d| {
-            if d.target != target {
-                return true;
+    metadata.retain_snapshots(|_, d| {
+        if d.target != target {
+            return true;
+        }
+        let place = chain.iter().position(|(_, file, _)| *file == d.file);
+        match place {
+            Some(n) if n > 0 => {
+                // It may be another one's overlay by now.
+                d.overlay.clone_from(&chain[n - 1].1);
+                true
             }
-            let place = chain.iter().position(|(_, file, _)| *file == d.file);
-            match place {
-                Some(n) if n > 0 => {
-                    // It may be another one's overlay by now.
-                    d.overlay.clone_from(&chain[n - 1].1);
-                    true
-                }
-                _ => false,
-            }
-        });
-    }
-    metadata.snapshots.retain(|s| !s.disks.is_empty());
+            _ => false,
+        }
+    });
 }
 
 /// The child of a node in a role.
@@ -211,6 +217,7 @@ mod tests {
             file: file.into(),
             format: "qcow2".into(),
             overlay: overlay.into(),
+            written: false,
         };
         let snapshot = |name: &str, d| Snapshot {
             name: name.into(),

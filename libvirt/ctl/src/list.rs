@@ -123,8 +123,20 @@ pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
     for (uuid, orphan) in orphans(cx).await? {
         // A domain that starts has its exports before libvirt says that it runs.
         let _lock = match cx.libvirt.find(&uuid) {
-            Ok(guest) => Some(guest.lock()?),
+            Ok(guest) => match guest.lock() {
+                Ok(lock) => Some(lock),
+                Err(e) => {
+                    anstream::eprintln!("warning: {e}");
+                    continue;
+                }
+            },
             Err(_) => None,
+        };
+        // As it is now.
+        let now = orphans(cx).await?;
+        let same = |(u, s): &(String, Served)| *u == uuid && s.target == orphan.target;
+        let Some((_, orphan)) = now.into_iter().find(same) else {
+            continue;
         };
         if orphan.clients > 0 {
             anstream::eprintln!("{}: a front-end is connected to it: it stays", orphan.id);

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 use vdisk_api::parse_size;
+use vdisk_domain::Domain;
 use vdiskctl::args::{self, Merge, Mirror, Node};
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
@@ -12,6 +13,7 @@ use vdiskctl::options::Options;
 use vdiskctl::output::{number, print_json, text};
 use zbus::Variant;
 
+use crate::adopt::in_use_elsewhere;
 use crate::args::Command;
 use crate::disks::{Image, Running, chain, image_node};
 use crate::{Context, files, wrong};
@@ -62,6 +64,16 @@ pub async fn merge(cx: &Context) -> Result<()> {
     let base_at = base
         .as_ref()
         .and_then(|b| images.iter().position(|(n, ..)| n == b));
+    if commit {
+        let written = &images[1..=base_at.unwrap_or(1)];
+        nobody_else(cx, &running.domain, written)?;
+        // Snapshots of these files are not what they were, however this ends.
+        let is_written = |file: &str| written.iter().any(|(_, f, _)| f == file);
+        running.guest.change(|metadata| {
+            metadata.retain_snapshots(|_, d| d.target != *target || !is_written(&d.file));
+            Ok(())
+        })?;
+    }
     let merge = Merge {
         node: images[0].0.clone(),
         base,
@@ -78,6 +90,20 @@ pub async fn merge(cx: &Context) -> Result<()> {
     let expected = done.is_ok().then_some(expected.as_slice());
     running.settle(target, &images, expected).await?;
     done
+}
+
+/// Refuses to change files that other domains stand on, also those that do not run.
+pub fn nobody_else(cx: &Context, domain: &Domain, files: &[Image]) -> Result<()> {
+    let others = in_use_elsewhere(cx, Some(&domain.uuid))?;
+    match files.iter().find(|(_, file, _)| others.contains(file)) {
+        None => Ok(()),
+        Some((_, file, _)) => Err(Error::named(
+            "InUse",
+            format!(
+                "'{file}' is below disks of other domains, which would be others then: use blockpull instead"
+            ),
+        )),
+    }
 }
 
 pub async fn copy(cx: &Context) -> Result<()> {

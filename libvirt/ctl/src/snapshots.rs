@@ -12,8 +12,9 @@ use vdiskctl::options::Options;
 use vdiskctl::output::{Rows, format_time, number, print_json, print_pause};
 use zbus::Variant;
 
+use crate::adopt::in_use_elsewhere;
 use crate::args::Snapshot as Command;
-use crate::disks::{Running, chain, none_served};
+use crate::disks::{Image, Running, chain, none_served};
 use crate::files::{self, Chain};
 use crate::live::stamp;
 use crate::{Context, wrong};
@@ -106,7 +107,8 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
             ));
         }
         let (_, served) = running.disk(&disk.target)?;
-        parts.push(part(&objects, &disk.target, &served.id, &name)?);
+        let target = &disk.target;
+        parts.push(part(&objects, target, disk.file(), &served.id, &name)?);
     }
     if let Some(missing) = disks
         .iter()
@@ -199,6 +201,9 @@ fn note(metadata: &mut Metadata, snapshot: &vdisk_domain::Snapshot) -> Result<()
                 .insert(0, (part.file.clone(), part.format.clone()));
         }
     }
+    if mine.disks.len() != snapshot.disks.len() {
+        mine.memory = None;
+    }
     if !mine.disks.is_empty() {
         metadata.snapshots.push(mine);
     }
@@ -240,11 +245,16 @@ async fn give_up(
     Ok(())
 }
 
-fn part(objects: &Objects, target: &str, export: &str, name: &str) -> Result<Part> {
+fn part(objects: &Objects, target: &str, noted: &str, export: &str, name: &str) -> Result<Part> {
     let images = chain(objects, export)?;
     let Some((node, file, format)) = images.into_iter().next() else {
         return Err(Error::failed(format!("disk '{target}' has no image")));
     };
+    if file != noted {
+        return Err(Error::failed(format!(
+            "disk '{target}' is '{file}' now, and the domain's metadata say '{noted}': correct them first (virsh edit)"
+        )));
+    }
     let overlay = overlay_of(&file, name);
     if overlay.exists() {
         return Err(Error::named(
@@ -258,6 +268,7 @@ fn part(objects: &Objects, target: &str, export: &str, name: &str) -> Result<Par
     let size = number(objects.find("node", &node)?, "Size");
     Ok(Part {
         disk: SnapshotDisk {
+            written: false,
             target: target.to_owned(),
             file,
             format,
@@ -423,9 +434,17 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
             ),
         ));
     }
+    let snapshot = snapshots[place].clone();
+    if snapshot.disks.iter().any(|d| d.written) {
+        return Err(Error::failed(format!(
+            "the deletion of snapshot '{name}' was begun, and its disks are not what they were: finish that (vdiskctl domain snapshot delete {} {name}, while it runs)",
+            guest.name
+        )));
+    }
+    let memory = snapshot.memory.as_deref().filter(|_| !disks_only);
+    let saved = memory.map(|file| cx.libvirt.saved_xml(file)).transpose()?;
     let daemon = cx.daemon(&there).await?;
     let manager = daemon.manager().await?;
-    let snapshot = snapshots[place].clone();
     let mut new: Vec<(String, String, Chain)> = Vec::new();
     for disk in &snapshot.disks {
         let fresh = overlay_of(&disk.file, &format!("{name}-{}", stamp()));
@@ -473,6 +492,12 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
             )));
         }
     }
+    if let Err(e) = guest.must_be_off() {
+        for (_, file, _) in new {
+            let _ = std::fs::remove_file(file);
+        }
+        return Err(e);
+    }
     guest.change(|metadata| {
         for (target, file, chain) in &new {
             if let Some(disk) = metadata.disk_mut(target) {
@@ -489,8 +514,11 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
         }
         Ok(())
     })?;
+    let others = in_use_elsewhere(cx, Some(&there.uuid))?;
     for file in overlays {
-        let _ = std::fs::remove_file(file);
+        if !others.contains(&file) && !files::is_open(&daemon, &file).await? {
+            let _ = std::fs::remove_file(file);
+        }
     }
     if !cx.args.json {
         anstream::println!(
@@ -498,9 +526,8 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
             guest.name
         );
     }
-    if let Some(memory) = snapshot.memory.as_deref().filter(|_| !disks_only) {
+    if let (Some(memory), Some(saved)) = (memory, saved) {
         let now = guest.now()?.metadata;
-        let saved = cx.libvirt.saved_xml(memory)?;
         let xml = vdisk_domain::replace_metadata(&saved, &now).map_err(wrong)?;
         cx.libvirt.restore(memory, &xml)?;
         if !cx.args.json {
@@ -519,13 +546,23 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
     for disk in &snapshot.disks {
         let (_, served) = running.disk(&disk.target)?;
         let images = chain(&running.look().await?, &served.id)?;
-        let over = images.iter().find(|(_, file, _)| *file == disk.overlay);
-        let Some((node, file, _)) = over else {
+        let over = images.iter().position(|(_, file, _)| *file == disk.overlay);
+        let Some(over) = over.filter(|at| at + 1 < images.len()) else {
             return Err(Error::failed(format!(
                 "disk '{}' does not stand on '{}' any more: vdiskctl domain info {}",
                 disk.target, disk.overlay, running.domain.name
             )));
         };
+        let (node, file, _) = &images[over];
+        crate::live::nobody_else(cx, &running.domain, &images[over..=over + 1])?;
+        // From here on the snapshot is not what it was, however this ends.
+        running.guest.change(|metadata| {
+            let mine = metadata.snapshots.iter_mut().filter(|s| s.name == name);
+            for d in mine.flat_map(|s| &mut s.disks) {
+                d.written |= d.target == disk.target;
+            }
+            Ok(())
+        })?;
         let merge = Merge {
             node: node.clone(),
             base: None,
@@ -533,23 +570,24 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
             detach: false,
             options: Vec::new(),
         };
-        jobs::merge(&running.daemon, &merge, true, cx.args.json).await?;
-        // What the next snapshot was is in the lower file now.
-        running.guest.change(|metadata| {
-            for s in &mut metadata.snapshots {
-                let is_this = s.name == name;
-                s.disks.retain(|d| !is_this || d.target != disk.target);
-                for d in s.disks.iter_mut().filter(|d| d.target == disk.target) {
-                    if d.file == disk.overlay {
+        let done = jobs::merge(&running.daemon, &merge, true, cx.args.json).await;
+        if done.is_ok() {
+            // What the next snapshot was is in the lower file now.
+            running.guest.change(|metadata| {
+                metadata.retain_snapshots(|s, d| {
+                    if d.target == disk.target && d.file == disk.overlay {
                         d.file.clone_from(&disk.file);
                         d.format.clone_from(&disk.format);
                     }
-                }
-            }
-            metadata.snapshots.retain(|s| !s.disks.is_empty());
-            Ok(())
-        })?;
-        running.settle(&disk.target, &images, None).await?;
+                    s != name || d.target != disk.target
+                });
+                Ok(())
+            })?;
+        }
+        let expected: Vec<Image> = [&images[..over], &images[over + 1..]].concat();
+        let expected = done.is_ok().then_some(expected.as_slice());
+        running.settle(&disk.target, &images, expected).await?;
+        done?;
         if !files::is_open(&running.daemon, file).await? {
             let _ = std::fs::remove_file(file);
         }

@@ -370,10 +370,7 @@ pub fn adopt(xml: &str, how: &Adoption) -> Result<(String, Vec<Disk>)> {
     let is_adopted = |t: &str| adopted.iter().any(|d| d.target == t);
     // Something may be left of disks that were taken away.
     metadata.disks.retain(|d| !is_adopted(&d.target));
-    for snapshot in &mut metadata.snapshots {
-        snapshot.disks.retain(|d| !is_adopted(&d.target));
-    }
-    metadata.snapshots.retain(|s| !s.disks.is_empty());
+    metadata.retain_snapshots(|_, d| !is_adopted(&d.target));
     metadata.disks.extend(adopted.iter().cloned());
     if let Some(before) = share_memory(root, xml, &mut edits) {
         metadata.memory_backing = Some(before);
@@ -456,7 +453,8 @@ pub fn release(xml: &str, targets: &[String]) -> Result<(String, Vec<Disk>)> {
     }
     let (released, kept): (Vec<Disk>, Vec<Disk>) = metadata
         .disks
-        .into_iter()
+        .iter()
+        .cloned()
         .partition(|d| targets.is_empty() || targets.contains(&d.target));
     if released.is_empty() {
         return error(format!(
@@ -465,11 +463,7 @@ pub fn release(xml: &str, targets: &[String]) -> Result<(String, Vec<Disk>)> {
         ));
     }
     // What is older than a disk that is released is not known to anybody any more.
-    for snapshot in &mut metadata.snapshots {
-        let gone = |t: &str| released.iter().any(|d| d.target == t);
-        snapshot.disks.retain(|d| !gone(&d.target));
-    }
-    metadata.snapshots.retain(|s| !s.disks.is_empty());
+    metadata.retain_snapshots(|_, d| released.iter().all(|r| r.target != d.target));
     for disk in &released {
         let Some(original) = &disk.original else {
             return error(format!(

@@ -32,6 +32,30 @@ pub struct SnapshotDisk {
     pub format: String,
     /// What has been written since.
     pub overlay: String,
+    /// What was written since goes into the file, or did in part: it is not what it was any more.
+    pub written: bool,
+}
+
+impl Snapshot {
+    /// Keeps some of its disks only. The guest's memory goes with all of them, or is of no use.
+    pub fn retain(&mut self, keep: impl FnMut(&mut SnapshotDisk) -> bool) {
+        let before = self.disks.len();
+        self.disks.retain_mut(keep);
+        if self.disks.len() != before {
+            self.memory = None;
+        }
+    }
+}
+
+impl Metadata {
+    /// Keeps some disks of snapshots only, and snapshots that have any.
+    pub fn retain_snapshots(&mut self, mut keep: impl FnMut(&str, &mut SnapshotDisk) -> bool) {
+        for snapshot in &mut self.snapshots {
+            let name = snapshot.name.clone();
+            snapshot.retain(|disk| keep(&name, disk));
+        }
+        self.snapshots.retain(|s| !s.disks.is_empty());
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -173,9 +197,10 @@ impl Metadata {
             }
             out.push_str(">\n");
             for d in &snapshot.disks {
+                let written = if d.written { " written='yes'" } else { "" };
                 let _ = writeln!(
                     out,
-                    "{pad}    <{p}disk target='{}' file='{}' format='{}' overlay='{}'/>",
+                    "{pad}    <{p}disk target='{}' file='{}' format='{}' overlay='{}'{written}/>",
                     escape(&d.target),
                     escape(&d.file),
                     escape(&d.format),
@@ -209,6 +234,10 @@ fn parse_snapshot(element: Node<'_, '_>) -> Result<Snapshot> {
     for child in element.children().filter(Node::is_element) {
         let mut disk = SnapshotDisk::default();
         for a in child.attributes() {
+            if a.name() == "written" {
+                disk.written = a.value() == "yes";
+                continue;
+            }
             let place = match a.name() {
                 "target" => &mut disk.target,
                 "file" => &mut disk.file,

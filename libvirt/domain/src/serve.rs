@@ -248,7 +248,19 @@ async fn add(
     added: &mut Vec<String>,
 ) -> Result<(), Failure> {
     let manager = daemon.manager().await?;
-    let there = look(daemon).await?;
+    let mut there = look(daemon).await?;
+    if there.exports.iter().all(|e| e.id != name) {
+        // A hook may have run out of time. What somebody uses is not removed, nor what is of another image.
+        let is_ours = there.nodes.contains_key(name)
+            && daemon.node(name).await?.filename().await? == disk.file();
+        for left in [filter_name(name), name.to_owned()] {
+            if is_ours && there.nodes.contains_key(&left) {
+                let node = daemon.node(&left).await?;
+                let _ = node.remove(Options::new()).await;
+            }
+        }
+        there = look(daemon).await?;
+    }
     if there.nodes.contains_key(name) || there.exports.iter().any(|e| e.id == name) {
         return Err(Failure(format!(
             "vdiskd has a node or an export '{name}' already, which is not this domain's: remove it, or rename the domain"

@@ -168,7 +168,7 @@ refused 'limits.exports' vdiskctl export add y --node x --socket /run/vdiskd/y.s
 # With the memory that it may have a daemon takes no more to do, and what there is stays.
 printf '[limits]\nmemory = "1M"\n' >/etc/vdiskd/vdiskd.toml
 systemctl reload vdiskd
-for _ in $(seq 100); do vdiskctl iothread add more 2>/tmp/refused || break; vdiskctl iothread remove more; sleep 0.05; done
+for _ in $(seq 100); do vdiskctl node add more driver=null-co size=1M 2>/tmp/refused || break; vdiskctl node remove more; sleep 0.05; done
 grep -q 'limits.memory' /tmp/refused
 vdiskctl export show x >/dev/null
 
