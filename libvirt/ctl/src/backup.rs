@@ -14,7 +14,7 @@ use vdiskctl::output::{number, print_json};
 use zbus::Variant;
 
 use crate::args::Command;
-use crate::disks::{Running, image_node, none_served};
+use crate::disks::{Running, image_node, must_be_plain, none_served};
 use crate::live::stamp;
 use crate::{Context, files};
 
@@ -177,7 +177,10 @@ pub async fn backup(cx: &Context) -> Result<()> {
     let now = (stamp()..).find(|n| !taken(*n)).unwrap_or_default();
     let mut parts = Vec::new();
     for disk in &running.domain.metadata.disks {
-        if disks.is_empty() || disks.contains(&disk.target) {
+        // Of what nobody writes to nothing changes.
+        let usual = disks.is_empty() && !disk.is_read_only();
+        if usual || disks.contains(&disk.target) {
+            must_be_plain(disk)?;
             let target = &disk.target;
             parts.push(plan(
                 &objects, &running, target, &folder, &record, *full, now,

@@ -64,6 +64,14 @@ impl Running {
         }
     }
 
+    /// The node of a disk's image, among everything there is.
+    pub async fn image(&self, target: &str) -> Result<(Objects, String)> {
+        let (_, served) = self.disk(target)?;
+        let objects = self.look().await?;
+        let node = image_node(&objects, &served.id)?;
+        Ok((objects, node))
+    }
+
     pub async fn look(&self) -> Result<Objects> {
         Objects::load(&self.daemon).await
     }
@@ -119,6 +127,20 @@ impl Running {
             }
         }
         changed
+    }
+}
+
+/// Refuses to write what an encrypted disk has to where it would stand in the clear.
+pub fn must_be_plain(disk: &Disk) -> Result<()> {
+    match disk.get("secret") {
+        None => Ok(()),
+        Some(_) => Err(Error::named(
+            "NotSupported",
+            format!(
+                "disk '{}' is encrypted, and what this makes would hold its data in the clear: leave it out",
+                disk.target
+            ),
+        )),
     }
 }
 

@@ -118,7 +118,7 @@ impl Guest {
     pub fn lock(&self) -> Result<std::fs::File> {
         let uuid = self.domain.get_uuid_string();
         let uuid = uuid.map_err(self.failed("has no UUID"))?;
-        let path = format!("/run/lock/vdisk-domain.{uuid}");
+        let path = format!("/run/vdisk-domain.{uuid}.lock");
         let no = |e: std::io::Error| Error::failed(format!("'{path}': {e}"));
         let file = std::fs::OpenOptions::new()
             .write(true)

@@ -15,7 +15,7 @@ use zbus::Variant;
 
 use crate::adopt::in_use_elsewhere;
 use crate::args::Command;
-use crate::disks::{Image, Running, chain, image_node};
+use crate::disks::{Image, Running, chain, must_be_plain};
 use crate::{Context, files, wrong};
 
 pub async fn merge(cx: &Context) -> Result<()> {
@@ -120,18 +120,10 @@ pub async fn copy(cx: &Context) -> Result<()> {
     };
     let running = Running::find(cx, domain).await?;
     let (disk, served) = running.disk(target)?;
-    if disk.get("secret").is_some() {
-        return Err(Error::named(
-            "NotSupported",
-            format!(
-                "disk '{target}' is encrypted, and the copy would not be: copy the image with vdiskctl mirror, into one that you have made"
-            ),
-        ));
-    }
+    must_be_plain(disk)?;
     let manager = running.manager().await?;
-    let objects = running.look().await?;
+    let (objects, node) = running.image(target).await?;
     let before = chain(&objects, &served.id)?;
-    let node = image_node(&objects, &served.id)?;
     let dest = std::path::absolute(dest).map_err(|e| Error::invalid(e.to_string()))?;
     let dest = dest.to_string_lossy().into_owned();
     let size = number(objects.find("node", &node)?, "Size");
@@ -200,26 +192,15 @@ pub async fn resize(cx: &Context) -> Result<()> {
         return Ok(());
     };
     let running = Running::find(cx, domain).await?;
-    let (_, served) = running.disk(target)?;
-    let objects = running.look().await?;
-    let node = image_node(&objects, &served.id)?;
-    let before = number(objects.find("node", &node)?, "Size");
-    let new = match size.strip_prefix('+') {
-        Some(more) => parse_size(more).and_then(|m| before.checked_add(m)),
-        None => parse_size(size),
+    let (_, name) = running.image(target).await?;
+    // It is not made smaller: that would cut off file systems that the guest uses.
+    let command = Node::Resize {
+        name,
+        size: size.clone(),
+        shrink: false,
     };
-    let Some(new) = new else {
-        return Err(Error::invalid(format!(
-            "'{size}' is not a size: give bytes or a number with k, M, G or T, with + in front to add"
-        )));
-    };
-    if new < before {
-        return Err(Error::invalid(format!(
-            "disk '{target}' has {before} bytes: a disk that a guest uses is not made smaller, which would cut its file systems off"
-        )));
-    }
-    let proxy = running.daemon.node(&node).await?;
-    Ok(proxy.resize(new, Options::new()).await?)
+    let manager = running.manager().await?;
+    vdiskctl::commands::node(&running.daemon, &manager, command, cx.args.json).await
 }
 
 pub async fn throttle(cx: &Context) -> Result<()> {
@@ -294,9 +275,7 @@ pub async fn threshold(cx: &Context) -> Result<()> {
         return Ok(());
     };
     let running = Running::find(cx, domain).await?;
-    let (_, served) = running.disk(target)?;
-    let objects = running.look().await?;
-    let node = image_node(&objects, &served.id)?;
+    let (objects, node) = running.image(target).await?;
     // The file below an image is what grows.
     let node = crate::disks::child(&objects, &node, "file").unwrap_or(node);
     let command = Node::Threshold {

@@ -14,7 +14,7 @@ use zbus::Variant;
 
 use crate::adopt::in_use_elsewhere;
 use crate::args::Snapshot as Command;
-use crate::disks::{Image, Running, chain, none_served};
+use crate::disks::{Image, Running, chain, must_be_plain, none_served};
 use crate::files::{self, Chain};
 use crate::live::stamp;
 use crate::{Context, wrong};
@@ -97,15 +97,7 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
         if disk.is_read_only() || (!disks.is_empty() && !disks.contains(&disk.target)) {
             continue;
         }
-        if disk.get("secret").is_some() {
-            return Err(Error::named(
-                "NotSupported",
-                format!(
-                    "disk '{}' is encrypted: an overlay over it would hold what is written in the clear; leave it out (--disks)",
-                    disk.target
-                ),
-            ));
-        }
+        must_be_plain(disk)?;
         let (_, served) = running.disk(&disk.target)?;
         let target = &disk.target;
         parts.push(part(&objects, target, disk.file(), &served.id, &name)?);

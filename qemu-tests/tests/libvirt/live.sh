@@ -51,12 +51,14 @@ vdiskctl domain blockcopy vm vdb $images/copy.raw --format raw --finish
 cmp $images/b.raw $images/copy.raw
 vdiskctl domain resize vm vda +16M
 guest vm wait-size disk=vda size=$((80 << 20))
-refused 'is not made smaller' vdiskctl domain resize vm vda 1M
+refused 'shrink' vdiskctl domain resize vm vda 1M
 vdiskctl domain throttle vm vda total_iops_sec=2000
 goes_on
 vdiskctl throttle list | grep -q vm-vda
 vdiskctl domain throttle vm vda total_iops_sec=0
 vdiskctl domain stats vm
+vdiskctl domain threshold vm vda 60M
+vdiskctl node list --json | grep -q '"WriteThreshold": 62914560'
 
 # Backups: all at first, then what has changed; each is what the disk was, which a copy of the same moment shows.
 guest vm load-stop | grep -q '"verified": [1-9]'

@@ -35,6 +35,9 @@ guest vm write disk=vda offset=0 len=4194304 generation=1
 vdiskctl domain list | tee /tmp/list
 [ "$(grep -c 'in use' /tmp/list)" = 2 ]
 refused 'is running' vdiskctl domain release vm
+# Nobody writes to the other.
+vdiskctl domain backup vm /var/lib/backup | tee /tmp/backup
+[ "$(cut -d' ' -f1 /tmp/backup)" = vda ]
 # A reboot of the guest, a restart of either daemon, and a death of ours.
 # It does not say that it has.
 timeout 2 guest vm reboot || true
