@@ -154,7 +154,10 @@ fn take(domain: &Domain, target: &str, element: Node<'_, '_>, text: &str) -> Res
             },
         }
     }
-    disk.original = Some(Original::try_from(&text[element.range()])?);
+    disk.original = Some(Original {
+        xml: text[element.range()].to_owned(),
+        owner: None,
+    });
     Ok(disk)
 }
 

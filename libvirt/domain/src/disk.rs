@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use zbus::Variant;
 
-use crate::{Error, Result, error};
+use crate::{Result, error};
 
 /// Names of the settings of a disk with the values that they take, as metadata and command line have them; all but file and
 /// format can be left out.
@@ -279,17 +279,6 @@ pub fn object_name(domain: &str, uuid: &str, target: &str) -> String {
         .collect();
     let short = uuid.get(..8).unwrap_or(uuid);
     format!("d{plain}-{short}-{target}")
-}
-
-impl TryFrom<&str> for Original {
-    type Error = Error;
-
-    fn try_from(xml: &str) -> Result<Original> {
-        Ok(Original {
-            xml: xml.to_owned(),
-            owner: None,
-        })
-    }
 }
 
 #[cfg(test)]

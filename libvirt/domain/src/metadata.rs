@@ -290,7 +290,10 @@ fn parse_disk(element: Node<'_, '_>) -> Result<Disk> {
                 }
             },
             "original" => {
-                let mut original = Original::try_from(child.text().unwrap_or_default())?;
+                let mut original = Original {
+                    xml: child.text().unwrap_or_default().to_owned(),
+                    owner: None,
+                };
                 if let Some(owner) = child.attribute("owner") {
                     let ids = owner.split_once(':');
                     let ids = ids.and_then(|(u, g)| Some((u.parse().ok()?, g.parse().ok()?)));
