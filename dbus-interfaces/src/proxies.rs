@@ -88,6 +88,10 @@ pub trait Node {
     #[zbus(allow_interactive_auth)]
     fn replace(&self, with: &str, options: Options<'_>) -> zbus::Result<Statistics>;
     #[zbus(allow_interactive_auth)]
+    fn set_active(&self, active: bool, options: Options<'_>) -> zbus::Result<()>;
+    #[zbus(property)]
+    fn active(&self) -> zbus::Result<bool>;
+    #[zbus(allow_interactive_auth)]
     fn set_write_threshold(&self, threshold: u64, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(signal)]
     fn write_threshold_exceeded(&self, threshold: u64, amount: u64) -> zbus::Result<()>;

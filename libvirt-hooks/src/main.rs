@@ -3,13 +3,15 @@
 //! libvirt runs it as `vdiskd DOMAIN PHASE SUBPHASE REASON` with the domain's XML on standard input, and waits for it: it never
 //! calls libvirt back, and ends in time. What it says on standard error when it fails is what the user of virsh sees.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use vdisk_dbus::{Bus, Daemon, bus_name};
-use vdisk_domain::{Busy, Domain, Identity, build, build_disk, served, take_down};
+use vdisk_domain::{
+    Busy, Domain, Identity, Start, build, build_disk, moved_sockets, served, take_down,
+};
 
 /// How long all of it may take. A daemon that has to be started first takes some tenths of a second.
 const LIMIT: Duration = Duration::from_secs(15);
@@ -46,7 +48,8 @@ async fn serve(phase: Phase, domain: &Domain) -> Result<(), String> {
     let daemon = connect(domain.metadata.instance.as_deref()).await?;
     let done = match phase {
         Phase::Reconnect => restore(&daemon, domain).await,
-        _ => build(&daemon, domain).await,
+        Phase::Incoming => build(&daemon, domain, Start::Incoming).await,
+        _ => build(&daemon, domain, Start::Boot).await,
     };
     done.map_err(|e| e.to_string())
 }
@@ -86,7 +89,7 @@ async fn restore(daemon: &Daemon, domain: &Domain) -> Result<(), vdisk_domain::F
     let there = served(daemon, &domain.uuid).await?;
     for (disk, socket) in domain.served() {
         if there.iter().all(|s| s.target != disk.target) {
-            build_disk(daemon, domain, disk, socket).await?;
+            build_disk(daemon, domain, disk, socket, Start::Boot).await?;
         }
     }
     Ok(())
@@ -106,9 +109,15 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
         };
         return in_time(release(&identity, busy));
     }
-    let domain = Domain::parse(&xml).map_err(|e| e.to_string())?;
+    let mut domain = Domain::parse(&xml).map_err(|e| e.to_string())?;
+    if phase == Phase::Incoming
+        && let Some(here) = moved_sockets(&xml, &domain).map_err(|e| e.to_string())?
+    {
+        domain = Domain::parse(&here).map_err(|e| e.to_string())?;
+        xml = here;
+    }
     let name = &domain.name;
-    if let (Some(disk), Phase::Prepare) = (domain.unknown(), phase) {
+    if let (Some(disk), Phase::Prepare | Phase::Incoming) = (domain.unknown(), phase) {
         return Err(format!(
             "disk '{}' of domain '{name}' has a socket of vdiskd's, and the domain's metadata do not say what is to be served there: detach it, or write it down (docs/libvirt.md)",
             disk.target
@@ -116,11 +125,6 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
     }
     if domain.served().next().is_none() {
         return Ok(());
-    }
-    if phase == Phase::Incoming {
-        return Err(format!(
-            "domain '{name}' cannot be migrated: vdiskd does not hand disks over to another host yet; shut it down and start it there"
-        ));
     }
     if let (Some(snapshot), Phase::Prepare) = (&domain.metadata.memory_of, phase) {
         return Err(format!(
@@ -132,10 +136,17 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
             "domain '{name}' does not share its memory, which disks of vdiskd need: put <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking> into it (virsh edit)"
         ));
     }
-    if phase == Phase::Prepare {
+    if phase != Phase::Reconnect {
         let_in(&domain)?;
     }
-    in_time(serve(phase, &domain))
+    in_time(serve(phase, &domain))?;
+    if phase == Phase::Incoming {
+        // What libvirt goes on with.
+        std::io::stdout()
+            .write_all(xml.as_bytes())
+            .map_err(|e| format!("the domain's XML cannot be given back: {e}"))?;
+    }
+    Ok(())
 }
 
 fn in_time(work: impl Future<Output = Result<(), String>>) -> Result<(), String> {

@@ -41,6 +41,11 @@ pub enum Command {
         node: String,
         change: NodeChange,
     },
+    /// Opens the images of a node and of those below it, or lets go of those that nobody else uses.
+    SetActive {
+        node: String,
+        active: bool,
+    },
     /// Checks the image of a node, which may be in use meanwhile.
     CheckNode {
         name: String,

@@ -259,6 +259,8 @@ pub struct NodeOptions {
     pub discard: Discard,
     pub detect_zeroes: DetectZeroes,
     pub cache: CacheOptions,
+    /// Opened at once. One that is not is only looked at, whoever writes to it, until it is made active.
+    pub active: bool,
     pub driver: DriverOptions,
     /// The options as they were given, nested.
     pub given: Map,
@@ -325,12 +327,25 @@ impl NodeChange {
     }
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Inherited {
     read_only: bool,
     auto_read_only: bool,
     discard: Discard,
     cache: CacheOptions,
+    active: bool,
+}
+
+impl Default for Inherited {
+    fn default() -> Inherited {
+        Inherited {
+            read_only: false,
+            auto_read_only: false,
+            discard: Discard::default(),
+            cache: CacheOptions::default(),
+            active: true,
+        }
+    }
 }
 
 impl NodeOptions {
@@ -358,6 +373,7 @@ impl NodeOptions {
     pub fn effective(&self) -> Map {
         let mut map = self.given.clone();
         map.remove("node-name");
+        map.remove("active");
         let cache = Map::from_iter([
             ("direct".to_owned(), self.cache.direct.into()),
             ("no-flush".to_owned(), self.cache.no_flush.into()),
@@ -389,6 +405,15 @@ impl NodeOptions {
             .boolean("auto-read-only")?
             .unwrap_or(defaults.auto_read_only);
         let force_share = f.boolean("force-share")?.unwrap_or(false);
+        let active = f.boolean("active")?.unwrap_or(defaults.active);
+        if let Some(parent) = parent
+            && parent.active != active
+        {
+            return Err(f.error(
+                "active",
+                "differs from that of the node above: leave it out, and set it there",
+            ));
+        }
         let discard = f.choice("discard", &DISCARDS)?.unwrap_or(defaults.discard);
         let detect_zeroes = f
             .choice("detect-zeroes", &DETECT_ZEROES)?
@@ -423,6 +448,7 @@ impl NodeOptions {
             auto_read_only,
             discard: Discard::Unmap,
             cache,
+            active,
         };
         let driver = match driver.as_str() {
             "file" => DriverOptions::File(file_options(&mut f)?),
@@ -499,6 +525,7 @@ impl NodeOptions {
             discard,
             detect_zeroes,
             cache,
+            active,
             driver,
             given,
         })

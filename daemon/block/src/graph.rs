@@ -1,5 +1,6 @@
 //! The graph: which nodes there are, what they stand on, and who uses them for what.
 
+mod activity;
 mod stored;
 
 pub use stored::{StoredBitmap, StoredNode};
@@ -54,6 +55,8 @@ struct Entry {
     leaving: bool,
     /// Its options, with what was taken over from its parent.
     options: Map,
+    /// What an inactive node will be made of again.
+    noted: Option<StoredNode>,
 }
 
 /// A node as it is shown to people.
@@ -77,6 +80,16 @@ struct Step {
     options: NodeOptions,
     children: Vec<(&'static str, Child)>,
     implicit: bool,
+    opens: Opens,
+}
+
+/// What becomes of the storage of a new node.
+enum Opens {
+    Yes,
+    /// It is looked at, and left alone.
+    Looks,
+    /// Enough is known of it.
+    No(Box<StoredNode>),
 }
 
 enum Child {
@@ -97,26 +110,37 @@ pub struct Opened {
 }
 
 impl Plan {
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
     /// Opens everything; may block. If one fails, those before it are returned for closing.
     pub fn open(self) -> std::result::Result<Opened, (Error, Opened)> {
         let mut opened = Opened {
             entries: Vec::new(),
         };
+        // As they were opened, for what stands on them: some are only looked at.
+        let mut nodes: Vec<Arc<Node>> = Vec::new();
         for step in self.steps {
             let children: Vec<Arc<Node>> = step
                 .children
                 .iter()
                 .map(|(_, c)| match c {
                     Child::Existing(node) => node.clone(),
-                    Child::Step(i) => opened.entries[*i].1.node.clone(),
+                    Child::Step(i) => nodes[*i].clone(),
                 })
                 .collect();
-            let node = match Node::open(&step.name, &step.options, &children, &self.runtime) {
-                Ok(node) => node,
+            let (found, node) = match step.open(&children, &self.runtime) {
+                Ok(found) => found,
                 Err(e) => return Err((e, opened)),
             };
+            nodes.push(found);
             let roles = step.children.iter().map(|(role, _)| *role);
             let entry = Entry {
+                noted: match step.opens {
+                    Opens::No(noted) => Some(*noted),
+                    Opens::Yes | Opens::Looks => None,
+                },
                 children: roles
                     .zip(children.iter().map(|c| c.name().to_owned()))
                     .collect(),
@@ -309,11 +333,16 @@ impl Graph {
                 "node '{name}' and one of its children have the same name: choose another"
             )));
         }
+        let opens = match options.active && children.iter().all(|(_, c)| c.is_active(plan)) {
+            true => Opens::Yes,
+            false => Opens::Looks,
+        };
         plan.steps.push(Step {
             name,
             options,
             children,
             implicit: child,
+            opens,
         });
         Ok(plan.steps.len() - 1)
     }
@@ -346,6 +375,7 @@ impl Graph {
             names.push(name.clone());
             self.nodes.insert(name, entry);
         }
+        self.note_inactive(&names);
         names.reverse();
         names
     }
@@ -659,6 +689,9 @@ impl Graph {
             )));
         }
         self.check_claim(name)?;
+        if matches!(parent, Parent::Job(_)) {
+            self.check_active(name)?;
+        }
         self.check(name, &parent, &wants, (name, &below_of(&parent, wants)))?;
         if let Some(entry) = self.nodes.get_mut(name) {
             entry.users.push(User {

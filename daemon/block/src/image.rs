@@ -30,6 +30,7 @@ impl Standalone {
         use std::os::unix::fs::FileTypeExt;
         let is_device = std::fs::metadata(filename).is_ok_and(|m| m.file_type().is_block_device());
         let options = NodeOptions {
+            active: true,
             node_name: None,
             read_only: !write,
             auto_read_only: false,

@@ -36,7 +36,7 @@ pub use crypt::{Encrypted, luks_failed, read_header};
 pub use descriptors::{Descriptors, Pending};
 pub use directories::Directories;
 pub use drivers::qcow2::NodeStorage;
-pub use drivers::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
+pub use drivers::{Direction, Driver, Inactive, Limits, LocalFuture, Resolved, SlowReason};
 pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, ROLES, StoredBitmap, StoredNode};
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};

@@ -12,7 +12,9 @@ use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
 use vdisk_io::{Bits, IoVecs, RangeLock, Recorder, segments_aligned};
 
 use crate::bitmap::Bitmap;
-use crate::drivers::{self, Direction, Driver, Limits, Resolved, SlowReason};
+use crate::drivers::{
+    self, Direction, Driver, Inactive, Limits, OpenedDriver, Resolved, SlowReason,
+};
 use crate::jobs::Backup;
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
@@ -94,8 +96,22 @@ impl Node {
         runtime: &Runtime,
     ) -> Result<Arc<Node>> {
         let opened = drivers::open(name, options, children, runtime)?;
+        Ok(Node::with(name, options, opened))
+    }
+
+    /// One that is not open, of which so much is known.
+    pub(crate) fn inactive(name: &str, options: &NodeOptions, known: Inactive) -> Arc<Node> {
+        let opened = OpenedDriver {
+            size: known.size,
+            read_only: options.read_only,
+            driver: Box::new(known),
+        };
+        Node::with(name, options, opened)
+    }
+
+    fn with(name: &str, options: &NodeOptions, opened: OpenedDriver) -> Arc<Node> {
         let limits = opened.driver.limits();
-        Ok(Arc::new(Node {
+        Arc::new(Node {
             name: name.to_owned(),
             limits,
             read_only: AtomicBool::new(opened.read_only),
@@ -112,7 +128,7 @@ impl Node {
             bitmaps: Mutex::default(),
             predecessor: ArcSwapOption::empty(),
             threshold: Mutex::default(),
-        }))
+        })
     }
 
     pub fn name(&self) -> &str {
@@ -802,6 +818,11 @@ impl Node {
     /// What the node has kept of one moment.
     pub(crate) fn moment(&self) -> Option<Arc<Backup>> {
         self.driver.moment()
+    }
+
+    /// Its storage is open. If not, requests fail, and only a front-end that starts (or a command) opens it.
+    pub fn is_active(&self) -> bool {
+        self.driver.is_active()
     }
 
     /// It shows its child as it is.

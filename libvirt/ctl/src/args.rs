@@ -173,6 +173,13 @@ pub enum Command {
         #[arg(long)]
         quiesce: bool,
     },
+    /// Bring a guest to another host while it runs
+    ///
+    /// The images are where both hosts find them under the same names, or are brought there first (--copy-storage). Each is open on one
+    /// host at a time: the other opens it when this one has let go of it.
+    ///
+    /// Example: vdiskctl domain migrate vm1 qemu+ssh://host2/system --persistent
+    Migrate(Migrate),
     /// Change the size of a disk; a guest that runs notices
     Resize {
         domain: String,
@@ -222,6 +229,7 @@ impl Command {
             | Command::BlockPull { domain, .. }
             | Command::BlockCopy { domain, .. }
             | Command::Backup { domain, .. }
+            | Command::Migrate(Migrate { domain, .. })
             | Command::Resize { domain, .. }
             | Command::Throttle { domain, .. }
             | Command::Snapshot(
@@ -232,6 +240,30 @@ impl Command {
             _ => None,
         }
     }
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Migrate {
+    pub domain: String,
+    /// libvirt's daemon there, as this program reaches it
+    pub desturi: String,
+    /// Where the guest's memory goes (tcp://host2; unix:///path), if libvirt cannot find out
+    pub migrateuri: Option<String>,
+    /// Keep the definition there when the guest ends
+    #[arg(long)]
+    pub persistent: bool,
+    /// Forget the definition here
+    #[arg(long)]
+    pub undefinesource: bool,
+    /// The two libvirts talk to each other directly
+    #[arg(long)]
+    pub p2p: bool,
+    /// First bring the disks into this folder, which both hosts have
+    #[arg(long, value_name = "FOLDER")]
+    pub copy_storage: Option<String>,
+    /// Bytes per second at most for that (50M)
+    #[arg(long, requires = "copy_storage")]
+    pub speed: Option<String>,
 }
 
 /// What of a domain is changed.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use vdisk_domain::{
-    Disk, Domain, Metadata, attach_xml, build_disk, take_down_disk, with_shared_memory,
+    Disk, Domain, Metadata, Start, attach_xml, build_disk, take_down_disk, with_shared_memory,
 };
 use vdiskctl::error::{Error, Result};
 
@@ -139,7 +139,7 @@ async fn attach_to(cx: &Context, guest: &Guest, side: Side, disk: &Disk) -> Resu
     let serve = side == Side::Live;
     if serve {
         let daemon = cx.daemon(&domain).await?;
-        build_disk(&daemon, &domain, disk, &socket)
+        build_disk(&daemon, &domain, disk, &socket, Start::Boot)
             .await
             .map_err(failed)?;
     }

@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use vdisk_domain::{Domain, Metadata, NAMESPACE, PREFIX};
 use vdiskctl::error::{Error, Result};
 use virt::connect::Connect;
-use virt::domain::Domain as VirDomain;
+use virt::domain::{Domain as VirDomain, MigrateParameters};
 use virt::domain_snapshot::DomainSnapshot;
 use virt::sys;
+
+use crate::args::Migrate;
 
 /// Which of a domain's two definitions is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,6 +293,35 @@ impl Guest {
         DomainSnapshot::create_xml(&self.domain, &xml, flags)
             .map(drop)
             .map_err(self.failed("cannot be saved"))
+    }
+
+    /// Brings the guest to another host.
+    pub fn migrate(&self, to: &Libvirt, how: &Migrate) -> Result<()> {
+        let mut flags = sys::VIR_MIGRATE_LIVE;
+        for (on, flag) in [
+            (how.persistent, sys::VIR_MIGRATE_PERSIST_DEST),
+            (how.undefinesource, sys::VIR_MIGRATE_UNDEFINE_SOURCE),
+            (how.p2p, sys::VIR_MIGRATE_PEER2PEER),
+        ] {
+            if on {
+                flags |= flag;
+            }
+        }
+        let parameters = MigrateParameters {
+            uri: how.migrateuri.clone(),
+            ..MigrateParameters::default()
+        };
+        let moved = match how.p2p {
+            true => self
+                .domain
+                .migrate_to_uri3(Some(&how.desturi), parameters, flags)
+                .map(drop),
+            false => self
+                .domain
+                .migrate3(&to.connection, parameters, flags)
+                .map(drop),
+        };
+        moved.map_err(self.failed(&format!("cannot be moved to {}", how.desturi)))
     }
 
     pub fn resume(&self) -> Result<()> {

@@ -119,6 +119,20 @@ pub async fn copy(cx: &Context) -> Result<()> {
         return Ok(());
     };
     let running = Running::find(cx, domain).await?;
+    let (format, speed) = (format.as_deref(), speed.as_deref());
+    copy_disk(cx, &running, target, dest, format, *finish, speed).await
+}
+
+/// Brings a disk elsewhere, and its guest as well unless the copy is only to be made.
+pub async fn copy_disk(
+    cx: &Context,
+    running: &Running,
+    target: &str,
+    dest: &str,
+    format: Option<&str>,
+    finish: bool,
+    speed: Option<&str>,
+) -> Result<()> {
     let (disk, served) = running.disk(target)?;
     must_be_plain(disk)?;
     let manager = running.manager().await?;
@@ -129,7 +143,7 @@ pub async fn copy(cx: &Context) -> Result<()> {
     let size = number(objects.find("node", &node)?, "Size");
     let is_device = std::fs::metadata(&dest).is_ok_and(|m| !m.is_file());
     let usual = if is_device { "raw" } else { "qcow2" };
-    let format = format.as_deref().unwrap_or(usual);
+    let format = format.unwrap_or(usual);
     match is_device {
         // What is on a device is overwritten, as it has no other use.
         true => files::give(Path::new(&dest), false).map(drop)?,
@@ -145,7 +159,7 @@ pub async fn copy(cx: &Context) -> Result<()> {
         name: Some(format!("{}-{}", served.id, stamp())),
         sync: None,
         compress: false,
-        speed: speed.clone(),
+        speed: speed.map(str::to_owned),
         detach: false,
         target: node_words(disk.more_node_options()),
         options: Vec::new(),

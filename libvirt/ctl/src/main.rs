@@ -9,6 +9,7 @@ mod files;
 mod libvirt;
 mod list;
 mod live;
+mod migrate;
 mod snapshots;
 
 use std::io::Write;
@@ -89,6 +90,7 @@ async fn run(args: Args) -> Result<()> {
         Command::BlockCommit { .. } | Command::BlockPull { .. } => live::merge(&cx).await,
         Command::BlockCopy { .. } => live::copy(&cx).await,
         Command::Backup { .. } => backup::backup(&cx).await,
+        Command::Migrate(command) => migrate::migrate(&cx, command).await,
         Command::Resize { .. } => live::resize(&cx).await,
         Command::Throttle { .. } => live::throttle(&cx).await,
         Command::Threshold { .. } => live::threshold(&cx).await,

@@ -336,6 +336,11 @@ async fn take(
         _ => Ok(()),
     };
     let stopped = stopped.and(noted);
+    let stopped = match memory {
+        // To the daemon it looks as if the guest went on elsewhere, and it has let go of the images.
+        Some(_) => stopped.and(open_images(running).await),
+        None => stopped,
+    };
     let report = match &stopped {
         Ok(()) => manager.transaction(actions, Options::new()).await,
         Err(_) => Ok(Default::default()),
@@ -359,6 +364,15 @@ async fn take(
 }
 
 /// Has a file with memory say what it belongs to: its domain's disks would be written to where the snapshot has them.
+/// Has the daemon open the images of a domain that it has let go of.
+async fn open_images(running: &Running) -> Result<()> {
+    for served in &running.served {
+        let node = running.daemon.node(&served.node).await?;
+        node.set_active(true, Options::new()).await?;
+    }
+    Ok(())
+}
+
 fn note_snapshot(cx: &Context, file: &str, name: &str) -> Result<()> {
     let saved = cx.libvirt.saved_xml(file)?;
     let mut metadata = vdisk_domain::Domain::parse(&saved).map_err(wrong)?.metadata;

@@ -14,9 +14,9 @@ pub use adopt::{Adoption, adopt, attach_xml, release, replace_metadata, with_sha
 pub use disk::{Disk, Original, SETTINGS};
 pub use metadata::{Metadata, NAMESPACE, PREFIX, Snapshot, SnapshotDisk};
 pub use serve::{
-    Busy, Failure, Served, all_served, build, build_disk, served, take_down, take_down_disk,
+    Busy, Failure, Served, Start, all_served, build, build_disk, served, take_down, take_down_disk,
 };
-pub use xml::{DiskElement, Domain, Identity, disk_xml};
+pub use xml::{DiskElement, Domain, Identity, disk_xml, moved_sockets};
 
 /// What is wrong with a domain's XML or with what is to be done to it, in words that name the domain and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

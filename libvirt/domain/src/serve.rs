@@ -63,12 +63,19 @@ pub struct Served {
     pub clients: u64,
 }
 
+/// A node, as far as it matters here.
+#[derive(Default)]
+struct NodeThere {
+    children: Vec<String>,
+    file: String,
+    active: bool,
+}
+
 /// What there is in the daemon, as far as it matters here.
 #[derive(Default)]
 struct There {
     exports: Vec<Served>,
-    /// Children by node.
-    nodes: BTreeMap<String, Vec<String>>,
+    nodes: BTreeMap<String, NodeThere>,
     /// Nodes by job.
     jobs: BTreeMap<String, Vec<String>>,
     threads: BTreeSet<String>,
@@ -108,8 +115,13 @@ async fn look(daemon: &Daemon) -> Result<There, Failure> {
             let get = |key: &str| properties.get(key).map(|v| &**v);
             match interface.as_str() {
                 "org.vdisk1.Node" => {
-                    let children = get("Children").map(names).unwrap_or_default();
-                    there.nodes.insert(name.clone(), children);
+                    let node = NodeThere {
+                        children: get("Children").map(names).unwrap_or_default(),
+                        file: text(get("Filename")),
+                        // An older daemon has no others.
+                        active: !matches!(get("Active"), Some(Variant::Bool(false))),
+                    };
+                    there.nodes.insert(name.clone(), node);
                 }
                 "org.vdisk1.Job" => {
                     let objects = get("Objects").map(names).unwrap_or_default();
@@ -186,12 +198,38 @@ fn of(there: &There, uuid: &str) -> Vec<Served> {
     mine.collect()
 }
 
+/// How the guest of a domain comes to be here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It boots, or goes on from a file.
+    Boot,
+    /// It runs on another host, which has the images until then.
+    Incoming,
+}
+
+/// Whether all disks of a domain are served already for a guest that is to come from another host.
+fn awaits_guest(there: &There, domain: &Domain) -> bool {
+    let mut disks = domain.served();
+    disks.all(|(disk, socket)| {
+        let name = domain.object_name(&disk.target);
+        let node = there.nodes.get(&name);
+        let socket = socket.to_string_lossy();
+        let mut exports = there.exports.iter();
+        node.is_some_and(|n| !n.active && n.file == disk.file())
+            && exports.any(|e| e.id == name && e.socket == socket && e.clients == 0)
+    })
+}
+
 /// Serves all disks of a domain: all of them or none. What is left of an earlier life is taken down first.
 ///
 /// # Errors
 /// If a front-end is still connected to one of them, or something cannot be opened; nothing stays then.
-pub async fn build(daemon: &Daemon, domain: &Domain) -> Result<(), Failure> {
-    let before = served(daemon, &domain.uuid).await?;
+pub async fn build(daemon: &Daemon, domain: &Domain, start: Start) -> Result<(), Failure> {
+    let there = look(daemon).await?;
+    if start == Start::Boot && awaits_guest(&there, domain) {
+        return Ok(());
+    }
+    let before = of(&there, &domain.uuid);
     if let Some(busy) = before.iter().find(|s| s.clients > 0) {
         return Err(Failure(format!(
             "disk '{}' of domain '{}' is in use: a front-end is connected to {}; end it first",
@@ -202,7 +240,7 @@ pub async fn build(daemon: &Daemon, domain: &Domain) -> Result<(), Failure> {
         take_down(daemon, &domain.uuid, Busy::Stays).await?;
     }
     for (disk, socket) in domain.served() {
-        if let Err(e) = build_disk(daemon, domain, disk, socket).await {
+        if let Err(e) = build_disk(daemon, domain, disk, socket, start).await {
             let _ = take_down(daemon, &domain.uuid, Busy::Stays).await;
             return Err(e);
         }
@@ -216,10 +254,11 @@ pub async fn build_disk(
     domain: &Domain,
     disk: &Disk,
     socket: &Path,
+    start: Start,
 ) -> Result<(), Failure> {
     let name = domain.object_name(&disk.target);
     let mut added = Vec::new();
-    let done = add(daemon, &name, disk, socket, &mut added).await;
+    let done = add(daemon, &name, disk, socket, start, &mut added).await;
     if done.is_err() {
         for node in added.iter().rev() {
             if let Ok(node) = daemon.node(node).await {
@@ -245,14 +284,14 @@ async fn add(
     name: &str,
     disk: &Disk,
     socket: &Path,
+    start: Start,
     added: &mut Vec<String>,
 ) -> Result<(), Failure> {
     let manager = daemon.manager().await?;
     let mut there = look(daemon).await?;
     if there.exports.iter().all(|e| e.id != name) {
         // A hook may have run out of time. What somebody uses is not removed, nor what is of another image.
-        let is_ours = there.nodes.contains_key(name)
-            && daemon.node(name).await?.filename().await? == disk.file();
+        let is_ours = there.nodes.get(name).is_some_and(|n| n.file == disk.file());
         for left in [filter_name(name), name.to_owned()] {
             if is_ours && there.nodes.contains_key(&left) {
                 let node = daemon.node(&left).await?;
@@ -275,7 +314,11 @@ async fn add(
     let node = options
         .iter()
         .map(|(key, value)| (key.as_str(), value.clone()));
-    manager.add_node(node.collect()).await?;
+    let mut node: Options<'_> = node.collect();
+    if start == Start::Incoming {
+        node.insert("active", Variant::from(false));
+    }
+    manager.add_node(node).await?;
     added.push(name.to_owned());
     let limits = disk.limits();
     let filter = filter_name(name);
@@ -354,9 +397,9 @@ async fn take_down_export(daemon: &Daemon, export: &Served) -> Result<(), Failur
     let mut nodes: Vec<String> = vec![export.node.clone()];
     let mut next = 0;
     while let Some(name) = nodes.get(next) {
-        for child in there.nodes.get(name).cloned().unwrap_or_default() {
-            nodes.retain(|n| *n != child);
-            nodes.push(child);
+        for child in there.nodes.get(name).map_or(&[][..], |n| &n.children) {
+            nodes.retain(|n| n != child);
+            nodes.push(child.clone());
         }
         next = nodes.len().min(next + 1);
     }

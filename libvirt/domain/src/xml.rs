@@ -85,6 +85,31 @@ pub(crate) fn document(xml: &str) -> Result<Document<'_>> {
     Document::parse(xml).map_err(|e| Error(format!("the domain's XML cannot be read: {e}")))
 }
 
+/// The XML of a domain that comes from another host, with sockets where this host has them: None if all can be where they were.
+pub fn moved_sockets(xml: &str, domain: &Domain) -> Result<Option<String>> {
+    let doc = document(xml)?;
+    let mut edits = Vec::new();
+    for (target, node) in disks(domain_element(&doc)) {
+        let source = child(node, "source").and_then(|s| s.attribute_node("path"));
+        let ours = domain.served().any(|(disk, _)| disk.target == target);
+        if let (Some(path), true) = (source, ours) {
+            let folder = Path::new(path.value()).parent();
+            if folder.is_some_and(|f| !f.is_dir()) {
+                edits.push((path.range_value(), domain.socket_path(&target)));
+            }
+        }
+    }
+    if edits.is_empty() {
+        return Ok(None);
+    }
+    let mut out = xml.to_owned();
+    for (range, path) in edits.iter().rev() {
+        // A path of ours has nothing in it that would have to be escaped.
+        out.replace_range(range.clone(), &path.to_string_lossy());
+    }
+    Ok(Some(out))
+}
+
 /// Who a domain is, and which daemon serves its disks: what can be said even if the rest of its metadata is not understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {

@@ -5,6 +5,7 @@ mod copy_before_write;
 mod copy_on_read;
 mod file;
 mod filter;
+mod inactive;
 mod locks;
 mod luks;
 mod null;
@@ -26,6 +27,8 @@ use crate::jobs::Backup;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
+
+pub use inactive::Inactive;
 
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
@@ -91,6 +94,8 @@ pub enum SlowReason {
     Past,
     /// A job looks there for zeroes that it can discard.
     Discarded,
+    /// The node is inactive.
+    Inactive,
 }
 
 impl fmt::Display for SlowReason {
@@ -115,6 +120,7 @@ impl fmt::Display for SlowReason {
             SlowReason::Past => "what was overwritten since is read elsewhere",
             SlowReason::Debugged => "blkdebug may make requests fail",
             SlowReason::Mirrored => "a mirror writes to its target, too",
+            SlowReason::Inactive => "the node is inactive",
             SlowReason::Latency => "latency-ns delays requests",
         })
     }
@@ -251,6 +257,11 @@ pub trait Driver: Send + Sync {
     /// What the disk had at one moment, which the driver keeps.
     fn moment(&self) -> Option<Arc<Backup>> {
         None
+    }
+
+    /// Its storage is open.
+    fn is_active(&self) -> bool {
+        true
     }
 
     /// It shows its child as it is.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use vdisk_api::{Map, Value};
 
 use super::{Graph, Parent, ROLES, User};
+use crate::drivers::Inactive;
 
 /// A bitmap that is in no image.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -26,6 +27,9 @@ pub struct StoredNode {
     /// 0 for none.
     #[serde(default)]
     pub write_threshold: u64,
+    /// It is not open, and so much is known of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inactive: Option<Inactive>,
 }
 
 impl Graph {
@@ -70,6 +74,9 @@ impl Graph {
         let stored = top_down.iter().rev().filter_map(|node| {
             let name = node.name();
             let entry = self.nodes.get(name)?;
+            if let Some(noted) = &entry.noted {
+                return Some(noted.clone());
+            }
             let mut options = entry.options.clone();
             let backing = options.remove("backing");
             for role in ROLES {
@@ -95,6 +102,7 @@ impl Graph {
                 implicit: entry.implicit,
                 options,
                 whole_blocks: entry.implicit && is_image_file,
+                inactive: (!node.is_active()).then(|| Inactive::of(node)),
                 write_threshold: node.write_threshold(),
                 bitmaps: bitmaps
                     .map(|b| StoredBitmap {

@@ -22,10 +22,19 @@ use crate::keeper::connection_name;
 use crate::virtio_blk::{
     InflightLayout, InflightQueue, InflightRegion, Logging, Queue, QueueSetup,
 };
-use vdisk_api::MAX_QUEUE_SIZE;
+use vdisk_api::{Error, ErrorKind, MAX_QUEUE_SIZE};
 
 /// How long a front-end may take to read a reply.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a guest that has come from another host may wait for that to let go of the image before its front-end has to connect
+/// again (which it does for as long as it takes).
+const HAND_OVER: Duration = Duration::from_secs(10);
+const HAND_OVER_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a front-end that stops waits until the image is let go of. It is tried again later.
+const LET_GO: Duration = Duration::from_secs(10);
+const LET_GO_PAUSE: Duration = Duration::from_secs(1);
 
 /// A queue that runs on its I/O thread.
 struct Running {
@@ -45,6 +54,9 @@ pub(super) struct Connection<'a> {
     fixed: Vec<(IoThread, Kept<FixedBuffers>)>,
     /// The keeper has it.
     kept: bool,
+    /// The guest goes on elsewhere, and the image could not be let go of yet.
+    owed: bool,
+    signals: watch::Receiver<Signals>,
 }
 
 enum Reply {
@@ -87,6 +99,8 @@ impl Connection<'_> {
             queues: (0..num_queues).map(|_| None).collect(),
             fixed: Vec::new(),
             kept: left.is_some(),
+            owed: false,
+            signals: signals.clone(),
         };
         this.apply_cache();
         let resumed = match left {
@@ -216,6 +230,7 @@ impl Connection<'_> {
             let message = loop {
                 tokio::select! {
                     message = &mut next => break message?,
+                    () = tokio::time::sleep(LET_GO_PAUSE), if self.owed => self.let_go().await,
                     changed = signals.changed() => {
                         let now = *signals.borrow_and_update();
                         if now.stop || changed.is_err() {
@@ -326,8 +341,13 @@ impl Connection<'_> {
             Request::GetVringBase { index } => {
                 let i = self.index(code, index)?;
                 self.stop_queue(i).await;
-                self.fds.vrings[i].kick = None;
+                // It may have been disabled before.
+                let was_set_up = self.fds.vrings[i].kick.take().is_some();
                 self.fds.vrings[i].call = None;
+                let is_last = was_set_up && self.fds.vrings.iter().all(|v| v.kick.is_none());
+                if is_last && self.state.features & F_LOG_ALL != 0 {
+                    self.let_go().await;
+                }
                 let mut reply = index.to_ne_bytes().to_vec();
                 reply.extend(u32::from(self.state.vrings[i].next_avail).to_ne_bytes());
                 return Ok(Reply::Payload(reply, None));
@@ -632,6 +652,53 @@ impl Connection<'_> {
         Ok(())
     }
 
+    /// Lets go of the image for another host: the front-end has logged what changed in the guest's memory, and has stopped all
+    /// queues, which is how the guest goes on elsewhere. (Or goes on here: the image is opened again then.)
+    async fn let_go(&mut self) {
+        let gone = tokio::select! {
+            gone = self.shared.set_active(false) => gone,
+            () = tokio::time::sleep(LET_GO) => Err(Error::failed("it takes too long")),
+            _ = self.signals.wait_for(|s| s.stop) => return,
+        };
+        match gone {
+            Ok(()) => tracing::info!(
+                export = self.shared.id(),
+                "all queues are stopped for a migration, and the image is let go of"
+            ),
+            Err(error) if !self.owed => tracing::warn!(
+                export = self.shared.id(),
+                %error,
+                "all queues are stopped for a migration, and the image cannot be let go of yet: the guest waits on the other host"
+            ),
+            Err(_) => {}
+        }
+        self.owed = self.shared.device.backend.node().is_active();
+    }
+
+    /// Has the image opened, as soon as whoever has it lets go of it.
+    async fn open_image(&mut self) -> Result<(), ProtocolError> {
+        self.owed = false;
+        let since = Instant::now();
+        while !self.shared.device.backend.node().is_active() {
+            let opened = tokio::select! {
+                opened = self.shared.set_active(true) => opened,
+                _ = self.signals.wait_for(|s| s.stop) => Err(Error::failed("the export ends")),
+            };
+            match opened {
+                Ok(()) => tracing::info!(
+                    export = self.shared.id(),
+                    "the guest goes on here, and the image is open"
+                ),
+                Err(error) if error.kind == ErrorKind::InUse && since.elapsed() < HAND_OVER => {
+                    tracing::warn!(export = self.shared.id(), %error, "the guest has to wait");
+                    tokio::time::sleep(HAND_OVER_PAUSE).await;
+                }
+                Err(error) => return Err(ProtocolError::NotReady(error)),
+            }
+        }
+        Ok(())
+    }
+
     fn logging(&self, i: usize) -> Option<Logging> {
         if self.state.features & F_LOG_ALL == 0 {
             return None;
@@ -799,6 +866,7 @@ impl Connection<'_> {
                 "queue {i} is started without its addresses and size"
             )));
         }
+        self.open_image().await?;
         self.note_inflight()?;
         let v = &self.state.vrings[i];
         let too_long = |r: &Arc<InflightRegion>| v.size > r.layout().queue_size;

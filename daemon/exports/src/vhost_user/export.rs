@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use vdisk_api::{Error, Result, SocketAddress, VhostUserBlkOptions};
 use vdisk_block::{Backend, Direction};
@@ -23,11 +23,18 @@ use crate::keeper::{Keeper, Left, connection_name, listener_name};
 use crate::statistics::{QueueCounters, QueueStats};
 use crate::virtio_blk::{Device, DeviceOptions};
 
-/// Something about an export changed by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Something about an export changed by itself, or is to be changed.
+#[derive(Debug)]
 pub enum ExportEvent {
     /// A front-end came or left.
     ClientsChanged { id: String },
+    /// The guest is about to go on here, and the images of the node must be open; or it goes on elsewhere, and they are to be let
+    /// go of.
+    Activity {
+        node: String,
+        active: bool,
+        done: oneshot::Sender<Result<()>>,
+    },
 }
 
 /// What connections are told.
@@ -68,6 +75,19 @@ impl Shared {
 
     pub fn id(&self) -> &str {
         &self.device.options.id
+    }
+
+    /// Has the images of the export's node opened, or let go of.
+    pub async fn set_active(&self, active: bool) -> Result<()> {
+        let node = self.device.backend.node().name().to_owned();
+        let (done, answer) = oneshot::channel();
+        let asked = self
+            .events
+            .send(ExportEvent::Activity { node, active, done });
+        match (asked, answer.await) {
+            (Ok(()), Ok(result)) => result,
+            _ => Err(Error::failed("the daemon is stopping")),
+        }
     }
 
     fn set_clients(&self, n: u32) {
@@ -291,7 +311,7 @@ async fn serve(
         match result {
             Ok(()) => tracing::info!(export = shared.id(), "front-end disconnected"),
             Err(error) => {
-                tracing::error!(export = shared.id(), %error, "front-end broke the protocol and was disconnected");
+                tracing::error!(export = shared.id(), %error, "the front-end is disconnected");
             }
         }
         shared.set_clients(0);

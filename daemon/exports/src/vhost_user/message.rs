@@ -80,6 +80,9 @@ pub enum ProtocolError {
     Invalid(String),
     #[error("the front-end does not read its replies")]
     Stuck,
+    /// Nothing that it did: it may connect again, and try once more.
+    #[error("{0}")]
+    NotReady(vdisk_api::Error),
     #[error("the connection failed: {0}")]
     Io(#[from] std::io::Error),
 }

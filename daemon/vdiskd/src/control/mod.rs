@@ -4,6 +4,7 @@
 //! of their own. Whatever changes is told to the observer before the command is answered, so that an
 //! object is there when the method that makes it returns.
 
+mod activity;
 pub mod bitmaps;
 mod exports;
 pub mod images;
@@ -230,10 +231,17 @@ impl Control {
                         return;
                     }
                 },
-                Some(ExportEvent::ClientsChanged { id }) = exports.recv() => {
-                    self.events.push(Event::ExportChanged(id));
-                    self.publish().await;
-                }
+                Some(event) = exports.recv() => match event {
+                    ExportEvent::ClientsChanged { id } => {
+                        self.events.push(Event::ExportChanged(id));
+                        self.publish().await;
+                    }
+                    ExportEvent::Activity { node, active, done } => {
+                        let result = self.set_active(&node, active).await;
+                        self.publish().await;
+                        let _ = done.send(result.map(|_| ()));
+                    }
+                },
                 Some(event) = nodes.recv() => {
                     tracing::info!(
                         node = event.node,
@@ -268,6 +276,7 @@ impl Control {
 
     async fn run(&mut self, command: Command) -> Result<Reply> {
         self.check_memory(&command)?;
+        self.check_active(&command)?;
         match command {
             Command::AddNode(options) => self.add_node(options).await,
             Command::RemoveNode { name } => self.remove_node(&name).await,
@@ -280,6 +289,7 @@ impl Control {
             }
             Command::ReplaceNode { node, with } => self.replace_node(&node, &with).await,
             Command::ReopenNode { node, change } => self.reopen_node(&node, change).await,
+            Command::SetActive { node, active } => self.set_active(&node, active).await,
             Command::CheckNode { name, repair } => self.check_node(&name, repair).await,
             Command::AddOverlay { node, overlay } => self.add_overlay(&node, overlay).await,
             Command::InsertFilter { node, filter } => self.insert_filter(&node, filter).await,

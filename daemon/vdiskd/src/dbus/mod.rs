@@ -224,6 +224,7 @@ async fn apply(
                 node.write_threshold_changed(emitter).await?;
                 node.discard_mode_changed(emitter).await?;
                 node.detect_zeroes_changed(emitter).await?;
+                node.active_changed(emitter).await?;
             }
         }
         Event::ThresholdExceeded(name, event) => {

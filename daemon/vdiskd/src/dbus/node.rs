@@ -184,6 +184,15 @@ impl NodeObject {
         Ok(())
     }
 
+    async fn set_active(&self, active: bool, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        let node = self.name.clone();
+        self.control
+            .run(Command::SetActive { node, active })
+            .await?;
+        Ok(())
+    }
+
     async fn set_write_threshold(&self, threshold: u64, options: Options) -> Result<(), Failure> {
         convert::no_options(options)?;
         let node = self.name.clone();
@@ -203,6 +212,12 @@ impl NodeObject {
     fn write_threshold(&self) -> u64 {
         let node = self.control.world().graph.node(&self.name);
         node.map_or(0, |n| n.write_threshold())
+    }
+
+    #[zbus(property)]
+    fn active(&self) -> bool {
+        let node = self.control.world().graph.node(&self.name);
+        node.is_ok_and(|n| n.is_active())
     }
 
     #[zbus(property)]

@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use vdisk_api::{
-    DriverOptions, Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map,
-    NodeOptions, Result, Secret, ThrottleLimits,
+    Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map, Result, Secret,
+    ThrottleLimits,
 };
-use vdisk_block::{Opened, Plan, StoredNode};
+use vdisk_block::{Node, Opened, Plan, StoredNode};
 use vdisk_exports::Left;
 use vdisk_exports::vhost_user::unwrap;
 
@@ -268,7 +269,8 @@ impl Control {
                 // They stand on each other: no daemon has written that.
                 now = std::mem::take(&mut left);
             }
-            let plans: Vec<Result<Plan>> = now.iter().map(|node| self.plan_stored(node)).collect();
+            let plan = |node| self.world().graph.plan_stored(node);
+            let plans: Vec<Result<Plan>> = now.iter().map(plan).collect();
             let opened = plans.into_iter().map(async |plan| match plan {
                 Ok(plan) => self.open_ready(plan).await,
                 Err(e) => Err(e),
@@ -285,14 +287,6 @@ impl Control {
         instead
     }
 
-    fn plan_stored(&self, stored: &StoredNode) -> Result<Plan> {
-        let mut options = NodeOptions::restored(&stored.name, stored.options.clone())?;
-        if let DriverOptions::File(file) = &mut options.driver {
-            file.whole_blocks = stored.whole_blocks;
-        }
-        self.world().graph.plan(options)
-    }
-
     fn restore_node(&mut self, stored: &StoredNode, opened: Opened) -> Result<()> {
         self.insert(opened)?;
         let mut world = self.world();
@@ -302,8 +296,17 @@ impl Control {
             node.succeed(&backing);
         }
         world.graph.set_implicit(&stored.name, stored.implicit);
+        drop(world);
+        if node.is_active() {
+            self.take_up(&node, stored);
+        }
+        Ok(())
+    }
+
+    /// Gives a node what was noted of it that is not in its options.
+    pub(in crate::control) fn take_up(&self, node: &Arc<Node>, stored: &StoredNode) {
         if stored.write_threshold > 0 {
-            self.tell_of_writes_beyond(&node, stored.write_threshold);
+            self.tell_of_writes_beyond(node, stored.write_threshold);
         }
         for bitmap in &stored.bitmaps {
             tracing::warn!(
@@ -316,7 +319,6 @@ impl Control {
                 bitmap.bits().set(&(0..node.size()));
             }
         }
-        Ok(())
     }
 
     fn restore_export(&mut self, options: Map, mut left: Left) -> Result<()> {

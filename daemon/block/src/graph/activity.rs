@@ -1,0 +1,247 @@
+//! Nodes that are not open: their images may be in use on another host, to which a guest is about to move or from which it comes.
+//!
+//! A node that is inactive keeps its name, its options, its users and its place. All above it are inactive as well, unless they
+//! came active before: whatever stands on it is opened with it.
+
+use std::sync::Arc;
+
+use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
+
+use super::{Child, Entry, Graph, Opened, Opens, Parent, Plan, Step, StoredNode};
+use crate::drivers::Inactive;
+use crate::node::Node;
+use crate::runtime::Runtime;
+
+impl Child {
+    pub(super) fn is_active(&self, plan: &Plan) -> bool {
+        match self {
+            Child::Existing(node) => node.is_active(),
+            Child::Step(i) => matches!(plan.steps[*i].opens, Opens::Yes),
+        }
+    }
+}
+
+impl Step {
+    /// Opens the node, or looks at it: as others that are looked at stand on it, and as it becomes part of the graph.
+    pub(super) fn open(
+        &self,
+        children: &[Arc<Node>],
+        runtime: &Runtime,
+    ) -> Result<(Arc<Node>, Arc<Node>)> {
+        match &self.opens {
+            Opens::Yes => {
+                let node = Node::open(&self.name, &self.options, children, runtime)?;
+                Ok((node.clone(), node))
+            }
+            Opens::Looks => {
+                // Somebody may write to it.
+                let options = NodeOptions {
+                    read_only: true,
+                    force_share: true,
+                    ..self.options.clone()
+                };
+                let seen = Node::open(&self.name, &options, children, runtime)?;
+                let node = Node::inactive(&self.name, &self.options, Inactive::of(&seen));
+                Ok((seen, node))
+            }
+            Opens::No(noted) => {
+                let known = noted.inactive.clone().ok_or_else(|| {
+                    Error::failed(format!("nothing is known of node '{}'", self.name))
+                })?;
+                let node = Node::inactive(&self.name, &self.options, known);
+                Ok((node.clone(), node))
+            }
+        }
+    }
+}
+
+fn options(noted: &StoredNode) -> Result<NodeOptions> {
+    let mut options = NodeOptions::restored(&noted.name, noted.options.clone())?;
+    if let DriverOptions::File(file) = &mut options.driver {
+        file.whole_blocks = noted.whole_blocks;
+    }
+    Ok(options)
+}
+
+impl Graph {
+    /// Plans a node that an earlier daemon, or an earlier state of this one, has noted.
+    pub fn plan_stored(&mut self, noted: &StoredNode) -> Result<Plan> {
+        let mut plan = self.plan(options(noted)?)?;
+        if let (Some(step), true) = (plan.steps.last_mut(), noted.inactive.is_some()) {
+            step.opens = Opens::No(Box::new(noted.clone()));
+        }
+        Ok(plan)
+    }
+
+    /// Notes of nodes that are inactive what they will be made of.
+    pub(super) fn note_inactive(&mut self, names: &[String]) {
+        let is_new = |name: &String| {
+            let entry = self.nodes.get(name);
+            entry.is_some_and(|e| !e.node.is_active() && e.noted.is_none())
+        };
+        if !names.iter().any(is_new) {
+            return;
+        }
+        for noted in self.stored() {
+            if let Some(entry) = self.nodes.get_mut(&noted.name)
+                && noted.inactive.is_some()
+            {
+                entry.noted = Some(noted);
+            }
+        }
+    }
+
+    /// Refuses what needs the storage of a node.
+    pub fn check_active(&self, name: &str) -> Result<()> {
+        match self.nodes.get(name) {
+            Some(entry) if !entry.node.is_active() => Err(Error::in_use(format!(
+                "node '{name}' is inactive, and its image may be in use on another host: make it active first (SetActive), if it is not"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Plans to open a node that is inactive, and all such nodes below it.
+    pub fn plan_activation(&self, name: &str) -> Result<Plan> {
+        self.entry(name)?;
+        let mut plan = Plan {
+            steps: Vec::new(),
+            runtime: self.runtime.clone(),
+        };
+        self.plan_active(name, &mut plan)?;
+        Ok(plan)
+    }
+
+    fn plan_active(&self, name: &str, plan: &mut Plan) -> Result<Child> {
+        let entry = self.entry(name)?;
+        let Some(noted) = &entry.noted else {
+            return Ok(Child::Existing(entry.node.clone()));
+        };
+        if let Some(at) = plan.steps.iter().position(|s| s.name == name) {
+            return Ok(Child::Step(at));
+        }
+        let mut children = Vec::new();
+        for (role, child) in &entry.children {
+            children.push((*role, self.plan_active(child, plan)?));
+        }
+        plan.steps.push(Step {
+            name: name.to_owned(),
+            options: options(noted)?,
+            children,
+            implicit: entry.implicit,
+            opens: Opens::Yes,
+        });
+        Ok(Child::Step(plan.steps.len() - 1))
+    }
+
+    /// Gives nodes that were inactive what was opened for them. Everything above was drained. Returns for each what it was, what it
+    /// is, and what was noted of it.
+    pub fn activate(&mut self, opened: Opened) -> Vec<(Arc<Node>, Arc<Node>, StoredNode)> {
+        let mut changed = Vec::new();
+        for (name, new) in opened.entries {
+            let Some(entry) = self.nodes.get_mut(&name) else {
+                continue;
+            };
+            let old = std::mem::replace(&mut entry.node, new.node.clone());
+            entry.options = new.options;
+            if let Some(noted) = entry.noted.take() {
+                changed.push((old, new.node, noted));
+            }
+        }
+        changed
+    }
+
+    /// The nodes that can be let go of with a node: it, and those below it that nobody else uses; parents first.
+    ///
+    /// # Errors
+    /// If something else needs one of them, or what is written to stays open.
+    pub fn check_deactivation(&self, name: &str) -> Result<Vec<String>> {
+        let entry = self.entry(name)?;
+        if let Some(parent) = self.parent_nodes(name).next() {
+            return Err(Error::in_use(format!(
+                "node '{name}' is below node '{parent}': let go of that, and of all below it"
+            )));
+        }
+        let mut going: Vec<String> = Vec::new();
+        if entry.node.is_active() {
+            going.push(name.to_owned());
+        }
+        let mut next = 0;
+        while let Some(at) = going.get(next).cloned() {
+            next += 1;
+            for (_, child) in &self.entry(&at)?.children {
+                let below = self.entry(child)?;
+                let is_ours = below.users.is_empty()
+                    && self
+                        .parent_nodes(child)
+                        .all(|p| going.iter().any(|g| g == p));
+                if !below.node.is_active() {
+                    continue;
+                }
+                match is_ours {
+                    true => going.push(child.clone()),
+                    false if below.node.is_read_only() => {}
+                    false => {
+                        return Err(Error::in_use(format!(
+                            "node '{name}' cannot be let go of: node '{child}' below it is in use by {}, and not read-only",
+                            self.other_user(child, &going)
+                        )));
+                    }
+                }
+            }
+        }
+        for at in &going {
+            self.check_claim(at)?;
+            self.check_no_job(at)?;
+            let driver = self.entry(at)?.node.driver_name();
+            if matches!(driver, "copy-before-write" | "snapshot-access") {
+                return Err(Error::in_use(format!(
+                    "node '{at}' keeps what a disk had at one moment, which would be lost: remove it first"
+                )));
+            }
+        }
+        Ok(going)
+    }
+
+    fn other_user(&self, name: &str, going: &[String]) -> String {
+        let others = self.parents(name).into_iter();
+        let mut others = others.filter(|p| !matches!(p, Parent::Node(n) if going.contains(n)));
+        others.next().map_or("others".into(), |p| p.to_string())
+    }
+
+    /// Puts nodes that were closed into the graph as inactive ones. Everything above was drained. Returns for each what it was, and
+    /// what it is.
+    ///
+    /// # Errors
+    /// If the options of one of them are not understood any more; nothing is changed then.
+    pub fn plan_deactivation(&self, names: &[String]) -> Result<Vec<(StoredNode, Arc<Node>)>> {
+        let stored = self
+            .stored()
+            .into_iter()
+            .filter(|s| names.contains(&s.name));
+        let stored = stored.map(|mut noted| {
+            let entry: &Entry = self.entry(&noted.name)?;
+            let known = Inactive::of(&entry.node);
+            noted.inactive = Some(known.clone());
+            let node = Node::inactive(&noted.name, &options(&noted)?, known);
+            Ok((noted, node))
+        });
+        stored.collect()
+    }
+
+    /// The second half of [`Graph::plan_deactivation`].
+    pub fn deactivate(
+        &mut self,
+        planned: Vec<(StoredNode, Arc<Node>)>,
+    ) -> Vec<(Arc<Node>, Arc<Node>)> {
+        let mut changed = Vec::new();
+        for (noted, node) in planned {
+            if let Some(entry) = self.nodes.get_mut(&noted.name) {
+                let old = std::mem::replace(&mut entry.node, node.clone());
+                entry.noted = Some(noted);
+                changed.push((old, node));
+            }
+        }
+        changed
+    }
+}

@@ -1,0 +1,197 @@
+//! Images that are let go of for another host, and opened when it has let go of them.
+
+use std::sync::Arc;
+
+use vdisk_api::{Action, Command, Error, Reply, Result};
+use vdisk_block::Node;
+
+use super::{Control, Event};
+
+impl Control {
+    /// Refuses what needs the storage of a node that is inactive. (Jobs are refused when they attach to their nodes.)
+    pub(super) fn check_active(&self, command: &Command) -> Result<()> {
+        let nodes: Vec<&str> = match command {
+            Command::ResizeNode { name, .. }
+            | Command::CheckNode { name, .. }
+            | Command::TakeOut { name } => vec![name],
+            Command::SetWriteThreshold { node, .. }
+            | Command::ReopenNode { node, .. }
+            | Command::AddOverlay { node, .. }
+            | Command::InsertFilter { node, .. }
+            | Command::Snapshot { node, .. }
+            | Command::Bitmap { node, .. } => vec![node],
+            Command::ReplaceNode { node, with } => vec![node, with],
+            Command::Transaction(transaction) => {
+                let actions = transaction.actions.iter();
+                let nodes = actions.map(|action| match action {
+                    Action::AddOverlay { node, .. } | Action::Bitmap { node, .. } => node.as_str(),
+                    Action::Backup(job) => job.node.as_str(),
+                });
+                nodes.collect()
+            }
+            // Those that are about no node's storage, or that look for themselves.
+            Command::AddNode(_)
+            | Command::RemoveNode { .. }
+            | Command::FlushNode { .. }
+            | Command::SetActive { .. }
+            | Command::StartJob(_)
+            | Command::Job { .. }
+            | Command::AddExport(_)
+            | Command::RemoveExport { .. }
+            | Command::ForgetLost { .. }
+            | Command::SetPersistent { .. }
+            | Command::AddIoThread(_)
+            | Command::UpdateIoThread { .. }
+            | Command::RemoveIoThread { .. } => Vec::new(),
+        };
+        let world = self.world();
+        nodes.iter().try_for_each(|n| world.graph.check_active(n))
+    }
+
+    pub(super) async fn set_active(&mut self, name: &str, active: bool) -> Result<Reply> {
+        match active {
+            true => self.activate_node(name).await?,
+            false => self.deactivate_node(name).await?,
+        }
+        Ok(Reply::Done)
+    }
+
+    async fn activate_node(&mut self, name: &str) -> Result<()> {
+        let plan = self.world().graph.plan_activation(name)?;
+        if plan.is_empty() {
+            return Ok(());
+        }
+        self.reserve_state()?;
+        let opened = self.open_ready(plan).await?;
+        let blocks = self.block_sizes(name);
+        let new = opened.nodes().last().cloned();
+        let old = self.world().graph.node(name)?;
+        if let Some(new) = &new
+            && let Some((export, block)) =
+                blocks.iter().find(|(_, b)| !new.size().is_multiple_of(*b))
+        {
+            let error = Error::invalid(format!(
+                "node '{name}' has {} bytes by now, which is not a multiple of the block size {block} of export '{export}': resize the image",
+                new.size()
+            ));
+            self.give_up(opened).await;
+            return Err(error);
+        }
+        let (_, drained) = self.hold(name).await;
+        let changed = self.world().graph.activate(opened);
+        for (old, new, noted) in &changed {
+            for guard in &drained {
+                guard.set_node_if(old, new);
+            }
+            self.take_up(new, noted);
+        }
+        if let (Some(new), Some(block)) = (&new, blocks.iter().map(|(_, b)| *b).min()) {
+            new.announce_block_size(block);
+        }
+        self.save();
+        drop(drained);
+        for (_, new, _) in &changed {
+            tracing::info!(node = new.name(), file = new.filename(), "node opened");
+            self.events.push(Event::NodeChanged(new.name().to_owned()));
+            self.bitmaps_added(new.name());
+        }
+        let grown = new.is_some_and(|new| new.size() != old.size());
+        self.exports_changed(name, grown);
+        Ok(())
+    }
+
+    async fn deactivate_node(&mut self, name: &str) -> Result<()> {
+        let names = self.world().graph.check_deactivation(name)?;
+        if names.is_empty() {
+            return Ok(());
+        }
+        self.reserve_state()?;
+        let planned = self.world().graph.plan_deactivation(&names)?;
+        let node = self.world().graph.node(name)?;
+        let cannot = |node: &Arc<Node>, e: &std::io::Error| {
+            let name = node.name();
+            let what = format_args!("node '{name}' stays open: its last changes cannot be stored");
+            Error::io(what, e)
+        };
+        self.flush_mostly(&node)
+            .await
+            .map_err(|e| cannot(&node, &e))?;
+        let (_, drained) = self.hold(name).await;
+        self.flush(&node).await.map_err(|e| cannot(&node, &e))?;
+        let nodes = names.iter().map(|n| self.world().graph.node(n));
+        let nodes: Vec<Arc<Node>> = nodes.collect::<Result<_>>()?;
+        let bitmaps: Vec<(String, String)> = nodes
+            .iter()
+            .flat_map(|n| {
+                n.bitmaps()
+                    .into_iter()
+                    .map(|b| (n.name().to_owned(), b.name().to_owned()))
+            })
+            .collect();
+        for (at, node) in nodes.iter().enumerate() {
+            if let Err(e) = self.settle(node).await {
+                self.ready_again(&nodes[..=at]).await;
+                return Err(cannot(node, &e));
+            }
+        }
+        for node in &nodes {
+            node.close().await;
+        }
+        let changed = self.world().graph.deactivate(planned);
+        for (old, new) in &changed {
+            for guard in &drained {
+                guard.set_node_if(old, new);
+            }
+        }
+        self.save();
+        drop(drained);
+        let removed = bitmaps.into_iter();
+        let removed = removed.map(|(node, bitmap)| Event::BitmapRemoved(node, bitmap));
+        self.events.extend(removed);
+        for (_, new) in &changed {
+            tracing::info!(node = new.name(), file = new.filename(), "node let go of");
+            self.events.push(Event::NodeChanged(new.name().to_owned()));
+        }
+        self.exports_changed(name, false);
+        Ok(())
+    }
+
+    /// Makes nodes ready for requests again that were settled.
+    async fn ready_again(&self, nodes: &[Arc<Node>]) {
+        let Ok(thread) = self.world().any_thread() else {
+            return;
+        };
+        for node in nodes.iter().rev() {
+            let there = node.clone();
+            let done = thread.run_async(move |_| async move { there.activate().await });
+            if let Err(error) = done.await.map_err(std::io::Error::other).flatten() {
+                tracing::error!(node = node.name(), %error, "cannot be made ready again");
+            }
+        }
+    }
+
+    /// The logical blocks of the exports that a node is below.
+    fn block_sizes(&self, name: &str) -> Vec<(String, u64)> {
+        let world = self.world();
+        let (_, above) = world.graph.above(name);
+        let exports = world.exports.iter();
+        let exports = exports.filter(|(_, e)| above.iter().any(|n| n.name() == e.node()));
+        exports
+            .map(|(id, e)| {
+                (
+                    id.clone(),
+                    e.server.device().options.logical_block_size.into(),
+                )
+            })
+            .collect()
+    }
+
+    fn exports_changed(&mut self, name: &str, resized: bool) {
+        for (id, _) in self.block_sizes(name) {
+            if resized && let Ok(export) = self.world().export(&id) {
+                export.server.config_changed();
+            }
+            self.events.push(Event::ExportChanged(id));
+        }
+    }
+}

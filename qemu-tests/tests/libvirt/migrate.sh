@@ -1,0 +1,116 @@
+#!/bin/bash
+# A guest moves to another host and back while it verifies what it reads; each image is open on one host at a time.
+. /usr/bin/vdisk-script-lib
+
+# The other host: what is in /run, /etc/libvirt and /var of libvirt's is its own there, the images are not.
+mkdir -p /tmp/host2
+cat >/tmp/host2.sh <<'SH'
+#!/bin/bash
+set -eu
+hostname host2
+mkdir -p /tmp/host2/run
+mount -n -t tmpfs none /tmp/host2/run
+for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
+    mkdir -p "/tmp/host2/run/own/$folder"
+done
+cp -a /etc/libvirt/*.conf /etc/libvirt/hooks /tmp/host2/run/own/etc/libvirt/
+install -d -o libvirt-qemu -g libvirt-qemu /tmp/host2/run/own/var/lib/libvirt/qemu
+mkdir -p /tmp/host2/run/own/var/lib/libvirt/images
+mount -n --bind /var/lib/libvirt/images /tmp/host2/run/own/var/lib/libvirt/images
+for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
+    mount -n --rbind "/tmp/host2/run/own/$folder" "/$folder"
+done
+mount -n --move /tmp/host2/run /run
+mkdir -p /run/dbus /run/lock
+install -d -m 755 -o vdiskd -g kvm /run/vdiskd
+sed -i '/host_uuid/d; /unix_sock_dir/d; /auth_unix/d' /etc/libvirt/libvirtd.conf
+printf 'host_uuid = "11111111-2222-3333-4444-555555555555"\nauth_unix_rw = "none"\n' >>/etc/libvirt/libvirtd.conf
+dbus-daemon --system --nofork --nopidfile &
+until [ -S /run/dbus/system_bus_socket ]; do sleep 0.02; done
+cat >/tmp/vdiskd2.sh <<'VDISKD'
+umask 0007
+RUNTIME_DIRECTORY=/run/vdiskd setpriv --reuid vdiskd --regid kvm --clear-groups /usr/libexec/vdiskd >>/tmp/vdiskd2.log 2>&1 &
+until busctl status org.vdisk1 >/dev/null 2>&1; do sleep 0.02; done
+VDISKD
+bash /tmp/vdiskd2.sh
+virtlogd &
+libvirtd >/tmp/libvirtd2.log 2>&1 &
+until [ -S /run/libvirt/libvirt-sock ]; do sleep 0.02; done
+touch /tmp/host2-is-up
+wait
+SH
+chmod +x /tmp/host2.sh
+unshare --mount --uts --propagation private /tmp/host2.sh >/tmp/host2.log 2>&1 &
+other=$!
+until [ -e /tmp/host2-is-up ]; do
+    kill -0 $other || { cat /tmp/host2.log; false; }
+    sleep 0.05
+done
+on2() { nsenter -t $other --mount --uts "$@"; }
+on2 virsh list --all
+
+qemu-img create -q -f qcow2 $images/base.qcow2 64M
+qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 $images/a.qcow2
+qemu-img create -q -f raw $images/b.raw 64M
+define vm "$(file qcow2 $images/a.qcow2 vda)$(file raw $images/b.raw vdb '<iotune><total_iops_sec>5000</total_iops_sec></iotune>')"
+vdiskctl domain adopt vm
+virsh start vm
+guest vm wait-disk disk=vdb
+guest vm write disk=vdb offset=0 len=1048576 generation=1
+guest vm load-start disk=vda offset=0 len=33554432 threads=4
+there='qemu+unix:///system?socket=/proc/'$other'/root/run/libvirt/libvirt-sock'
+back='qemu+unix:///system?socket=/proc/1/root/run/libvirt/libvirt-sock'
+to() { vdiskctl domain migrate vm "$there" unix:///tmp/there.sock --persistent "$@"; }
+goes_on() {
+    local before after
+    before=$("$@" guest vm load-status)
+    until after=$("$@" guest vm load-status) && [ "$before" != "$after" ]; do sleep 0.02; done
+    if grep -q '"failed": true' <<<"$after"; then echo "the load failed"; false; fi
+}
+
+# Nobody there who could serve it; a job; a user who thinks better of it: the guest stays.
+kill "$(on2 busctl status org.vdisk1 | sed -n s/^PID=//p)"
+refused 'vdiskd is not running' to
+on2 bash /tmp/vdiskd2.sh
+mkdir $images/new
+chmod 777 $images/new
+vdiskctl mirror vm-vdb $images/new/copy.raw --format raw --speed 65536 --detach job-id=slow
+refused "works on disk 'vdb'" to
+vdiskctl job cancel slow
+virsh migrate-setspeed vm 1
+to >/tmp/aborted 2>&1 &
+moving=$!
+until virsh domjobinfo vm | grep -q 'Memory remaining'; do sleep 0.05; done
+virsh domjobabort vm
+! wait $moving
+goes_on
+virsh migrate-setspeed vm 1000
+[ -z "$(on2 vdiskctl node list --json | tr -d ' \n[]')" ]
+
+# There, with everything that belongs to the disks; here they cannot be opened meanwhile.
+to
+goes_on on2
+nothing_left
+refused 'is locked' virsh start vm
+nothing_left
+on2 guest vm verify disk=vdb offset=0 len=1048576 generation=1
+on2 vdiskctl domain list | tee /tmp/list
+[ "$(grep -c 'in use' /tmp/list)" = 2 ]
+on2 vdiskctl throttle list | grep -q vm-vdb
+on2 vdiskctl domain snapshot create vm away
+goes_on on2
+
+# And back, to the unprivileged daemon with the hardened unit, on the way to storage of another name.
+on2 vdiskctl domain migrate vm "$back" unix:///tmp/back.sock --persistent --undefinesource --copy-storage $images/new
+goes_on
+[ -z "$(on2 vdiskctl node list --json | tr -d ' \n[]')" ]
+[ -z "$(on2 virsh -q list --all)" ]
+virsh dumpxml --inactive vm | grep -q "file=\"$images/new/b.qcow2\""
+guest vm verify disk=vdb offset=0 len=1048576 generation=1
+guest vm load-stop | grep -q '"verified": [1-9]'
+systemctl restart vdiskd
+guest vm verify disk=vdb offset=0 len=1048576 generation=1
+virsh destroy vm
+nothing_left
+qemu-img check -q $images/new/a.qcow2
+echo "all is well"
