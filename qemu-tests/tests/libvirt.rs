@@ -26,3 +26,9 @@ fn operations_in_any_order() {
 fn what_virsh_refuses() {
     in_container("libvirt/live.sh", Some("libvirt"));
 }
+
+/// A guest moves to another libvirt with another daemon and back, under a verified load: each image is open on one host at a time.
+#[test]
+fn a_guest_moves_to_another_host() {
+    in_container("libvirt/migrate.sh", Some("libvirt"));
+}

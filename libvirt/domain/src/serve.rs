@@ -29,6 +29,7 @@ impl From<zbus::Error> for Failure {
                 match name.as_str() {
                     "org.freedesktop.DBus.Error.ServiceUnknown"
                     | "org.freedesktop.DBus.Error.NameHasNoOwner" => NOT_THERE.into(),
+
                     other if other.starts_with(ERROR_PREFIX) => message,
                     other => format!("{message} ({other})"),
                 }
@@ -37,6 +38,8 @@ impl From<zbus::Error> for Failure {
                 zbus::fdo::Error::ServiceUnknown(_) | zbus::fdo::Error::NameHasNoOwner(_) => {
                     NOT_THERE.into()
                 }
+                // A bus that would start services by itself, and this one is only started by systemd.
+                zbus::fdo::Error::SpawnChildExited(_) => NOT_THERE.into(),
                 _ => e.to_string(),
             },
             e => format!("cannot talk to vdiskd: {e}"),

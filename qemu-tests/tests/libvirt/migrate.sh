@@ -77,6 +77,8 @@ chmod 777 $images/new
 vdiskctl mirror vm-vdb $images/new/copy.raw --format raw --speed 65536 --detach job-id=slow
 refused "works on disk 'vdb'" to
 vdiskctl job cancel slow
+until vdiskctl node remove vm-vdb-mirror; do sleep 0.05; done
+rm $images/new/copy.raw
 virsh migrate-setspeed vm 1
 to >/tmp/aborted 2>&1 &
 moving=$!
