@@ -98,6 +98,7 @@ install:
 	install -D -m 755 $(PROGRAMS)/vdiskctl $(DESTDIR)$(BINDIR)/vdiskctl
 	install -D -m 755 $(PROGRAMS)/vdiskctl-domain $(DESTDIR)$(BINDIR)/vdiskctl-domain
 	install -D -m 755 $(PROGRAMS)/vdisk-libvirt-hook $(DESTDIR)$(LIBEXECDIR)/vdisk-libvirt-hook
+	install -D -m 755 $(PROGRAMS)/vdiskd-libvirt $(DESTDIR)$(LIBEXECDIR)/vdiskd-libvirt
 	install -d $(DESTDIR)$(HOOKDIR)
 	ln -sf $(LIBEXECDIR)/vdisk-libvirt-hook $(DESTDIR)$(HOOKDIR)/vdiskd
 	install -d $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man8
@@ -118,6 +119,8 @@ install:
 	sed -e 's|^\(ExecStart=.*\)|\1 --instance %i|' -e 's|^BusName=.*|&.instance.%i|' \
 	    -e 's/^\(Runtime\|State\)Directory=.*/&-%i/' -e 's|^Description=.*|&, instance %i|' \
 	    $(DESTDIR)$(UNITDIR)/vdiskd.service >$(DESTDIR)$(UNITDIR)/vdiskd@.service
+	install -m 644 systemd/vdiskd-libvirt.service $(DESTDIR)$(UNITDIR)/vdiskd-libvirt.service
+	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(UNITDIR)/vdiskd-libvirt.service
 	install -m 644 systemd/vdiskd-export@.socket systemd/vdiskd-metrics.socket $(DESTDIR)$(UNITDIR)/
 	install -D -m 644 systemd/user/vdiskd.service $(DESTDIR)$(USERUNITDIR)/vdiskd.service
 	sed -i 's|@libexecdir@|$(LIBEXECDIR)|' $(DESTDIR)$(USERUNITDIR)/vdiskd.service
@@ -125,8 +128,10 @@ install:
 	install -D -m 644 systemd/vdiskd.tmpfiles $(DESTDIR)$(TMPFILESDIR)/vdiskd.conf
 	install -D -m 644 systemd/vdiskd.sysusers $(DESTDIR)$(SYSUSERSDIR)/vdiskd.conf
 	install -D -m 644 systemd/org.vdisk1.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.conf
+	install -m 644 systemd/org.vdisk1.Domains.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.Domains.conf
 	install -D -m 644 systemd/org.vdisk1.policy $(DESTDIR)$(PREFIX)/share/polkit-1/actions/org.vdisk1.policy
 	install -D -m 644 systemd/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.service
+	install -m 644 systemd/org.vdisk1.Domains.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.Domains.service
 	install -d $(DESTDIR)$(DBUSDIR)/interfaces
 	install -m 644 dbus-interfaces/*.xml $(DESTDIR)$(DBUSDIR)/interfaces/
 

@@ -7,7 +7,9 @@ mod path;
 mod proxies;
 
 pub use daemon::{Bus, Daemon};
-pub use path::{bitmap_path, escape, export_path, iothread_path, job_path, node_path, unescape};
+pub use path::{
+    bitmap_path, domain_path, escape, export_path, iothread_path, job_path, node_path, unescape,
+};
 pub use proxies::{
     BitmapProxy, ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy,
 };
@@ -39,7 +41,19 @@ pub const ROOT_PATH: &str = "/org/vdisk1";
 /// What every error name starts with.
 pub const ERROR_PREFIX: &str = "org.vdisk1.Error.";
 
-/// The XML of each interface.
+/// The XML of each interface of the watcher of libvirt's domains (bus name `org.vdisk1.Domains`).
+pub const LIBVIRT_INTERFACES: [(&str, &str); 2] = [
+    (
+        "org.vdisk1.Domains",
+        include_str!("../org.vdisk1.Domains.xml"),
+    ),
+    (
+        "org.vdisk1.Domain",
+        include_str!("../org.vdisk1.Domain.xml"),
+    ),
+];
+
+/// The XML of each interface of the daemon.
 pub const INTERFACES: [(&str, &str); 7] = [
     (
         "org.vdisk1.Manager",

@@ -46,6 +46,11 @@ fn object(kind: &str, name: &str) -> OwnedObjectPath {
         .expect("an escaped name is a valid path element")
 }
 
+/// Of a domain of libvirt, by its UUID.
+pub fn domain_path(uuid: &str) -> OwnedObjectPath {
+    object("domain", uuid)
+}
+
 pub fn node_path(name: &str) -> OwnedObjectPath {
     object("node", name)
 }

@@ -32,3 +32,9 @@ fn what_virsh_refuses() {
 fn a_guest_moves_to_another_host() {
     in_container("libvirt/migrate.sh", Some("libvirt"));
 }
+
+/// What no hook is told of: disks that virsh unplugs, guests whose end libvirt did not see, names that change.
+#[test]
+fn what_libvirt_tells_by_events_only() {
+    in_container("libvirt/watch.sh", Some("libvirt"));
+}

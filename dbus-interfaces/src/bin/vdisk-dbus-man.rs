@@ -2,7 +2,7 @@
 
 use roff::{Roff, bold, italic, roman};
 use roxmltree::Node;
-use vdisk_dbus::INTERFACES;
+use vdisk_dbus::{INTERFACES, LIBVIRT_INTERFACES};
 
 /// What is said of an element: the comment before it, without its name in front.
 fn comment<'a>(element: Node<'a, '_>) -> &'a str {
@@ -104,7 +104,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
          something, org.vdisk1.open-any-path if an argument names a file of the host, org.vdisk1.attach for AddExport. Wherever a node's \
          option is called filename, a file descriptor (h) may be passed instead, which needs no right but those that it was opened with.",
     );
-    for (name, xml) in INTERFACES {
+    for (name, xml) in INTERFACES.into_iter().chain(LIBVIRT_INTERFACES) {
         let options = roxmltree::ParsingOptions {
             allow_dtd: true,
             ..Default::default()

@@ -49,6 +49,11 @@ impl Libvirt {
         Ok(Libvirt { connection })
     }
 
+    /// For what is not done here.
+    pub fn connection(&self) -> &Connect {
+        &self.connection
+    }
+
     pub fn all(&self) -> Result<Vec<Guest>> {
         let all = self.connection.list_all_domains(0);
         let all = all.map_err(failed("domains cannot be listed"))?;

@@ -3,13 +3,14 @@
 use serde_json::{Value as Json, json};
 use vdisk_api::format_size;
 use vdisk_domain::{Domain, Served, all_served, served, take_down_disk};
+use vdiskctl::daemon::Daemon;
 use vdiskctl::error::Result;
 use vdiskctl::objects::Objects;
 use vdiskctl::output::{Rows, number, print_json};
 use vdiskctl::stats::print_statistics;
 
 use crate::disks::{chain, none_served};
-use crate::libvirt::{Guest, Side};
+use crate::libvirt::{Guest, Libvirt, Side};
 use crate::{Context, disks::Running, failed};
 
 /// What serves the disks of a domain; nothing if the daemon is not there.
@@ -77,7 +78,7 @@ pub async fn list(cx: &Context, all: bool) -> Result<()> {
         }
     }
     // Whoever cannot reach the daemon sees no orphans.
-    for (uuid, orphan) in orphans(cx).await.unwrap_or_default() {
+    for (uuid, orphan) in orphans_of(cx).await.unwrap_or_default() {
         found.push(json!({
             "domain": Json::Null, "uuid": uuid, "running": false, "target": orphan.target, "served": true,
             "clients": orphan.clients, "image": Json::Null, "export": orphan.id, "vdiskd": true, "orphan": true,
@@ -99,10 +100,9 @@ pub async fn list(cx: &Context, all: bool) -> Result<()> {
 }
 
 /// What the daemon serves for no guest: those of domains that do not run, and disks that their domains do not have any more.
-async fn orphans(cx: &Context) -> Result<Vec<(String, Served)>> {
-    let daemon = vdiskctl::daemon::connect(&cx.args.daemon).await?;
-    let mut all = all_served(&daemon).await.map_err(failed)?;
-    for guest in cx.libvirt.all()? {
+pub async fn orphans(libvirt: &Libvirt, daemon: &Daemon) -> Result<Vec<(String, Served)>> {
+    let mut all = all_served(daemon).await.map_err(failed)?;
+    for guest in libvirt.all()? {
         if !guest.is_active()? {
             continue;
         }
@@ -118,9 +118,14 @@ async fn orphans(cx: &Context) -> Result<Vec<(String, Served)>> {
     Ok(all)
 }
 
+async fn orphans_of(cx: &Context) -> Result<Vec<(String, Served)>> {
+    let daemon = vdiskctl::daemon::connect(&cx.args.daemon).await?;
+    orphans(&cx.libvirt, &daemon).await
+}
+
 pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
     let daemon = vdiskctl::daemon::connect(&cx.args.daemon).await?;
-    for (uuid, orphan) in orphans(cx).await? {
+    for (uuid, orphan) in orphans(&cx.libvirt, &daemon).await? {
         // A domain that starts has its exports before libvirt says that it runs.
         let _lock = match cx.libvirt.find(&uuid) {
             Ok(guest) => match guest.lock() {
@@ -133,7 +138,7 @@ pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
             Err(_) => None,
         };
         // As it is now.
-        let now = orphans(cx).await?;
+        let now = orphans(&cx.libvirt, &daemon).await?;
         let same = |(u, s): &(String, Served)| *u == uuid && s.target == orphan.target;
         let Some((_, orphan)) = now.into_iter().find(same) else {
             continue;

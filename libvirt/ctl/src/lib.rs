@@ -1,0 +1,105 @@
+//! What vdiskctl(1) runs as `vdiskctl domain`, and what of it the watcher has use for.
+
+mod adopt;
+pub mod args;
+mod backup;
+mod devices;
+mod disks;
+mod files;
+pub mod libvirt;
+pub mod list;
+mod live;
+mod migrate;
+mod snapshots;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use vdisk_domain::Domain;
+use vdiskctl::daemon::{self, Daemon};
+use vdiskctl::error::{Error, Result};
+
+use args::{Args, Command};
+use libvirt::Libvirt;
+
+/// What every command has at hand.
+pub struct Context {
+    pub args: Args,
+    pub libvirt: Libvirt,
+}
+
+impl Context {
+    /// The daemon that serves a domain.
+    async fn daemon(&self, domain: &Domain) -> Result<Daemon> {
+        let mut to = self.args.daemon.clone();
+        // The one that serves it, whatever else is said.
+        if !domain.metadata.disks.is_empty() {
+            to.instance.clone_from(&domain.metadata.instance);
+        }
+        daemon::connect(&to).await
+    }
+}
+
+pub fn wrong(e: vdisk_domain::Error) -> Error {
+    Error::invalid(e.to_string())
+}
+
+pub fn failed(e: vdisk_domain::Failure) -> Error {
+    Error::failed(e.to_string())
+}
+
+fn print(bytes: &[u8]) {
+    let _ = std::io::stdout().write_all(bytes);
+}
+
+async fn run(args: Args) -> Result<()> {
+    match &args.command {
+        Command::Man => {
+            let mut page = Vec::new();
+            vdiskctl::commands::man_page(Args::command(), "vdiskctl domain", &mut page)
+                .map_err(|e| Error::failed(e.to_string()))?;
+            print(&page);
+            return Ok(());
+        }
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            let command = &mut Args::command();
+            clap_complete::generate(*shell, command, "vdiskctl-domain", &mut script);
+            print(&script);
+            return Ok(());
+        }
+        _ => {}
+    }
+    let libvirt = Libvirt::open(&args.connect)?;
+    let cx = Context { args, libvirt };
+    // What one of us reads another one must not have changed when it is written.
+    let _lock = match cx.args.command.changes() {
+        Some(domain) => Some(cx.libvirt.find(domain)?.lock()?),
+        None => None,
+    };
+    match &cx.args.command {
+        Command::List { all } => list::list(&cx, *all).await,
+        Command::Cleanup { dry_run } => list::cleanup(&cx, *dry_run).await,
+        Command::Info { domain } => list::info(&cx, domain).await,
+        Command::Adopt { .. } => adopt::adopt(&cx).await,
+        Command::Release { .. } => adopt::release(&cx).await,
+        Command::Attach { .. } => devices::attach(&cx).await,
+        Command::Detach { .. } => devices::detach(&cx).await,
+        Command::Snapshot(command) => snapshots::run(&cx, command).await,
+        Command::BlockCommit { .. } | Command::BlockPull { .. } => live::merge(&cx).await,
+        Command::BlockCopy { .. } => live::copy(&cx).await,
+        Command::Backup { .. } => backup::backup(&cx).await,
+        Command::Migrate(command) => migrate::migrate(&cx, command).await,
+        Command::Resize { .. } => live::resize(&cx).await,
+        Command::Throttle { .. } => live::throttle(&cx).await,
+        Command::Threshold { .. } => live::threshold(&cx).await,
+        Command::Stats { domain } => list::stats(&cx, domain).await,
+        Command::Man | Command::Completion { .. } => Ok(()),
+    }
+}
+
+/// What `vdiskctl-domain` does with its command line.
+pub fn main() -> ExitCode {
+    vdiskctl::run(run(Args::parse()))
+}
