@@ -128,7 +128,6 @@ install:
 	install -D -m 644 systemd/vdiskd.tmpfiles $(DESTDIR)$(TMPFILESDIR)/vdiskd.conf
 	install -D -m 644 systemd/vdiskd.sysusers $(DESTDIR)$(SYSUSERSDIR)/vdiskd.conf
 	install -D -m 644 systemd/org.vdisk1.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.conf
-	install -m 644 systemd/org.vdisk1.Domains.conf $(DESTDIR)$(DBUSDIR)/system.d/org.vdisk1.Domains.conf
 	install -D -m 644 systemd/org.vdisk1.policy $(DESTDIR)$(PREFIX)/share/polkit-1/actions/org.vdisk1.policy
 	install -D -m 644 systemd/org.vdisk1.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.service
 	install -m 644 systemd/org.vdisk1.Domains.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.Domains.service

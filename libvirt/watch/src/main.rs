@@ -55,6 +55,9 @@ struct Args {
     bus_address: Option<String>,
 }
 
+/// libvirt tells of some changes before it has made them: after that it is looked at once more.
+const CONFIRM: Duration = Duration::from_secs(1);
+
 /// What could not be taken down is tried again after that.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -69,6 +72,8 @@ struct Watch {
     heard: UnboundedReceiver<Heard>,
     asked: UnboundedReceiver<Asked>,
     signals: MessageStream,
+    /// When to look once more.
+    confirm: Option<Instant>,
     /// By daemon and export.
     orphans: HashMap<(String, String), Age>,
 }
@@ -119,6 +124,7 @@ impl Watch {
             heard,
             asked,
             signals,
+            confirm: None,
             orphans: HashMap::new(),
         })
     }
@@ -184,6 +190,7 @@ impl Watch {
         let me = self.connection.unique_name().map(|n| n.to_string());
         loop {
             let due = self.next_due();
+            let mut heard_of = true;
             let asked = tokio::select! {
                 heard = self.heard.recv() => match heard {
                     Some(Heard::Change) => None,
@@ -204,7 +211,10 @@ impl Watch {
                     Some(Err(_)) => None,
                 },
                 Some(asked) = self.asked.recv() => Some(asked),
-                () = tokio::time::sleep(due) => None,
+                () = tokio::time::sleep(due) => {
+                    heard_of = false;
+                    None
+                }
             };
             if asked.is_none() {
                 tokio::time::sleep(SETTLE).await;
@@ -216,6 +226,7 @@ impl Watch {
                     return Ok(());
                 }
             }
+            self.confirm = heard_of.then(|| Instant::now() + CONFIRM);
             let Some(view) = self.see(libvirt).await else {
                 return Ok(());
             };
@@ -271,10 +282,11 @@ impl Watch {
 
     /// How long until something is to be taken down, or tried again.
     fn next_due(&self) -> Duration {
+        let now = Instant::now();
         let next = self.orphans.values().filter_map(|age| age.due).min();
-        next.map_or(NEVER, |due| {
-            due.saturating_duration_since(Instant::now()).max(AGAIN)
-        })
+        let next = next.map(|due| due.saturating_duration_since(now).max(AGAIN));
+        let confirm = self.confirm.map(|at| at.saturating_duration_since(now));
+        confirm.into_iter().chain(next).min().unwrap_or(NEVER)
     }
 
     /// Takes down what has been an orphan for long enough, or all of them; returns their exports.

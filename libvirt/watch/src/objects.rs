@@ -1,6 +1,7 @@
 //! What was seen, on D-Bus.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{mpsc, oneshot};
 use vdisk_dbus::{ROOT_PATH, domain_path, export_path, node_path};
@@ -85,11 +86,22 @@ pub enum Asked {
     CleanUp(oneshot::Sender<Vec<String>>),
 }
 
-/// org.vdisk1.Domains
-struct DomainsObject {
+/// What is known of all domains together.
+#[derive(Default)]
+struct Known {
     connected: bool,
     orphans: Vec<Orphan>,
+}
+
+/// org.vdisk1.Domains
+struct DomainsObject {
+    /// Changes while a call waits for an answer, which has the object.
+    known: Arc<Mutex<Known>>,
     asked: mpsc::UnboundedSender<Asked>,
+}
+
+fn locked(known: &Mutex<Known>) -> MutexGuard<'_, Known> {
+    known.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl DomainsObject {
@@ -116,7 +128,7 @@ impl DomainsObject {
 
     #[zbus(property)]
     fn connected(&self) -> bool {
-        self.connected
+        locked(&self.known).connected
     }
 
     #[zbus(property)]
@@ -131,7 +143,7 @@ impl DomainsObject {
                 ("clients", Variant::from(orphan.served.clients)),
             ])
         };
-        self.orphans.iter().map(orphan).collect()
+        locked(&self.known).orphans.iter().map(orphan).collect()
     }
 }
 
@@ -147,6 +159,7 @@ fn no_options(options: &HashMap<String, OwnedVariant>) -> fdo::Result<()> {
 /// The objects that are on the bus.
 pub struct Published {
     connection: Connection,
+    known: Arc<Mutex<Known>>,
     domains: BTreeMap<String, Domain>,
 }
 
@@ -158,14 +171,15 @@ impl Published {
     ) -> zbus::Result<Published> {
         let server = connection.object_server();
         server.at(ROOT_PATH, fdo::ObjectManager).await?;
+        let known = Arc::new(Mutex::new(Known::default()));
         let domains = DomainsObject {
-            connected: false,
-            orphans: Vec::new(),
+            known: known.clone(),
             asked,
         };
         server.at(ROOT_PATH, domains).await?;
         Ok(Published {
             connection: connection.clone(),
+            known,
             domains: BTreeMap::new(),
         })
     }
@@ -176,9 +190,13 @@ impl Published {
         let all = server.interface::<_, DomainsObject>(ROOT_PATH).await?;
         {
             let orphans = view.map(|v| v.orphans.clone()).unwrap_or_default();
-            let mut there = all.get_mut().await;
-            let (was, had) = (there.connected, there.orphans != orphans);
-            (there.connected, there.orphans) = (view.is_some(), orphans);
+            let (was, had) = {
+                let mut known = locked(&self.known);
+                let before = (known.connected, known.orphans != orphans);
+                (known.connected, known.orphans) = (view.is_some(), orphans);
+                before
+            };
+            let there = all.get().await;
             if was != view.is_some() {
                 there.connected_changed(all.signal_emitter()).await?;
             }

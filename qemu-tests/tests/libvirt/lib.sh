@@ -5,7 +5,7 @@ failed() {
     virsh list --all
     vdiskctl domain list --all
     vdiskctl tree
-    journalctl -u vdiskd -u libvirtd --no-pager | tail -40
+    journalctl -u vdiskd -u libvirtd -u vdiskd-libvirt --no-pager | tail -40
     tail -n 20 /var/log/libvirt/qemu/*.log
     vdiskctl stats
     for vm in $(virsh list --name); do

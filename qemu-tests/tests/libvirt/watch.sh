@@ -29,7 +29,7 @@ def look():
     return d, *(plain(json.loads(line)) for line in out.stdout.splitlines())
 
 
-for _ in range(600):
+for _ in range(200):
     try:
         d, o, connected = look()
         if eval(sys.argv[1]):
