@@ -16,6 +16,7 @@ mounts() {
     mount -t overlay overlay -o "lowerdir=${LOWER:-/},upperdir=$dir/upper,workdir=$dir/work" "$dir/root"
 }
 end() {
+    [ -z "${loop:-}" ] || losetup -d "$loop" || true
     umount -R "$dir" 2>/dev/null || umount -l "$dir" 2>/dev/null || true
     rmdir "$dir" 2>/dev/null || true
 }
@@ -46,9 +47,17 @@ UNIT
 mkdir "$root/result" "$root/lab"
 printf 'ROUNDS=%s\nVDISK_LAB=/lab\n' "${ROUNDS:-}" >"$root/etc/vdisk-script.env"
 [ -z "${OTHER:-}" ] || install -m 755 "$OTHER" "$root/usr/libexec/vdiskd.other"
+# What the script says that it needs.
+bind=
+if grep -q '^# Needs a block device' "$script"; then
+    truncate -s 64M "$dir/device"
+    loop=$(losetup -f --show "$dir/device")
+    bind=--bind=$loop
+    printf 'DEVICE=%s\n' "$loop" >>"$root/etc/vdisk-script.env"
+fi
 lab=${VDISK_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/vdisk}
 status=0
-systemd-nspawn -q -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" --tmpfs=/var/tmp:mode=1777 \
+systemd-nspawn -q -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" $bind --tmpfs=/var/tmp:mode=1777 \
     --setenv=RUST_BACKTRACE=1 -b systemd.unit=vdisk-script.service systemd.show_status=0 </dev/null >"$dir/console" 2>&1 || status=$?
 cat "$root/result/log" || cat "$dir/console"
 exit $status

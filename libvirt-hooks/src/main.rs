@@ -4,13 +4,13 @@
 //! calls libvirt back, and ends in time. What it says on standard error when it fails is what the user of virsh sees.
 
 use std::io::{Read, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use vdisk_dbus::{Bus, Daemon, bus_name};
 use vdisk_domain::{
-    Busy, Domain, Identity, Start, build, build_disk, moved_sockets, served, take_down,
+    Busy, Domain, Identity, Start, being_changed, build, build_disk, let_in, moved_sockets, served,
+    take_down,
 };
 
 /// How long all of it may take. A daemon that has to be started first takes some tenths of a second.
@@ -64,26 +64,6 @@ async fn release(identity: &Identity, busy: Busy) -> Result<(), String> {
     done.map_err(|e| e.to_string())
 }
 
-/// Lets the daemon's user in to block devices: whose they are is forgotten whenever they come up.
-fn let_in(domain: &Domain) -> Result<(), String> {
-    let Ok(Some(user)) = nix::unistd::User::from_name("vdiskd") else {
-        return Ok(());
-    };
-    for (disk, _) in domain.served() {
-        let files = disk.backing.iter().map(|(file, _)| file.as_str());
-        for file in files.chain([disk.file()]) {
-            let Ok(there) = std::fs::metadata(file) else {
-                continue;
-            };
-            if there.file_type().is_block_device() && there.uid() != user.uid.as_raw() {
-                chown(file, Some(user.uid.as_raw()), None)
-                    .map_err(|e| format!("'{file}' cannot be given to vdiskd's user: {e}"))?;
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Serves again what is not served any more. A front-end that waits for its socket goes on then.
 async fn restore(daemon: &Daemon, domain: &Domain) -> Result<(), vdisk_domain::Failure> {
     let there = served(daemon, &domain.uuid).await?;
@@ -102,6 +82,10 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
         .map_err(|e| format!("the domain's XML cannot be read: {e}"))?;
     if phase == Phase::Release {
         let identity = Identity::parse(&xml).map_err(|e| e.to_string())?;
+        if being_changed(&identity.uuid) {
+            // There was no guest: its start was refused for that.
+            return Ok(());
+        }
         // A start may have failed because there is a guest already.
         let busy = match reason {
             "failed" => Busy::Stays,
@@ -131,13 +115,18 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
             "this is the memory of snapshot '{snapshot}' of domain '{name}', which belongs to what its disks were then: vdiskctl domain snapshot revert {name} {snapshot}"
         ));
     }
+    if phase != Phase::Reconnect && being_changed(&domain.uuid) {
+        return Err(format!(
+            "the disks of domain '{name}' are being changed by a vdiskctl: wait for its end"
+        ));
+    }
     if !domain.shares_memory {
         return Err(format!(
             "domain '{name}' does not share its memory, which disks of vdiskd need: put <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking> into it (virsh edit)"
         ));
     }
     if phase != Phase::Reconnect {
-        let_in(&domain)?;
+        let_in(&domain).map_err(|e| e.to_string())?;
     }
     in_time(serve(phase, &domain))?;
     if phase == Phase::Incoming {

@@ -38,3 +38,9 @@ fn a_guest_moves_to_another_host() {
 fn what_libvirt_tells_by_events_only() {
     in_container("libvirt/watch.sh", Some("libvirt"));
 }
+
+/// Snapshots, commits, pulls, copies, backups and a new size without a guest; a disk on a block device.
+#[test]
+fn disks_of_a_domain_that_is_shut_off() {
+    in_container("libvirt/offline.sh", Some("libvirt"));
+}

@@ -1,5 +1,7 @@
 //! Options of block nodes (QAPI `BlockdevOptions`).
 
+use std::os::unix::fs::FileTypeExt;
+
 use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
 use crate::job::{COPY_ERRORS, CopyErrorPolicy};
@@ -205,6 +207,15 @@ pub enum DriverOptions {
     SnapshotAccess(SnapshotAccessOptions),
     Blkdebug(BlkdebugOptions),
     NullCo(NullOptions),
+}
+
+/// The driver of what is at a path on this host.
+pub fn file_driver(path: &str) -> &'static str {
+    let is_device = |m: std::fs::Metadata| m.file_type().is_block_device();
+    match std::fs::metadata(path).is_ok_and(is_device) {
+        true => "host_device",
+        false => "file",
+    }
 }
 
 impl DriverOptions {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value as Json, json};
-use vdisk_api::{format_size, parse_size};
+use vdisk_api::{file_driver, format_size, parse_size};
 use vdisk_dbus::ManagerProxy;
 use zbus::Variant;
 
@@ -286,7 +286,7 @@ impl Target {
         let mut options = options(&copy.target)?;
         for (key, value) in [
             ("driver", copy.format.as_str()),
-            ("file.driver", "file"),
+            ("file.driver", file_driver(&copy.filename)),
             ("discard", "unmap"),
         ] {
             options.entry(key).or_insert_with(|| Variant::from(value));

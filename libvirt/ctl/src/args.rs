@@ -111,7 +111,7 @@ pub enum Command {
     /// What disks were at some moment, all of them at one instant
     #[command(subcommand)]
     Snapshot(Snapshot),
-    /// Put what was written since a snapshot into the image below, while the guest runs
+    /// Put what was written since a snapshot into the image below, whether the guest runs or not
     #[command(name = "blockcommit")]
     BlockCommit {
         domain: String,
@@ -123,7 +123,7 @@ pub enum Command {
         #[arg(long)]
         speed: Option<String>,
     },
-    /// Put what a disk reads from the images below into its own, so that it does not need them any more, while the guest runs
+    /// Put what a disk reads from the images below into its own, so that it does not need them any more
     #[command(name = "blockpull")]
     BlockPull {
         domain: String,
@@ -135,7 +135,7 @@ pub enum Command {
         #[arg(long)]
         speed: Option<String>,
     },
-    /// Bring a disk to another file or device while the guest runs, and have the guest use that
+    /// Bring a disk to another file or device, and have the guest use that, which may run
     #[command(name = "blockcopy")]
     BlockCopy {
         domain: String,
@@ -151,7 +151,7 @@ pub enum Command {
         #[arg(long)]
         speed: Option<String>,
     },
-    /// Back up the disks as they are at one instant, while the guest runs: all of them at first, and then what has changed
+    /// Back up the disks as they are at one instant, while the guest runs or not: all of them at first, and then what has changed
     ///
     /// Each file stands on the one before it: the newest, with those that it stands on, is the disk (qemu-img convert).
     ///
@@ -282,7 +282,7 @@ pub struct When {
 
 #[derive(Debug, Subcommand)]
 pub enum Snapshot {
-    /// Make one of the disks that vdiskd serves, while the guest runs
+    /// Make one of the disks that vdiskd serves, while the guest runs or not
     ///
     /// Example: vdiskctl domain snapshot create vm1 before-upgrade --quiesce
     Create {
@@ -310,6 +310,9 @@ pub enum Snapshot {
         /// Leave the guest's memory out
         #[arg(long)]
         disks_only: bool,
+        /// Lose the snapshots that were made since, too
+        #[arg(long)]
+        drop_newer: bool,
     },
     /// Forget one: what was written since goes into its image
     Delete { domain: String, name: String },

@@ -164,7 +164,10 @@ pub async fn backup(cx: &Context) -> Result<()> {
     else {
         return Ok(());
     };
-    let running = Running::find(cx, domain).await?;
+    let running = match quiesce {
+        true => Running::find(cx, domain).await?,
+        false => Running::find_or_open(cx, domain).await?,
+    };
     let folder = std::path::absolute(folder).map_err(|e| Error::invalid(e.to_string()))?;
     std::fs::create_dir_all(&folder)
         .map_err(|e| Error::failed(format!("'{}' cannot be made: {e}", folder.display())))?;

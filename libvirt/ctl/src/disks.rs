@@ -2,7 +2,7 @@
 
 use serde_json::Value as Json;
 use vdisk_dbus::ManagerProxy;
-use vdisk_domain::{Disk, Domain, Metadata, Served, served};
+use vdisk_domain::{Disk, Domain, Metadata, Served, Start, build, let_in, served};
 use vdiskctl::daemon::Daemon;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::objects::{Objects, name_of};
@@ -24,6 +24,28 @@ pub struct Running {
 }
 
 impl Running {
+    /// As [`Running::find`], and opens the disks of a domain that is shut off, until the command has ended.
+    pub async fn find_or_open(cx: &Context, name: &str) -> Result<Running> {
+        let guest = cx.libvirt.find(name)?;
+        if guest.is_active()? || cx.has_opened() {
+            return Running::find_served(cx, guest).await;
+        }
+        guest.must_be_off()?;
+        let domain = guest.now()?;
+        if domain.served().next().is_none() {
+            return Err(none_served(&domain.name));
+        }
+        guest.keep_off(true)?;
+        // It may have begun to start before.
+        guest.must_be_off()?;
+        let_in(&domain).map_err(wrong)?;
+        let daemon = cx.daemon(&domain).await?;
+        cx.opened(&guest, &daemon, &domain.uuid);
+        build(&daemon, &domain, Start::Boot).await.map_err(failed)?;
+        Running::find_served(cx, guest).await
+    }
+
+    /// A domain that runs.
     pub async fn find(cx: &Context, name: &str) -> Result<Running> {
         let guest = cx.libvirt.find(name)?;
         if !guest.is_active()? {
@@ -32,6 +54,10 @@ impl Running {
                 guest.name
             )));
         }
+        Running::find_served(cx, guest).await
+    }
+
+    async fn find_served(cx: &Context, guest: Guest) -> Result<Running> {
         let domain = guest.now()?;
         if domain.metadata.disks.is_empty() {
             return Err(none_served(&domain.name));

@@ -1,7 +1,7 @@
 //! Image files, and whose they are: the daemon runs as a user of its own, which has to be let in.
 
 use std::fs::{Metadata, OpenOptions};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use vdisk_dbus::ManagerProxy;
@@ -41,7 +41,11 @@ pub fn give(path: &Path, only_read: bool) -> Result<Option<(u32, u32)>> {
     let Some(user) = user().filter(|u| *u != there.uid()) else {
         return Ok(None);
     };
-    // Whose a device is is forgotten when the machine starts: the hook sees to that.
+    if there.file_type().is_block_device() {
+        // Whose a device is is forgotten when the machine starts: the hook sees to that, and nothing is given back.
+        change_owner(path, &there, Some(user), None)?;
+        return Ok(None);
+    }
     if !there.is_file() || (only_read && there.mode() & 0o004 != 0) {
         return Ok(None);
     }

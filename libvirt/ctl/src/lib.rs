@@ -12,24 +12,55 @@ mod live;
 mod migrate;
 mod snapshots;
 
+use std::cell::RefCell;
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use vdisk_domain::Domain;
+use vdisk_domain::{Busy, Domain, take_down};
 use vdiskctl::daemon::{self, Daemon};
 use vdiskctl::error::{Error, Result};
 
 use args::{Args, Command};
-use libvirt::Libvirt;
+use libvirt::{Guest, Libvirt};
 
 /// What every command has at hand.
 pub struct Context {
     pub args: Args,
     pub libvirt: Libvirt,
+    opened: RefCell<Option<Opened>>,
+}
+
+/// The disks of a domain that is shut off, which were opened for the command: by which daemon, and the domain's name and UUID.
+struct Opened {
+    daemon: Daemon,
+    domain: String,
+    uuid: String,
 }
 
 impl Context {
+    fn has_opened(&self) -> bool {
+        self.opened.borrow().is_some()
+    }
+
+    fn opened(&self, guest: &Guest, daemon: &Daemon, uuid: &str) {
+        self.opened.replace(Some(Opened {
+            daemon: daemon.clone(),
+            domain: guest.name.clone(),
+            uuid: uuid.to_owned(),
+        }));
+    }
+
+    /// Closes what was opened for the command.
+    async fn close(&self) -> Result<()> {
+        let Some(opened) = self.opened.take() else {
+            return Ok(());
+        };
+        let closed = take_down(&opened.daemon, &opened.uuid, Busy::Stays).await;
+        self.libvirt.find(&opened.domain)?.keep_off(false)?;
+        closed.map_err(failed)
+    }
+
     /// The daemon that serves a domain.
     async fn daemon(&self, domain: &Domain) -> Result<Daemon> {
         let mut to = self.args.daemon.clone();
@@ -72,29 +103,40 @@ async fn run(args: Args) -> Result<()> {
         _ => {}
     }
     let libvirt = Libvirt::open(&args.connect)?;
-    let cx = Context { args, libvirt };
+    let cx = Context {
+        args,
+        libvirt,
+        opened: RefCell::default(),
+    };
     // What one of us reads another one must not have changed when it is written.
     let _lock = match cx.args.command.changes() {
         Some(domain) => Some(cx.libvirt.find(domain)?.lock()?),
         None => None,
     };
+    let done = command(&cx).await;
+    // What went wrong first is what matters.
+    let closed = cx.close().await;
+    done.and(closed)
+}
+
+async fn command(cx: &Context) -> Result<()> {
     match &cx.args.command {
-        Command::List { all } => list::list(&cx, *all).await,
-        Command::Cleanup { dry_run } => list::cleanup(&cx, *dry_run).await,
-        Command::Info { domain } => list::info(&cx, domain).await,
-        Command::Adopt { .. } => adopt::adopt(&cx).await,
-        Command::Release { .. } => adopt::release(&cx).await,
-        Command::Attach { .. } => devices::attach(&cx).await,
-        Command::Detach { .. } => devices::detach(&cx).await,
-        Command::Snapshot(command) => snapshots::run(&cx, command).await,
-        Command::BlockCommit { .. } | Command::BlockPull { .. } => live::merge(&cx).await,
-        Command::BlockCopy { .. } => live::copy(&cx).await,
-        Command::Backup { .. } => backup::backup(&cx).await,
-        Command::Migrate(command) => migrate::migrate(&cx, command).await,
-        Command::Resize { .. } => live::resize(&cx).await,
-        Command::Throttle { .. } => live::throttle(&cx).await,
-        Command::Threshold { .. } => live::threshold(&cx).await,
-        Command::Stats { domain } => list::stats(&cx, domain).await,
+        Command::List { all } => list::list(cx, *all).await,
+        Command::Cleanup { dry_run } => list::cleanup(cx, *dry_run).await,
+        Command::Info { domain } => list::info(cx, domain).await,
+        Command::Adopt { .. } => adopt::adopt(cx).await,
+        Command::Release { .. } => adopt::release(cx).await,
+        Command::Attach { .. } => devices::attach(cx).await,
+        Command::Detach { .. } => devices::detach(cx).await,
+        Command::Snapshot(command) => snapshots::run(cx, command).await,
+        Command::BlockCommit { .. } | Command::BlockPull { .. } => live::merge(cx).await,
+        Command::BlockCopy { .. } => live::copy(cx).await,
+        Command::Backup { .. } => backup::backup(cx).await,
+        Command::Migrate(command) => migrate::migrate(cx, command).await,
+        Command::Resize { .. } => live::resize(cx).await,
+        Command::Throttle { .. } => live::throttle(cx).await,
+        Command::Threshold { .. } => live::threshold(cx).await,
+        Command::Stats { domain } => list::stats(cx, domain).await,
         Command::Man | Command::Completion { .. } => Ok(()),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vdisk_domain::{Domain, Metadata, NAMESPACE, PREFIX};
+use vdisk_domain::{Domain, Metadata, NAMESPACE, OFFLINE, PREFIX, lock_path};
 use vdiskctl::error::{Error, Result};
 use virt::connect::Connect;
 use virt::domain::{Domain as VirDomain, MigrateParameters};
@@ -125,16 +125,15 @@ impl Guest {
     pub fn lock(&self) -> Result<std::fs::File> {
         let uuid = self.domain.get_uuid_string();
         let uuid = uuid.map_err(self.failed("has no UUID"))?;
-        let path = format!("/run/vdisk-domain.{uuid}.lock");
-        let no = |e: std::io::Error| Error::failed(format!("'{path}': {e}"));
+        let path = lock_path(&uuid);
+        let no = |e: std::io::Error| Error::failed(format!("'{}': {e}", path.display()));
         let file = std::fs::OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
             .map_err(no)?;
-        let operation = rustix::fs::FlockOperation::NonBlockingLockExclusive;
-        rustix::fs::flock(&file, operation).map_err(|_| {
+        file.try_lock().map_err(|_| {
             Error::named(
                 "Busy",
                 format!(
@@ -143,7 +142,18 @@ impl Guest {
                 ),
             )
         })?;
+        // What one has left there who has died.
+        file.set_len(0).map_err(no)?;
         Ok(file)
+    }
+
+    /// Has libvirt's hook refuse to start the domain as long as the lock is held, which the caller has.
+    pub fn keep_off(&self, on: bool) -> Result<()> {
+        let uuid = self.domain.get_uuid_string();
+        let path = lock_path(&uuid.map_err(self.failed("has no UUID"))?);
+        let content = if on { OFFLINE } else { "" };
+        std::fs::write(&path, content)
+            .map_err(|e| Error::failed(format!("'{}': {e}", path.display())))
     }
 
     pub fn is_active(&self) -> Result<bool> {

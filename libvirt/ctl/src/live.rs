@@ -34,7 +34,7 @@ pub async fn merge(cx: &Context) -> Result<()> {
         } => (false, domain, target, base, speed),
         _ => return Ok(()),
     };
-    let running = Running::find(cx, domain).await?;
+    let running = Running::find_or_open(cx, domain).await?;
     let (_, served) = running.disk(target)?;
     let images = chain(&running.look().await?, &served.id)?;
     if images.len() < 2 {
@@ -118,7 +118,7 @@ pub async fn copy(cx: &Context) -> Result<()> {
     else {
         return Ok(());
     };
-    let running = Running::find(cx, domain).await?;
+    let running = Running::find_or_open(cx, domain).await?;
     let (format, speed) = (format.as_deref(), speed.as_deref());
     copy_disk(cx, &running, target, dest, format, *finish, speed).await
 }
@@ -205,7 +205,7 @@ pub async fn resize(cx: &Context) -> Result<()> {
     else {
         return Ok(());
     };
-    let running = Running::find(cx, domain).await?;
+    let running = Running::find_or_open(cx, domain).await?;
     let (_, name) = running.image(target).await?;
     // It is not made smaller: that would cut off file systems that the guest uses.
     let command = Node::Resize {

@@ -27,7 +27,8 @@ pub async fn run(cx: &Context, command: &Command) -> Result<()> {
             domain,
             name,
             disks_only,
-        } => revert(cx, domain, name, *disks_only).await,
+            drop_newer,
+        } => revert(cx, domain, name, *disks_only, *drop_newer).await,
         Command::Delete { domain, name } => delete(cx, domain, name).await,
     }
 }
@@ -73,7 +74,11 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
     else {
         return Ok(());
     };
-    let running = Running::find(cx, domain).await?;
+    // What is of the guest needs one.
+    let running = match memspec.is_some() || *quiesce {
+        true => Running::find(cx, domain).await?,
+        false => Running::find_or_open(cx, domain).await?,
+    };
     let name = name.clone().unwrap_or_else(|| stamp().to_string());
     check_name(&name)?;
     if running
@@ -417,7 +422,13 @@ fn missing(domain: &str, name: &str) -> Error {
 }
 
 /// New overlays over what the snapshot has, in place of those that were written since.
-async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Result<()> {
+async fn revert(
+    cx: &Context,
+    domain: &str,
+    name: &str,
+    disks_only: bool,
+    drop_newer: bool,
+) -> Result<()> {
     let guest = cx.libvirt.find(domain)?;
     guest.must_be_off()?;
     let there = guest.now()?;
@@ -426,24 +437,32 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
     let Some(place) = place else {
         return Err(missing(&guest.name, name));
     };
-    let newer: Vec<&str> = snapshots[place + 1..]
-        .iter()
-        .map(|s| s.name.as_str())
-        .collect();
-    if !newer.is_empty() {
+    let dropped = &snapshots[place + 1..];
+    let newer: Vec<&str> = dropped.iter().map(|s| s.name.as_str()).collect();
+    if !newer.is_empty() && !drop_newer {
         return Err(Error::named(
             "InUse",
             format!(
-                "domain '{0}' has newer snapshots, which would be lost: {1}; delete them first (vdiskctl domain snapshot delete {0} NAME, while it runs)",
+                "domain '{0}' has newer snapshots, which would be lost: {1}; give --drop-newer if that is meant, or delete those that are in the way (vdiskctl domain snapshot delete {0} NAME)",
                 guest.name,
                 newer.join(", ")
             ),
         ));
     }
     let snapshot = snapshots[place].clone();
+    let has = |target: &str| snapshot.disks.iter().any(|d| d.target == target);
+    let mut others = dropped
+        .iter()
+        .flat_map(|s| s.disks.iter().map(move |d| (s, d)));
+    if let Some((newer, disk)) = others.find(|(_, d)| !has(&d.target)) {
+        return Err(Error::failed(format!(
+            "snapshot '{}' has disk '{}', which '{name}' does not have and which would stay as it is: delete that one first (vdiskctl domain snapshot delete {} {})",
+            newer.name, disk.target, guest.name, newer.name
+        )));
+    }
     if snapshot.disks.iter().any(|d| d.written) {
         return Err(Error::failed(format!(
-            "the deletion of snapshot '{name}' was begun, and its disks are not what they were: finish that (vdiskctl domain snapshot delete {} {name}, while it runs)",
+            "the deletion of snapshot '{name}' was begun, and its disks are not what they were: finish that (vdiskctl domain snapshot delete {} {name})",
             guest.name
         )));
     }
@@ -483,10 +502,17 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
         }
     }
     // Only what was written since: somebody may have put something else there.
-    let overlays: Vec<String> = snapshot.disks.iter().map(|d| d.overlay.clone()).collect();
+    let since = &snapshots[place..];
+    let overlays: Vec<String> = since
+        .iter()
+        .flat_map(|s| &s.disks)
+        .map(|d| d.overlay.clone())
+        .collect();
     for disk in &snapshot.disks {
         let now = there.metadata.disk(&disk.target).map(|d| d.file());
-        if now.is_some_and(|file| file != disk.overlay) {
+        let of_disk = since.iter().flat_map(|s| &s.disks);
+        let newest = of_disk.filter(|d| d.target == disk.target).next_back();
+        if now.is_some_and(|file| newest.is_none_or(|n| n.overlay != file)) {
             for (_, file, _) in new {
                 let _ = std::fs::remove_file(file);
             }
@@ -494,7 +520,7 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
                 "disk '{}' is '{}' now, and not what was written since the snapshot ('{}'): nothing was changed",
                 disk.target,
                 now.unwrap_or_default(),
-                disk.overlay
+                newest.map_or("", |n| n.overlay.as_str())
             )));
         }
     }
@@ -505,6 +531,9 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
         return Err(e);
     }
     guest.change(|metadata| {
+        metadata
+            .snapshots
+            .retain(|s| !newer.contains(&s.name.as_str()));
         for (target, file, chain) in &new {
             if let Some(disk) = metadata.disk_mut(target) {
                 disk.backing.clone_from(chain);
@@ -521,7 +550,8 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
         Ok(())
     })?;
     let others = in_use_elsewhere(cx, Some(&there.uuid))?;
-    for file in overlays {
+    let memories = dropped.iter().filter_map(|s| s.memory.clone());
+    for file in overlays.into_iter().chain(memories) {
         if !others.contains(&file) && !files::is_open(&daemon, &file).await? {
             let _ = std::fs::remove_file(file);
         }
@@ -544,7 +574,7 @@ async fn revert(cx: &Context, domain: &str, name: &str, disks_only: bool) -> Res
 }
 
 async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
-    let running = Running::find(cx, domain).await?;
+    let running = Running::find_or_open(cx, domain).await?;
     let snapshots = &running.domain.metadata.snapshots;
     let Some(snapshot) = snapshots.iter().find(|s| s.name == name).cloned() else {
         return Err(missing(&running.domain.name, name));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use vdisk_api::file_driver;
 use zbus::Variant;
 
 use crate::{Result, error};
@@ -177,7 +178,7 @@ impl Disk {
         let mut options = vec![
             ("node-name".to_owned(), text(name)),
             ("driver".to_owned(), text(self.format())),
-            ("file.driver".to_owned(), text("file")),
+            ("file.driver".to_owned(), text(file_driver(self.file()))),
             ("file.filename".to_owned(), text(self.file())),
             ("read-only".to_owned(), Variant::from(self.is_read_only())),
         ];
@@ -193,7 +194,7 @@ impl Disk {
                     text(&format!("{name}.b{}", n + 1)),
                 ),
                 (format!("{at}driver"), text(format)),
-                (format!("{at}file.driver"), text("file")),
+                (format!("{at}file.driver"), text(file_driver(file))),
                 (format!("{at}file.filename"), text(file)),
             ]);
             if direct {

@@ -4,12 +4,14 @@
 //! metadata, in an element of [`NAMESPACE`] (docs/libvirt-domain.rng). Nothing here talks to libvirt: the hook must not, and the
 //! rest is the business of vdiskctl-domain(1).
 
+mod access;
 mod adopt;
 mod disk;
 mod metadata;
 mod serve;
 mod xml;
 
+pub use access::{OFFLINE, being_changed, let_in, lock_path};
 pub use adopt::{Adoption, adopt, attach_xml, release, replace_metadata, with_shared_memory};
 pub use disk::{Disk, Original, SETTINGS};
 pub use metadata::{Metadata, NAMESPACE, PREFIX, Snapshot, SnapshotDisk};

@@ -1,0 +1,51 @@
+//! Who may have a domain's disks: vdiskctl and libvirt's hook, one after the other, and the daemon's user.
+
+use std::fs::{File, TryLockError};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
+use std::path::PathBuf;
+
+use crate::{Domain, Error, Result};
+
+/// The file that whoever changes a domain has locked. Only root makes files there.
+pub fn lock_path(uuid: &str) -> PathBuf {
+    PathBuf::from(format!("/run/vdisk-domain.{uuid}.lock"))
+}
+
+/// What the file has while the domain must not start: its disks are worked on.
+pub const OFFLINE: &str = "offline\n";
+
+/// Whether the disks of a domain that is shut off are worked on at the moment.
+pub fn being_changed(uuid: &str) -> bool {
+    let Ok(mut file) = File::open(lock_path(uuid)) else {
+        return false;
+    };
+    // Whoever has died has it locked no more.
+    let locked = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
+    let mut content = String::new();
+    locked && file.read_to_string(&mut content).is_ok() && content == OFFLINE
+}
+
+/// Lets the daemon's user in to block devices: whose they are is forgotten whenever they come up.
+///
+/// # Errors
+/// If one of them cannot be given to it.
+pub fn let_in(domain: &Domain) -> Result<()> {
+    let Ok(Some(user)) = nix::unistd::User::from_name("vdiskd") else {
+        return Ok(());
+    };
+    for (disk, _) in domain.served() {
+        let files = disk.backing.iter().map(|(file, _)| file.as_str());
+        for file in files.chain([disk.file()]) {
+            let Ok(there) = std::fs::metadata(file) else {
+                continue;
+            };
+            if there.file_type().is_block_device() && there.uid() != user.uid.as_raw() {
+                chown(file, Some(user.uid.as_raw()), None).map_err(|e| {
+                    Error(format!("'{file}' cannot be given to vdiskd's user: {e}"))
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
