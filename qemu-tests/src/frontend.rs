@@ -49,7 +49,7 @@ pub const SIZE: u16 = 16;
 const NEED_REPLY: u32 = 8;
 
 /// `VIRTIO_F_VERSION_1`, the protocol features bit, and indirect descriptors.
-const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 28;
+pub const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 28;
 /// MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS.
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 15;
 

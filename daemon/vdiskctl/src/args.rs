@@ -239,6 +239,10 @@ pub enum Node {
         #[arg(value_name = "KEY=VALUE", required = true)]
         options: Vec<String>,
     },
+    /// Open the images of a node that is inactive, and of those below it
+    Activate { name: String },
+    /// Let go of the images of an export's node, for another host to open them; the export stays, and waits
+    Deactivate { name: String },
     /// Have whatever uses a node use another that has the same data
     ///
     /// Example: vdiskctl node replace disk0 disk0-restored

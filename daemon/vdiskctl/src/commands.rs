@@ -242,6 +242,12 @@ pub fn man_page(mut root: clap::Command, name: &str, out: &mut Vec<u8>) -> std::
     commands(&root, name, out)
 }
 
+async fn set_active(daemon: &Daemon, name: &str, active: bool) -> Result<()> {
+    Objects::load(daemon).await?.find("node", name)?;
+    let node = daemon.node(name).await?;
+    Ok(node.set_active(active, Options::new()).await?)
+}
+
 pub async fn node(
     daemon: &Daemon,
     manager: &ManagerProxy<'_>,
@@ -313,6 +319,8 @@ pub async fn node(
             Objects::load(daemon).await?.find("node", &name)?;
             daemon.node(&name).await?.reopen(options(&words)?).await?;
         }
+        Node::Activate { name } => set_active(daemon, &name, true).await?,
+        Node::Deactivate { name } => set_active(daemon, &name, false).await?,
         Node::Replace { name, with } => {
             let objects = Objects::load(daemon).await?;
             objects.find("node", &name)?;

@@ -55,6 +55,10 @@ fn node_line(p: &Properties) -> String {
     if flag(p, "ReadOnly") {
         line += ", read-only";
     }
+    // An older daemon has no others.
+    if p.get("Active").is_some_and(|active| active == false) {
+        line += ", inactive";
+    }
     let has_children = !names(p, "Children").is_empty();
     let file = text(p, "Filename");
     if !file.is_empty() && !has_children {

@@ -1,0 +1,220 @@
+//! Images that go from one daemon to another, as those of a guest that moves to another host do: open at one of them at a time.
+
+use std::path::Path;
+
+use vdisk_qemu_tests::frontend::{BASE, DATA, FEATURES, Frontend, LEN, request, words};
+use vdisk_qemu_tests::qemu_tools::{assert_sound, text};
+use vdisk_qemu_tests::{Daemon, wait_for};
+
+const MIB: u64 = 1 << 20;
+
+/// `VHOST_F_LOG_ALL`: the front-end wants to know which pages of the guest are written, as it does before the guest moves.
+const LOG_ALL: u64 = 1 << 26;
+
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+
+fn add(daemon: &Daemon, id: &str, image: &Path, more: &[&str]) {
+    let filename = format!("file.filename={}", image.display());
+    let args = ["node", "add", id, "driver=qcow2", "file.driver=file"];
+    daemon.ctl(&[&args[..], &[&filename], more].concat());
+}
+
+fn is_active(daemon: &Daemon, node: &str) -> bool {
+    let nodes = daemon.ctl_json(&["node", "list"]);
+    let found = nodes.as_array().unwrap().iter();
+    let mut found = found.filter(|n| n["Name"] == node);
+    found.next().expect("there is the node")["Active"] == true
+}
+
+fn give_memory(front: &mut Frontend) {
+    assert!(front.set_memory(&words(&[1, BASE, LEN, BASE, 0])));
+}
+
+fn log_changes(front: &mut Frontend) {
+    let features = FEATURES | LOG_ALL;
+    front.send(request::SET_FEATURES, 0, &features.to_ne_bytes(), &[]);
+}
+
+fn write(front: &mut Frontend, sector: u64, byte: u8) {
+    front.poke(DATA + 4096, &[byte; 4096]);
+    assert_eq!(front.simple(WRITE, sector, 4096), 0);
+}
+
+fn read(front: &mut Frontend, sector: u64) -> Vec<u8> {
+    assert_eq!(front.simple(READ, sector, 4096), 0);
+    front.peek(DATA + 4096, 4096)
+}
+
+/// A source that serves an image over a base, and a destination that waits for it.
+fn pair() -> (Daemon, Daemon, std::path::PathBuf) {
+    let (source, destination) = (Daemon::start(&[]), Daemon::start(&[]));
+    let (base, image) = (source.path("base.qcow2"), source.path("a.qcow2"));
+    source.ctl(&["image", "create", text(&base), "16M"]);
+    let over = ["16M", "-b", text(&base), "-F", "qcow2"];
+    source.ctl(&[&["image", "create", text(&image)][..], &over].concat());
+    let below = format!("backing.file.filename={}", base.display());
+    let below = ["backing.driver=qcow2", "backing.file.driver=file", &below];
+    add(&source, "disk", &image, &below);
+    source.export_node("vm", "disk", &[]);
+    add(
+        &destination,
+        "disk",
+        &image,
+        &[&below[..], &["active=off"]].concat(),
+    );
+    destination.ctl(&["throttle", "set", "group", "iops-total=100000"]);
+    destination.ctl(&[
+        "node",
+        "add",
+        "limited",
+        "driver=throttle",
+        "throttle-group=group",
+        "file=disk",
+    ]);
+    destination.export_node("vm", "limited", &[]);
+    (source, destination, image)
+}
+
+#[test]
+fn images_are_open_at_one_daemon_at_a_time() {
+    let (source, destination, image) = pair();
+    let mut here = Frontend::start(&source.socket("vm"));
+    write(&mut here, 8, 1);
+    // There everything is in place, and nothing is open.
+    for node in ["disk", "limited"] {
+        assert!(!is_active(&destination, node), "{node}");
+    }
+    assert!(destination.ctl(&["tree"]).contains("inactive"));
+    let mut there = Frontend::connect(&destination.socket("vm"));
+    let config = there.get_config();
+    assert_eq!(config[..8], (16 * MIB / 512).to_le_bytes());
+    give_memory(&mut there);
+    let over = destination.path("over.qcow2").display().to_string();
+    let copy = destination.path("copy.qcow2").display().to_string();
+    for refused in [
+        &["node", "resize", "disk", "32M"][..],
+        &["node", "set", "disk", "discard=unmap"],
+        &["snapshot", "overlay", "disk", "over", &over],
+        &["bitmap", "add", "disk", "daily"],
+        &["backup", "disk", &copy],
+        &["throttle", "insert", "disk", "group"],
+    ] {
+        let (code, message) = destination.ctl_error(refused);
+        assert_eq!(code, 4, "{refused:?}: {message}");
+        assert!(message.contains("inactive"), "{refused:?}: {message}");
+    }
+    let (code, message) = destination.ctl_error(&["node", "activate", "limited"]);
+    assert!(code == 4 && message.contains("is locked"), "{message}");
+    assert!(!is_active(&destination, "disk"));
+    // A guest that is only stopped keeps its image.
+    here.stop_queue();
+    assert!(is_active(&source, "disk"));
+    here.start_queue();
+    // One that moves does not, when its front-end has heard that it has stopped.
+    log_changes(&mut here);
+    write(&mut here, 16, 2);
+    here.stop_queue();
+    assert!(!is_active(&source, "disk"));
+    assert_sound(&image);
+    there.start_queue();
+    for node in ["disk", "limited"] {
+        assert!(is_active(&destination, node), "{node}");
+    }
+    assert_eq!(read(&mut there, 8), [1; 4096]);
+    assert_eq!(read(&mut there, 16), [2; 4096]);
+    write(&mut there, 24, 3);
+    let (code, message) = source.ctl_error(&["node", "activate", "disk"]);
+    assert!(code == 4 && message.contains("is locked"), "{message}");
+    // And back: the front-end there was never told that its disk is another now.
+    log_changes(&mut there);
+    there.stop_queue();
+    here.start_queue();
+    assert!(is_active(&source, "disk") && !is_active(&destination, "disk"));
+    assert_eq!(read(&mut here, 24), [3; 4096]);
+    write(&mut here, 24, 4);
+    drop((here, there));
+    // What is not open can be removed.
+    destination.ctl(&["export", "remove", "vm"]);
+    destination.ctl(&["node", "remove", "limited"]);
+    destination.ctl(&["node", "remove", "disk"]);
+    source.ctl(&["export", "remove", "vm"]);
+    source.ctl(&["node", "remove", "disk"]);
+    assert_sound(&image);
+}
+
+/// A guest that comes while the image is still open elsewhere waits for it, and its front-end hears of no error.
+#[test]
+fn a_guest_waits_until_its_image_is_let_go_of() {
+    let (source, destination, _) = pair();
+    let mut there = Frontend::connect(&destination.socket("vm"));
+    let starts = std::thread::spawn(move || {
+        give_memory(&mut there);
+        there.start_queue();
+        assert_eq!(read(&mut there, 8), [0; 4096]);
+    });
+    let mut log = String::new();
+    wait_for("a guest that waits", || {
+        log = destination.log();
+        log.contains("the guest has to wait").then_some(())
+    });
+    source.ctl(&["node", "deactivate", "disk"]);
+    starts.join().expect("the guest goes on");
+    assert!(is_active(&destination, "disk"));
+}
+
+#[test]
+fn what_is_inactive_is_so_after_a_restart() {
+    let (mut source, destination, _) = pair();
+    drop(destination);
+    source.ctl(&["bitmap", "add", "disk", "daily"]);
+    source.ctl(&["node", "threshold", "disk", "8M"]);
+    source.ctl(&["node", "deactivate", "disk"]);
+    source.ctl(&["node", "deactivate", "disk"]);
+    for round in 0..2 {
+        match round {
+            0 => source.kill(),
+            _ => assert_eq!(source.terminate(), Some(0)),
+        }
+        source.go_on();
+        assert!(!is_active(&source, "disk"), "round {round}");
+    }
+    let (code, message) = source.ctl_error(&["node", "deactivate", "#block1"]);
+    assert!(
+        code == 4 && message.contains("below node 'disk'"),
+        "{message}"
+    );
+    let mut here = Frontend::start(&source.socket("vm"));
+    assert!(is_active(&source, "disk"));
+    write(&mut here, 8, 1);
+    // Of what it had nobody knows: it has everything.
+    let bitmap = &source.ctl_json(&["bitmap", "list"])[0];
+    assert_eq!(bitmap["Count"], 16 * MIB, "{bitmap}");
+    let nodes = source.ctl_json(&["node", "list"]);
+    let mut nodes = nodes.as_array().unwrap().iter();
+    let disk = nodes.find(|n| n["Name"] == "disk").unwrap();
+    assert_eq!(disk["WriteThreshold"], 8 * MIB);
+}
+
+/// A job has the image open: it is let go of when the job has ended, while the guest waits elsewhere.
+#[test]
+fn an_image_that_a_job_needs_is_let_go_of_later() {
+    let (source, destination, _) = pair();
+    let mut here = Frontend::start(&source.socket("vm"));
+    for mib in 0..8 {
+        write(&mut here, mib * 2048, 1);
+    }
+    let copy = source.path("copy.qcow2").display().to_string();
+    let slow = ["--speed", "1", "--detach", "job-id=slow"];
+    source.ctl(&[&["backup", "disk", &copy][..], &slow].concat());
+    let (code, message) = source.ctl_error(&["node", "deactivate", "disk"]);
+    assert!(code == 4 && message.contains("job 'slow'"), "{message}");
+    log_changes(&mut here);
+    here.stop_queue();
+    assert!(is_active(&source, "disk"));
+    source.ctl(&["job", "cancel", "slow", "--force"]);
+    wait_for("the image to be let go of", || {
+        (!is_active(&source, "disk")).then_some(())
+    });
+    destination.ctl(&["node", "activate", "limited"]);
+}
