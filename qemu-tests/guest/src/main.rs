@@ -1,6 +1,7 @@
 //! PID 1 of the test guests. Mounts what a kernel needs, loads the modules packed with it, and then does
 //! what the host says, one JSON object a line over the virtio-serial port `org.vdisk.test`.
 
+mod agent;
 mod disk;
 mod load;
 mod pattern;
@@ -29,20 +30,23 @@ fn main() {
             println!("guest: module {module}: {e}");
         }
     }
-    let Some(port) = sys::wait_for(find_port) else {
+    let Some(port) = sys::wait_for(|| find_port("org.vdisk.test")) else {
         println!("guest: no port to the host");
         sys::power_off();
     };
+    if let Some(device) = find_port(agent::PORT) {
+        agent::start(device);
+    }
     if let Err(e) = serve(&port) {
         println!("guest: {e}");
     }
     sys::power_off();
 }
 
-fn find_port() -> Option<String> {
+fn find_port(wanted: &str) -> Option<String> {
     for entry in fs::read_dir("/sys/class/virtio-ports").ok()?.flatten() {
         let name = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
-        if name.trim() == "org.vdisk.test" {
+        if name.trim() == wanted {
             let device = format!("/dev/{}", entry.file_name().to_string_lossy());
             return fs::metadata(&device).is_ok().then_some(device);
         }
@@ -149,6 +153,7 @@ fn run(r: &Value, load: &mut Option<Load>) -> Result<Value> {
         }
         "load-status" => Ok(load.as_ref().ok_or("no load")?.status()),
         "load-stop" => load.take().ok_or("no load")?.stop(),
+        "agent" => Ok(agent::counts()),
         "kernel-errors" => Ok(sys::kernel_errors()),
         "reboot" => sys::reboot(),
         "exit" => sys::exit(number(r, "code").unwrap_or(0) as u8),

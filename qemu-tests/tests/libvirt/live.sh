@@ -24,7 +24,8 @@ goes_on
 virsh dumpxml --inactive vm | grep -q 'file="/var/lib/libvirt/images/a.one"'
 virsh dumpxml vm | grep -q 'file="/var/lib/libvirt/images/b.one"'
 refused "snapshot 'one' already" vdiskctl domain snapshot create vm one
-vdiskctl domain snapshot create vm two --disks vda
+vdiskctl domain snapshot create vm two --disks vda --quiesce
+[ "$(guest vm agent)" = '{"freezes": 1, "thaws": 1}' ]
 vdiskctl domain snapshot list vm
 guest vm write disk=vdb offset=0 len=1048576 generation=2
 vdiskctl domain snapshot delete vm one
@@ -66,7 +67,7 @@ mkdir -p /var/lib/backup
 for n in 1 2 3 4; do
     guest vm write disk=vda offset=$((n * 4194304)) len=1048576 generation=1$n
     guest vm write disk=vdb offset=$((8388608 + n * 65536)) len=65536 generation=1$n
-    vdiskctl domain backup vm /var/lib/backup | tee /tmp/backup
+    vdiskctl domain backup vm /var/lib/backup --quiesce | tee /tmp/backup
     [ "$(grep -c 'what has changed since' /tmp/backup || true)" = $((n == 1 ? 0 : 2)) ]
     for disk in vda vdb; do
         vdiskctl domain blockcopy vm $disk $images/now.raw --format raw --finish
