@@ -4,6 +4,7 @@
 # make bench-live   the same for what guests notice of changes under them
 # make bench-jobs   the same for backups, mirrors, commits and streams
 # make bench-service   calls over D-Bus, starts, and what guests notice of restarts
+# make avocado  the long tests: hundreds of kills, restarts and operations (OTHER=build: two versions in turns)
 # make install  install what 'make release' built (DESTDIR, PREFIX, …)
 #
 # All of them can be run again; what is there already is left alone. Downloads go to $VDISK_LAB, or to
@@ -29,7 +30,7 @@ export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 GUEST = target/guest/$(HOST)/release/init
 
-.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs bench-service install clean
+.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs bench-service avocado install clean
 
 setup: packages rust guest
 
@@ -78,6 +79,11 @@ test: setup tools build
 	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh libvirt
 	@$(MAKE) --no-print-directory lint
 	$(CARGO) nextest run --locked --workspace --no-fail-fast
+
+avocado: setup release
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh libvirt
+	@[ -x target/avocado/bin/avocado ] || { python3 -m venv target/avocado && target/avocado/bin/pip install -q avocado-framework; }
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) OTHER=$(OTHER) target/avocado/bin/avocado run --max-parallel-tasks=1 avocado/long.py
 
 bench: setup lab release
 	@target/release/vdisk-bench $(BENCH)
