@@ -5,16 +5,19 @@
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vdisk_dbus::{Bus, Daemon, bus_name};
 use vdisk_domain::{
-    Busy, Domain, Identity, Start, being_changed, build, build_disk, let_in, moved_sockets, served,
-    take_down,
+    Busy, Domain, Identity, Start, announce, being_changed, build, build_disk, let_in,
+    moved_sockets, served, take_announcement, take_down,
 };
 
 /// How long all of it may take. A daemon that has to be started first takes some tenths of a second.
 const LIMIT: Duration = Duration::from_secs(15);
+
+/// How long the domain waits for a vdiskctl (or the watcher) that works on its disks.
+const KEPT_OFF: Duration = Duration::from_secs(2);
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +52,15 @@ async fn serve(phase: Phase, domain: &Domain) -> Result<(), String> {
     let done = match phase {
         Phase::Reconnect => restore(&daemon, domain).await,
         Phase::Incoming => build(&daemon, domain, Start::Incoming).await,
-        _ => build(&daemon, domain, Start::Boot).await,
+        _ => {
+            let arrives = take_announcement(&domain.uuid);
+            let start = if arrives {
+                Start::Arriving
+            } else {
+                Start::Boot
+            };
+            build(&daemon, domain, start).await
+        }
     };
     done.map_err(|e| e.to_string())
 }
@@ -82,6 +93,7 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
         .map_err(|e| format!("the domain's XML cannot be read: {e}"))?;
     if phase == Phase::Release {
         let identity = Identity::parse(&xml).map_err(|e| e.to_string())?;
+        take_announcement(&identity.uuid);
         if being_changed(&identity.uuid) {
             // There was no guest: its start was refused for that.
             return Ok(());
@@ -115,7 +127,7 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
             "this is the memory of snapshot '{snapshot}' of domain '{name}', which belongs to what its disks were then: vdiskctl domain snapshot revert {name} {snapshot}"
         ));
     }
-    if phase != Phase::Reconnect && being_changed(&domain.uuid) {
+    if phase != Phase::Reconnect && is_kept_off(&domain.uuid) {
         return Err(format!(
             "the disks of domain '{name}' are being changed by a vdiskctl: wait for its end"
         ));
@@ -130,12 +142,25 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
     }
     in_time(serve(phase, &domain))?;
     if phase == Phase::Incoming {
+        announce(&domain.uuid).map_err(|e| e.to_string())?;
         // What libvirt goes on with.
         std::io::stdout()
             .write_all(xml.as_bytes())
             .map_err(|e| format!("the domain's XML cannot be given back: {e}"))?;
     }
     Ok(())
+}
+
+/// Whether a vdiskctl works on the disks of a domain, and not only for a moment.
+fn is_kept_off(uuid: &str) -> bool {
+    let since = Instant::now();
+    while being_changed(uuid) {
+        if since.elapsed() > KEPT_OFF {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    false
 }
 
 fn in_time(work: impl Future<Output = Result<(), String>>) -> Result<(), String> {

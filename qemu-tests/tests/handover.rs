@@ -107,6 +107,18 @@ fn images_are_open_at_one_daemon_at_a_time() {
     let (code, message) = destination.ctl_error(&["node", "activate", "limited"]);
     assert!(code == 4 && message.contains("is locked"), "{message}");
     assert!(!is_active(&destination, "disk"));
+    // Nor half of what a guest stands on, or what another guest uses.
+    let (code, message) = destination.ctl_error(&["node", "activate", "disk"]);
+    assert!(
+        code == 4 && message.contains("make that one active"),
+        "{message}"
+    );
+    let (code, message) = source.ctl_error(&["node", "deactivate", "disk"]);
+    assert!(
+        code == 4 && message.contains("guest of export 'vm'"),
+        "{message}"
+    );
+    write(&mut here, 8, 1);
     // A guest that is only stopped keeps its image.
     here.stop_queue();
     assert!(is_active(&source, "disk"));

@@ -41,5 +41,5 @@ pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, ROLES, StoredBitmap, Stor
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};
-pub use runtime::{Runtime, Secrets};
+pub use runtime::{LockPatience, Runtime, Secrets};
 pub use throttle::{ThrottleGroup, ThrottleGroups};

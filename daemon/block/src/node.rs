@@ -825,6 +825,12 @@ impl Node {
         self.driver.is_active()
     }
 
+    /// Other hosts are kept from opening any of the images while they are open here.
+    pub fn is_locked_for_other_hosts(self: &Arc<Self>) -> bool {
+        let all = self.with_all_below();
+        all.iter().all(|n| n.driver.is_locked_for_other_hosts())
+    }
+
     /// It shows its child as it is.
     pub fn is_filter(&self) -> bool {
         self.driver.is_filter()

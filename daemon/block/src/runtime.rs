@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use crate::descriptors::Descriptors;
 use crate::directories::Directories;
@@ -21,6 +22,18 @@ pub struct Runtime {
     pub directories: Directories,
     /// Files that were passed open.
     pub descriptors: Descriptors,
+    pub lock_patience: LockPatience,
+}
+
+/// How long to wait for a lock. The kernel gives the files of a killed process back a little after the process is gone, when the
+/// last of its requests has ended; until then the lock keeps the next daemon from writing beside them.
+#[derive(Clone, Copy, Debug)]
+pub struct LockPatience(pub Duration);
+
+impl Default for LockPatience {
+    fn default() -> LockPatience {
+        LockPatience(Duration::from_secs(1))
+    }
 }
 
 /// The secrets that nodes may name. Clones are the same.

@@ -17,6 +17,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use vdisk_domain::{Busy, Domain, take_down};
 use vdiskctl::daemon::{self, Daemon};
 use vdiskctl::error::{Error, Result};
@@ -29,6 +31,7 @@ pub struct Context {
     pub args: Args,
     pub libvirt: Libvirt,
     opened: RefCell<Option<Opened>>,
+    has_to_close: Notify,
 }
 
 /// The disks of a domain that is shut off, which were opened for the command: by which daemon, and the domain's name and UUID.
@@ -49,6 +52,7 @@ impl Context {
             domain: guest.name.clone(),
             uuid: uuid.to_owned(),
         }));
+        self.has_to_close.notify_one();
     }
 
     /// Closes what was opened for the command.
@@ -57,8 +61,30 @@ impl Context {
             return Ok(());
         };
         let closed = take_down(&opened.daemon, &opened.uuid, Busy::Stays).await;
-        self.libvirt.find(&opened.domain)?.keep_off(false)?;
-        closed.map_err(failed)
+        let let_in = self.libvirt.find(&opened.domain);
+        let let_in = let_in.and_then(|guest| guest.keep_off(false));
+        closed.map_err(|e| {
+            Error::failed(format!(
+                "{e}; disks of '{}' may be open still: vdiskctl domain cleanup",
+                opened.domain
+            ))
+        })?;
+        let_in
+    }
+
+    /// Returns when the user has had enough, once there is something to close.
+    async fn interrupted(&self) {
+        self.has_to_close.notified().await;
+        let terminated = async {
+            match signal(SignalKind::terminate()) {
+                Ok(mut signals) => signals.recv().await,
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminated => {}
+        }
     }
 
     /// The daemon that serves a domain.
@@ -107,13 +133,17 @@ async fn run(args: Args) -> Result<()> {
         args,
         libvirt,
         opened: RefCell::default(),
+        has_to_close: Notify::new(),
     };
     // What one of us reads another one must not have changed when it is written.
     let _lock = match cx.args.command.changes() {
         Some(domain) => Some(cx.libvirt.find(domain)?.lock()?),
         None => None,
     };
-    let done = command(&cx).await;
+    let done = tokio::select! {
+        done = command(&cx) => done,
+        () = cx.interrupted() => Err(Error::failed("interrupted")),
+    };
     // What went wrong first is what matters.
     let closed = cx.close().await;
     done.and(closed)

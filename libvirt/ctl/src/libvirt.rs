@@ -1,5 +1,6 @@
 //! libvirt's side.
 
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
 use vdisk_domain::{Domain, Metadata, NAMESPACE, OFFLINE, PREFIX, lock_path};
@@ -131,6 +132,7 @@ impl Guest {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(&path)
             .map_err(no)?;
         file.try_lock().map_err(|_| {
@@ -142,6 +144,9 @@ impl Guest {
                 ),
             )
         })?;
+        // Others must not be able to hold it.
+        file.set_permissions(std::fs::Permissions::from_mode(0o600))
+            .map_err(no)?;
         // What one has left there who has died.
         file.set_len(0).map_err(no)?;
         Ok(file)
@@ -154,6 +159,12 @@ impl Guest {
         let content = if on { OFFLINE } else { "" };
         std::fs::write(&path, content)
             .map_err(|e| Error::failed(format!("'{}': {e}", path.display())))
+    }
+
+    pub fn uuid(&self) -> Result<String> {
+        self.domain
+            .get_uuid_string()
+            .map_err(self.failed("has no UUID"))
     }
 
     pub fn is_active(&self) -> Result<bool> {

@@ -103,16 +103,20 @@ pub async fn list(cx: &Context, all: bool) -> Result<()> {
 pub async fn orphans(libvirt: &Libvirt, daemon: &Daemon) -> Result<Vec<(String, Served)>> {
     let mut all = all_served(daemon).await.map_err(failed)?;
     for guest in libvirt.all()? {
-        if !guest.is_active()? {
+        let uuid = guest.uuid()?;
+        let live = match guest.is_active() {
+            Ok(false) => continue,
+            Ok(true) => guest.parsed(Side::Live),
+            Err(e) => Err(e),
+        };
+        let Ok(live) = live else {
+            // Of what it has nothing is said.
+            all.retain(|(of, _)| *of != uuid);
             continue;
-        }
-        let live = guest.parsed(Side::Live)?;
-        all.retain(|(uuid, s)| {
-            let has = live
-                .disks
-                .iter()
-                .any(|d| d.source.as_ref() == Some(&s.socket));
-            *uuid != live.uuid || !has
+        };
+        all.retain(|(of, s)| {
+            let mut disks = live.disks.iter();
+            *of != uuid || !disks.any(|d| d.source.as_ref() == Some(&s.socket))
         });
     }
     Ok(all)
@@ -121,6 +125,28 @@ pub async fn orphans(libvirt: &Libvirt, daemon: &Daemon) -> Result<Vec<(String, 
 async fn orphans_of(cx: &Context) -> Result<Vec<(String, Served)>> {
     let daemon = vdiskctl::daemon::connect(&cx.args.daemon).await?;
     orphans(&cx.libvirt, &daemon).await
+}
+
+/// Takes down what is served for no guest; a domain that starts waits for that. The caller has the domain's lock, if there is one.
+pub async fn take_down_orphan(
+    guest: Option<&Guest>,
+    daemon: &Daemon,
+    uuid: &str,
+    orphan: &Served,
+) -> Result<()> {
+    let keep_off = |on| guest.map_or(Ok(()), |guest| guest.keep_off(on));
+    keep_off(true)?;
+    let now = served(daemon, uuid).await;
+    let done = match now {
+        // It may have started, or be about to, since it was looked at.
+        Ok(now) if now.iter().any(|s| s == orphan) => {
+            take_down_disk(daemon, uuid, &orphan.target).await
+        }
+        Ok(_) => Ok(()),
+        Err(e) => Err(e),
+    };
+    keep_off(false)?;
+    done.map_err(failed)
 }
 
 pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
@@ -148,9 +174,9 @@ pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
             continue;
         }
         if !dry_run {
-            take_down_disk(&daemon, &uuid, &orphan.target)
-                .await
-                .map_err(failed)?;
+            let guest = cx.libvirt.find(&uuid).ok();
+            let done = take_down_orphan(guest.as_ref(), &daemon, &uuid, &orphan).await;
+            done?;
         }
         if !cx.args.json {
             anstream::println!("{} (of domain {uuid})", orphan.id);

@@ -90,16 +90,13 @@ pub async fn migrate(cx: &Context, command: &Migrate) -> Result<()> {
         }
         for (target, copy) in &copied {
             let running = Running::find(cx, &command.domain).await?;
-            copy_disk(
-                cx,
-                &running,
-                target,
-                copy,
-                Some("qcow2"),
-                false,
-                command.speed.as_deref(),
-            )
-            .await?;
+            let speed = command.speed.as_deref();
+            let done = copy_disk(cx, &running, target, copy, Some("qcow2"), false, speed).await;
+            done.map_err(|e| {
+                Error::failed(format!(
+                    "{e}; the guest goes on here, with the disks before '{target}' where they were copied to"
+                ))
+            })?;
         }
     }
     let since = Instant::now();

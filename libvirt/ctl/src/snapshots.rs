@@ -503,11 +503,18 @@ async fn revert(
     }
     // Only what was written since: somebody may have put something else there.
     let since = &snapshots[place..];
-    let overlays: Vec<String> = since
+    // What was frozen by a newer one others may stand on, as on any image that nobody writes to.
+    let frozen = |file: &String| {
+        dropped
+            .iter()
+            .flat_map(|s| &s.disks)
+            .any(|d| d.file == *file)
+    };
+    let (kept, overlays): (Vec<String>, Vec<String>) = since
         .iter()
         .flat_map(|s| &s.disks)
         .map(|d| d.overlay.clone())
-        .collect();
+        .partition(frozen);
     for disk in &snapshot.disks {
         let now = there.metadata.disk(&disk.target).map(|d| d.file());
         let of_disk = since.iter().flat_map(|s| &s.disks);
@@ -524,6 +531,7 @@ async fn revert(
             )));
         }
     }
+    guest.keep_off(true)?;
     if let Err(e) = guest.must_be_off() {
         for (_, file, _) in new {
             let _ = std::fs::remove_file(file);
@@ -561,7 +569,13 @@ async fn revert(
             "the disks of '{}' are what they were at '{name}'",
             guest.name
         );
+        for file in &kept {
+            anstream::println!(
+                "'{file}' is of no use here any more: remove it if nothing else stands on it"
+            );
+        }
     }
+    guest.keep_off(false)?;
     if let (Some(memory), Some(saved)) = (memory, saved) {
         let now = guest.now()?.metadata;
         let xml = vdisk_domain::replace_metadata(&saved, &now).map_err(wrong)?;

@@ -4,6 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::{Domain, Error, Result};
 
@@ -24,6 +25,31 @@ pub fn being_changed(uuid: &str) -> bool {
     let locked = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
     let mut content = String::new();
     locked && file.read_to_string(&mut content).is_ok() && content == OFFLINE
+}
+
+/// What the migrate hook leaves for the prepare hook, which libvirt runs right after it.
+fn arrival_path(uuid: &str) -> PathBuf {
+    PathBuf::from(format!("/run/vdisk-domain.{uuid}.arriving"))
+}
+
+/// How long that is believed.
+const ARRIVAL: Duration = Duration::from_secs(120);
+
+/// Notes that the guest of a domain is about to come from another host.
+///
+/// # Errors
+/// If that cannot be written.
+pub fn announce(uuid: &str) -> Result<()> {
+    let path = arrival_path(uuid);
+    std::fs::write(&path, "").map_err(|e| Error(format!("'{}': {e}", path.display())))
+}
+
+/// Whether that was noted, which is forgotten then.
+pub fn take_announcement(uuid: &str) -> bool {
+    let path = arrival_path(uuid);
+    let written = std::fs::metadata(&path).and_then(|m| m.modified());
+    let _ = std::fs::remove_file(&path);
+    written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age < ARRIVAL))
 }
 
 /// Lets the daemon's user in to block devices: whose they are is forgotten whenever they come up.

@@ -11,7 +11,7 @@ mod metadata;
 mod serve;
 mod xml;
 
-pub use access::{OFFLINE, being_changed, let_in, lock_path};
+pub use access::{OFFLINE, announce, being_changed, let_in, lock_path, take_announcement};
 pub use adopt::{Adoption, adopt, attach_xml, release, replace_metadata, with_shared_memory};
 pub use disk::{Disk, Original, SETTINGS};
 pub use metadata::{Metadata, NAMESPACE, PREFIX, Snapshot, SnapshotDisk};

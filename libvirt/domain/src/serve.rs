@@ -208,6 +208,8 @@ pub enum Start {
     Boot,
     /// It runs on another host, which has the images until then.
     Incoming,
+    /// The same, and its disks have been built just now.
+    Arriving,
 }
 
 /// Whether all disks of a domain are served already for a guest that is to come from another host.
@@ -229,7 +231,7 @@ fn awaits_guest(there: &There, domain: &Domain) -> bool {
 /// If a front-end is still connected to one of them, or something cannot be opened; nothing stays then.
 pub async fn build(daemon: &Daemon, domain: &Domain, start: Start) -> Result<(), Failure> {
     let there = look(daemon).await?;
-    if start == Start::Boot && awaits_guest(&there, domain) {
+    if start == Start::Arriving && awaits_guest(&there, domain) {
         return Ok(());
     }
     let before = of(&there, &domain.uuid);
@@ -318,7 +320,8 @@ async fn add(
         .iter()
         .map(|(key, value)| (key.as_str(), value.clone()));
     let mut node: Options<'_> = node.collect();
-    if start == Start::Incoming {
+    if start != Start::Boot {
+        // Also if somebody has taken down what was built: another host has the image still.
         node.insert("active", Variant::from(false));
     }
     manager.add_node(node).await?;

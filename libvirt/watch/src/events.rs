@@ -69,8 +69,8 @@ pub fn start(listener: UnboundedSender<Heard>) -> Result<(), String> {
         .map_err(|_| "there is a listener already".to_owned())?;
     let run = || {
         while virt::event::event_run_default_impl().is_ok() {}
-        // Without it nothing is heard any more.
-        tell(Heard::Closed);
+        tracing::error!("libvirt's event loop has ended: nothing is heard any more");
+        std::process::exit(1);
     };
     std::thread::Builder::new()
         .name("libvirt".into())

@@ -17,9 +17,8 @@ use futures_util::StreamExt;
 use sd_notify::NotifyState;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use vdisk_dbus::{Bus, ROOT_PATH};
-use vdisk_domain::take_down_disk;
 use vdiskctl_domain::libvirt::Libvirt;
-use vdiskctl_domain::list::orphans;
+use vdiskctl_domain::list::{orphans, take_down_orphan};
 use zbus::connection::Builder;
 use zbus::{Connection, MatchRule, MessageStream};
 
@@ -31,7 +30,7 @@ use objects::{Asked, Published};
 const NAME: &str = "org.vdisk1.Domains";
 
 /// Events come in swarms.
-const SETTLE: Duration = Duration::from_millis(50);
+const SETTLE: Duration = Duration::from_millis(100);
 
 /// How long to wait before libvirt is asked again that was not there.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -300,12 +299,9 @@ impl Watch {
                 continue;
             };
             // Whoever changes the domain knows what the export is for.
-            let _lock = match libvirt.find(&orphan.uuid) {
-                Ok(guest) => match guest.lock() {
-                    Ok(lock) => Some(lock),
-                    Err(_) => continue,
-                },
-                Err(_) => None,
+            let guest = libvirt.find(&orphan.uuid).ok();
+            let Ok(_lock) = guest.as_ref().map(|g| g.lock()).transpose() else {
+                continue;
             };
             // As it is now.
             let still = orphans(libvirt, daemon).await.is_ok_and(|now| {
@@ -316,7 +312,7 @@ impl Watch {
             if !still {
                 continue;
             }
-            match take_down_disk(daemon, &orphan.uuid, &orphan.served.target).await {
+            match take_down_orphan(guest.as_ref(), daemon, &orphan.uuid, &orphan.served).await {
                 Ok(()) => {
                     tracing::info!(
                         export = orphan.served.id,

@@ -40,26 +40,27 @@ fn serve(device: &str) -> std::io::Result<()> {
         let Ok(request) = serde_json::from_slice::<Value>(text) else {
             continue;
         };
-        let (mut prefix, mut answer) = (&b""[..], json!({"return": {}}));
-        match request["execute"].as_str().unwrap_or_default() {
+        let mut prefix = &b""[..];
+        let answer = match request["execute"].as_str().unwrap_or_default() {
             name @ ("guest-sync" | "guest-sync-delimited") => {
                 if name == "guest-sync-delimited" {
                     prefix = b"\xff";
                 }
-                answer = json!({"return": request["arguments"]["id"]});
+                json!({"return": request["arguments"]["id"]})
             }
             "guest-fsfreeze-freeze" => {
                 FREEZES.fetch_add(1, SeqCst);
-                answer = json!({"return": 1});
+                json!({"return": 1})
             }
             "guest-fsfreeze-thaw" => {
                 THAWS.fetch_add(1, SeqCst);
-                answer = json!({"return": 1});
+                json!({"return": 1})
             }
             other => {
-                answer = json!({"error": {"class": "CommandNotFound", "desc": format!("no command {other}")}});
+                let desc = format!("no command {other}");
+                json!({"error": {"class": "CommandNotFound", "desc": desc}})
             }
-        }
+        };
         out.write_all(prefix)?;
         out.write_all(format!("{answer}\n").as_bytes())?;
     }

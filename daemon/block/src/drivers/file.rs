@@ -19,7 +19,7 @@ use crate::descriptors::{Descriptors, Open};
 use crate::directories::Directories;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::permission::{Permissions, Use};
-use crate::runtime::Runtime;
+use crate::runtime::{LockPatience, Runtime};
 use crate::status::BlockStatus;
 
 struct File {
@@ -125,9 +125,14 @@ pub(super) fn open(
     }
 
     if !node.force_share {
-        locks::lock(&fd, &what, &image_use(read_only), options.locking)?;
+        let patience = runtime.lock_patience;
+        locks::lock(&fd, &what, &image_use(read_only), options.locking, patience)?;
     }
 
+    if is_device && !direct {
+        // Another host may have written to it since it was read here.
+        let _ = rustix::fs::fadvise(&fd, 0, None, rustix::fs::Advice::DontNeed);
+    }
     let mut size = if is_device {
         block_device_size(fd.as_fd()).map_err(|e| cannot(&e))?
     } else {
@@ -381,8 +386,10 @@ impl Driver for File {
         };
         // A reader does not share what a writer needs, not even its own.
         locks::unlock(self.file());
-        if let Err(e) = locks::lock(&file, &what, &image_use(false), locking) {
-            if let Err(error) = locks::lock(self.file(), &what, &image_use(true), locking) {
+        let patience = LockPatience::default();
+        if let Err(e) = locks::lock(&file, &what, &image_use(false), locking, patience) {
+            let reader = image_use(true);
+            if let Err(error) = locks::lock(self.file(), &what, &reader, locking, patience) {
                 tracing::error!(image = self.filename, %error, "cannot be locked again");
             }
             return Err(e);
@@ -397,9 +404,15 @@ impl Driver for File {
         };
         locks::unlock(self.file());
         let what = format!("'{}'", self.filename);
-        if let Err(error) = locks::lock(self.file(), &what, &image_use(true), locking) {
+        let patience = LockPatience::default();
+        if let Err(error) = locks::lock(self.file(), &what, &image_use(true), locking, patience) {
             tracing::error!(image = self.filename, %error, "cannot be locked again");
         }
+    }
+
+    /// Locks of a device are of one host, however many have it.
+    fn is_locked_for_other_hosts(&self) -> bool {
+        !self.is_device && self.locking != Some(Locking::Off)
     }
 
     fn slow_reason(&self, _direction: Direction) -> Option<SlowReason> {

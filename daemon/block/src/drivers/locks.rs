@@ -12,15 +12,12 @@ use nix::fcntl::{FcntlArg, fcntl};
 use vdisk_api::{Error, Locking, Result};
 
 use crate::permission::{Permissions, Use};
+use crate::runtime::LockPatience;
 
 const PERM_BASE: i64 = 100;
 const SHARED_BASE: i64 = 200;
 const BITS: i64 = 4;
 
-/// How long to wait for a lock. The kernel gives the files of a killed process back a little after the
-/// process is gone, when the last of its requests has ended; until then the lock keeps the next daemon
-/// from writing beside them.
-const PATIENCE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(5);
 
 fn flock(kind: i32, byte: i64, len: i64) -> libc::flock {
@@ -76,12 +73,18 @@ fn take(fd: BorrowedFd<'_>, u: &Use) -> std::result::Result<Option<(Permissions,
 }
 
 /// Locks an image that was just opened. The locks go with the open file.
-pub(super) fn lock(fd: &impl AsFd, what: &str, u: &Use, locking: Locking) -> Result<()> {
+pub(super) fn lock(
+    fd: &impl AsFd,
+    what: &str,
+    u: &Use,
+    locking: Locking,
+    patience: LockPatience,
+) -> Result<()> {
     if locking == Locking::Off {
         return Ok(());
     }
     let fd = fd.as_fd();
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience.0;
     let taken = loop {
         match take(fd, u) {
             Ok(Some(_)) | Err(Errno::EAGAIN | Errno::EACCES) if Instant::now() < end => {

@@ -264,6 +264,11 @@ pub trait Driver: Send + Sync {
         true
     }
 
+    /// Others than this daemon, on other hosts too, are kept from opening its storage.
+    fn is_locked_for_other_hosts(&self) -> bool {
+        true
+    }
+
     /// It shows its child as it is.
     fn is_filter(&self) -> bool {
         false

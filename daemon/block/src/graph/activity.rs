@@ -4,13 +4,14 @@
 //! came active before: whatever stands on it is opened with it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
 
 use super::{Child, Entry, Graph, Opened, Opens, Parent, Plan, Step, StoredNode};
 use crate::drivers::Inactive;
 use crate::node::Node;
-use crate::runtime::Runtime;
+use crate::runtime::{LockPatience, Runtime};
 
 impl Child {
     pub(super) fn is_active(&self, plan: &Plan) -> bool {
@@ -55,8 +56,14 @@ impl Step {
     }
 }
 
+/// A daemon that knows no inactive nodes must not open it.
+pub(super) fn mark(noted: &mut StoredNode) {
+    noted.options.insert("active".into(), false.into());
+}
+
 fn options(noted: &StoredNode) -> Result<NodeOptions> {
     let mut options = NodeOptions::restored(&noted.name, noted.options.clone())?;
+    options.active = true;
     if let DriverOptions::File(file) = &mut options.driver {
         file.whole_blocks = noted.whole_blocks;
     }
@@ -82,7 +89,8 @@ impl Graph {
         if !names.iter().any(is_new) {
             return;
         }
-        for noted in self.stored() {
+        for mut noted in self.stored() {
+            mark(&mut noted);
             if let Some(entry) = self.nodes.get_mut(&noted.name)
                 && noted.inactive.is_some()
             {
@@ -104,10 +112,19 @@ impl Graph {
     /// Plans to open a node that is inactive, and all such nodes below it.
     pub fn plan_activation(&self, name: &str) -> Result<Plan> {
         self.entry(name)?;
+        // What stands on it would not know its new storage.
+        let inactive = |p: &&str| self.nodes.get(*p).is_some_and(|e| !e.node.is_active());
+        if let Some(above) = self.parent_nodes(name).find(inactive) {
+            return Err(Error::in_use(format!(
+                "node '{name}' is below node '{above}', which is inactive as well: make that one active"
+            )));
+        }
         let mut plan = Plan {
             steps: Vec::new(),
             runtime: self.runtime.clone(),
         };
+        // Whoever asks does so again, and others wait meanwhile.
+        plan.runtime.lock_patience = LockPatience(Duration::ZERO);
         self.plan_active(name, &mut plan)?;
         Ok(plan)
     }
@@ -156,16 +173,13 @@ impl Graph {
     /// # Errors
     /// If something else needs one of them, or what is written to stays open.
     pub fn check_deactivation(&self, name: &str) -> Result<Vec<String>> {
-        let entry = self.entry(name)?;
+        self.entry(name)?;
         if let Some(parent) = self.parent_nodes(name).next() {
             return Err(Error::in_use(format!(
                 "node '{name}' is below node '{parent}': let go of that, and of all below it"
             )));
         }
-        let mut going: Vec<String> = Vec::new();
-        if entry.node.is_active() {
-            going.push(name.to_owned());
-        }
+        let mut going: Vec<String> = vec![name.to_owned()];
         let mut next = 0;
         while let Some(at) = going.get(next).cloned() {
             next += 1;
@@ -175,11 +189,10 @@ impl Graph {
                     && self
                         .parent_nodes(child)
                         .all(|p| going.iter().any(|g| g == p));
-                if !below.node.is_active() {
-                    continue;
-                }
                 match is_ours {
+                    _ if going.contains(child) => {}
                     true => going.push(child.clone()),
+                    false if !below.node.is_active() => {}
                     false if below.node.is_read_only() => {}
                     false => {
                         return Err(Error::in_use(format!(
@@ -190,6 +203,7 @@ impl Graph {
                 }
             }
         }
+        going.retain(|at| self.nodes.get(at).is_some_and(|e| e.node.is_active()));
         for at in &going {
             self.check_claim(at)?;
             self.check_no_job(at)?;
@@ -223,6 +237,7 @@ impl Graph {
             let entry: &Entry = self.entry(&noted.name)?;
             let known = Inactive::of(&entry.node);
             noted.inactive = Some(known.clone());
+            mark(&mut noted);
             let node = Node::inactive(&noted.name, &options(&noted)?, known);
             Ok((noted, node))
         });

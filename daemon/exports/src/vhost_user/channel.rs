@@ -62,6 +62,15 @@ impl Channel {
         self.socket.as_fd()
     }
 
+    /// Whether the other side has gone.
+    pub fn is_gone(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let ready = poll(&mut fds, Some(&Timespec::default())).is_ok_and(|n| n > 0);
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        ready && fds[0].revents().intersects(gone)
+    }
+
     /// Reads until `buf` is full, with the `first` byte of a message or not. Descriptors that come along are added to `fds`.
     async fn read_full(
         &self,

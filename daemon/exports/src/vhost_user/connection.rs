@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::net::UnixStream;
@@ -11,7 +12,7 @@ use vdisk_virtio::blk::{CONFIG_SIZE, WRITEBACK_OFFSET};
 use vdisk_virtio::{DirtyLog, GuestMemory, GuestRegion, RingAddresses};
 
 use super::channel::{Channel, transmit};
-use super::export::{Shared, Signals};
+use super::export::{LET_GO_PAUSE, Shared, Signals};
 use super::message::{
     self, F_LOG_ALL, F_PROTOCOL_FEATURES, Header, InflightDesc, MAX_MEM_SLOTS, MemoryRegion,
     ProtocolError, Request, VRING_F_LOG, VringAddr, protocol,
@@ -32,10 +33,6 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 const HAND_OVER: Duration = Duration::from_secs(10);
 const HAND_OVER_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a front-end that stops waits until the image is let go of. It is tried again later.
-const LET_GO: Duration = Duration::from_secs(10);
-const LET_GO_PAUSE: Duration = Duration::from_secs(1);
-
 /// A queue that runs on its I/O thread.
 struct Running {
     thread: IoThread,
@@ -54,8 +51,6 @@ pub(super) struct Connection<'a> {
     fixed: Vec<(IoThread, Kept<FixedBuffers>)>,
     /// The keeper has it.
     kept: bool,
-    /// The guest goes on elsewhere, and the image could not be let go of yet.
-    owed: bool,
     signals: watch::Receiver<Signals>,
 }
 
@@ -99,7 +94,6 @@ impl Connection<'_> {
             queues: (0..num_queues).map(|_| None).collect(),
             fixed: Vec::new(),
             kept: left.is_some(),
-            owed: false,
             signals: signals.clone(),
         };
         this.apply_cache();
@@ -165,6 +159,11 @@ impl Connection<'_> {
             let call = clone_fd(&self.fds.vrings[i].call)?;
             self.with_queue(i, move |q| q.set_call(call)).await;
         }
+        // The last daemon may have ended before it had let go of the image.
+        let stopped = self.fds.vrings.iter().all(|v| v.kick.is_none());
+        let moves = stopped && self.state.features & F_LOG_ALL != 0;
+        let owed = moves && self.shared.device.backend.node().is_active();
+        self.shared.owed.store(owed, Ordering::Relaxed);
         tracing::info!(export = self.shared.id(), "front-end taken over");
         Ok(())
     }
@@ -230,7 +229,9 @@ impl Connection<'_> {
             let message = loop {
                 tokio::select! {
                     message = &mut next => break message?,
-                    () = tokio::time::sleep(LET_GO_PAUSE), if self.owed => self.let_go().await,
+                    () = tokio::time::sleep(LET_GO_PAUSE), if self.shared.owed.load(Ordering::Relaxed) => {
+                        self.shared.let_go(&mut self.signals).await;
+                    }
                     changed = signals.changed() => {
                         let now = *signals.borrow_and_update();
                         if now.stop || changed.is_err() {
@@ -652,38 +653,37 @@ impl Connection<'_> {
         Ok(())
     }
 
-    /// Lets go of the image for another host: the front-end has logged what changed in the guest's memory, and has stopped all
-    /// queues, which is how the guest goes on elsewhere. (Or goes on here: the image is opened again then.)
+    /// Lets go of the image before the front-end hears that its last queue has stopped. Where no lock keeps the other host from
+    /// opening it too soon, it does not hear that before.
     async fn let_go(&mut self) {
-        let gone = tokio::select! {
-            gone = self.shared.set_active(false) => gone,
-            () = tokio::time::sleep(LET_GO) => Err(Error::failed("it takes too long")),
-            _ = self.signals.wait_for(|s| s.stop) => return,
-        };
-        match gone {
-            Ok(()) => tracing::info!(
-                export = self.shared.id(),
-                "all queues are stopped for a migration, and the image is let go of"
-            ),
-            Err(error) if !self.owed => tracing::warn!(
-                export = self.shared.id(),
-                %error,
-                "all queues are stopped for a migration, and the image cannot be let go of yet: the guest waits on the other host"
-            ),
-            Err(_) => {}
+        let node = self.shared.device.backend.node();
+        let is_locked = node.is_locked_for_other_hosts();
+        loop {
+            self.shared.let_go(&mut self.signals).await;
+            let owed = self.shared.owed.load(Ordering::Relaxed);
+            if !owed || is_locked || self.signals.borrow().stop {
+                return;
+            }
+            let _ = tokio::time::timeout(LET_GO_PAUSE, self.signals.wait_for(|s| s.stop)).await;
         }
-        self.owed = self.shared.device.backend.node().is_active();
     }
 
     /// Has the image opened, as soon as whoever has it lets go of it.
     async fn open_image(&mut self) -> Result<(), ProtocolError> {
-        self.owed = false;
+        self.shared.owed.store(false, Ordering::Relaxed);
         let since = Instant::now();
-        while !self.shared.device.backend.node().is_active() {
+        while !self.shared.has_image() {
             let opened = tokio::select! {
                 opened = self.shared.set_active(true) => opened,
                 _ = self.signals.wait_for(|s| s.stop) => Err(Error::failed("the export ends")),
             };
+            if self.channel.is_gone() {
+                // Whoever has the guest now has the image as well.
+                if opened.is_ok() {
+                    self.shared.let_go(&mut self.signals).await;
+                }
+                return Err(ProtocolError::Gone);
+            }
             match opened {
                 Ok(()) => tracing::info!(
                     export = self.shared.id(),
@@ -921,6 +921,7 @@ impl Connection<'_> {
                     "queue started"
                 );
                 self.queues[i] = Some(Running { thread, queue });
+                self.shared.running.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }
             Ok(Err(e)) => Err(invalid(format_args!("queue {i}: {e}"))),
@@ -933,6 +934,7 @@ impl Connection<'_> {
         let Some(running) = self.queues[i].take() else {
             return;
         };
+        self.shared.running.fetch_sub(1, Ordering::Relaxed);
         let queue = running.queue;
         let stopped = running
             .thread

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -60,7 +61,17 @@ pub(super) struct Shared {
     pub pace: Pace,
     /// Of the connection that the keeper has.
     generation: AtomicU64,
+    /// Queues that run.
+    pub running: AtomicU32,
+    /// The guest goes on elsewhere, and the image could not be let go of yet.
+    pub owed: AtomicBool,
+    /// That was asked for, and not answered: it may be done at any time.
+    unanswered: AtomicBool,
 }
+
+/// How long a front-end that stops waits until the image is let go of. It is tried again later.
+const LET_GO: Duration = Duration::from_secs(10);
+pub(super) const LET_GO_PAUSE: Duration = Duration::from_secs(1);
 
 impl Shared {
     pub fn generation(&self) -> u64 {
@@ -84,10 +95,42 @@ impl Shared {
         let asked = self
             .events
             .send(ExportEvent::Activity { node, active, done });
-        match (asked, answer.await) {
+        self.unanswered.store(true, Ordering::Relaxed);
+        let answer = answer.await;
+        self.unanswered.store(false, Ordering::Relaxed);
+        match (asked, answer) {
             (Ok(()), Ok(result)) => result,
             _ => Err(Error::failed("the daemon is stopping")),
         }
+    }
+
+    /// The image is open, and stays so.
+    pub fn has_image(&self) -> bool {
+        self.device.backend.node().is_active() && !self.unanswered.load(Ordering::Relaxed)
+    }
+
+    /// Lets go of the image for another host: the front-end has logged what changed in the guest's memory, and has stopped all
+    /// queues, which is how the guest goes on elsewhere. (Or goes on here: the image is opened again then.)
+    pub async fn let_go(&self, signals: &mut watch::Receiver<Signals>) {
+        let gone = tokio::select! {
+            gone = self.set_active(false) => gone,
+            () = tokio::time::sleep(LET_GO) => Err(Error::failed("it takes too long")),
+            _ = signals.wait_for(|s| s.stop) => return,
+        };
+        match gone {
+            Ok(()) => tracing::info!(
+                export = self.id(),
+                "all queues are stopped for a migration, and the image is let go of"
+            ),
+            Err(error) if !self.owed.load(Ordering::Relaxed) => tracing::warn!(
+                export = self.id(),
+                %error,
+                "all queues are stopped for a migration, and the image cannot be let go of yet: the guest waits on the other host"
+            ),
+            Err(_) => {}
+        }
+        let owed = self.device.backend.node().is_active();
+        self.owed.store(owed, Ordering::Relaxed);
     }
 
     fn set_clients(&self, n: u32) {
@@ -156,6 +199,9 @@ impl VhostUserBlk {
             keeper,
             pace: Pace::default(),
             generation: AtomicU64::new(left.connection.as_ref().map_or(0, |(g, _)| *g)),
+            running: AtomicU32::new(0),
+            owed: AtomicBool::new(false),
+            unanswered: AtomicBool::new(false),
         });
         let connection = left.connection.map(|(_, fd)| fd);
         let socket = listener.path().map(Path::to_owned);
@@ -186,6 +232,11 @@ impl VhostUserBlk {
     /// Front-ends connected: 0 or 1.
     pub fn clients(&self) -> u32 {
         self.shared.clients.load(Ordering::Relaxed)
+    }
+
+    /// Queues that a guest uses at the moment.
+    pub fn running_queues(&self) -> u32 {
+        self.shared.running.load(Ordering::Relaxed)
     }
 
     /// What was counted on each queue.
@@ -279,7 +330,7 @@ async fn serve(
     });
     loop {
         let accepted = match left.take() {
-            Some((stream, left)) => Ok((stream, Some(left))),
+            Some((stream, left)) => Some(Ok((stream, Some(left)))),
             None => {
                 tokio::select! {
                     biased;
@@ -289,9 +340,17 @@ async fn serve(
                         }
                         return;
                     }
-                    accepted = listener.socket.accept() => accepted.map(|(stream, _)| (stream, None)),
+                    accepted = listener.socket.accept() => {
+                        Some(accepted.map(|(stream, _)| (stream, None)))
+                    }
+                    // Its front-end has gone, and the guest waits elsewhere.
+                    () = tokio::time::sleep(LET_GO_PAUSE), if shared.owed.load(Ordering::Relaxed) => None,
                 }
             }
+        };
+        let Some(accepted) = accepted else {
+            shared.let_go(&mut stop).await;
+            continue;
         };
         let (stream, left) = match accepted {
             Ok(accepted) => accepted,

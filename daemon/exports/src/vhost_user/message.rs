@@ -80,6 +80,8 @@ pub enum ProtocolError {
     Invalid(String),
     #[error("the front-end does not read its replies")]
     Stuck,
+    #[error("the front-end left while its guest waited")]
+    Gone,
     /// Nothing that it did: it may connect again, and try once more.
     #[error("{0}")]
     NotReady(vdisk_api::Error),

@@ -49,11 +49,21 @@ impl Control {
     }
 
     pub(super) async fn set_active(&mut self, name: &str, active: bool) -> Result<Reply> {
-        match active {
-            true => self.activate_node(name).await?,
-            false => self.deactivate_node(name).await?,
-        }
+        self.change_activity(name, active, || true).await?;
         Ok(Reply::Done)
+    }
+
+    /// `is_wanted` is asked before guests would notice.
+    pub(super) async fn change_activity(
+        &mut self,
+        name: &str,
+        active: bool,
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<()> {
+        match active {
+            true => self.activate_node(name).await,
+            false => self.deactivate_node(name, is_wanted).await,
+        }
     }
 
     async fn activate_node(&mut self, name: &str) -> Result<()> {
@@ -100,11 +110,12 @@ impl Control {
         Ok(())
     }
 
-    async fn deactivate_node(&mut self, name: &str) -> Result<()> {
+    async fn deactivate_node(&mut self, name: &str, is_wanted: impl Fn() -> bool) -> Result<()> {
         let names = self.world().graph.check_deactivation(name)?;
         if names.is_empty() {
             return Ok(());
         }
+        self.check_unused(name)?;
         self.reserve_state()?;
         let planned = self.world().graph.plan_deactivation(&names)?;
         let node = self.world().graph.node(name)?;
@@ -117,6 +128,10 @@ impl Control {
             .await
             .map_err(|e| cannot(&node, &e))?;
         let (_, drained) = self.hold(name).await;
+        if !is_wanted() {
+            return Err(Error::failed("nobody waits for it any more"));
+        }
+        self.check_unused(name)?;
         self.flush(&node).await.map_err(|e| cannot(&node, &e))?;
         let nodes = names.iter().map(|n| self.world().graph.node(n));
         let nodes: Vec<Arc<Node>> = nodes.collect::<Result<_>>()?;
@@ -130,12 +145,10 @@ impl Control {
             .collect();
         for (at, node) in nodes.iter().enumerate() {
             if let Err(e) = self.settle(node).await {
-                self.ready_again(&nodes[..=at]).await;
+                // It is as it was, and those above are settled.
+                self.ready_again(&nodes[..at]).await;
                 return Err(cannot(node, &e));
             }
-        }
-        for node in &nodes {
-            node.close().await;
         }
         let changed = self.world().graph.deactivate(planned);
         for (old, new) in &changed {
@@ -143,7 +156,11 @@ impl Control {
                 guard.set_node_if(old, new);
             }
         }
+        // Before another host can open it: the next daemon must not.
         self.save();
+        for node in &nodes {
+            node.close().await;
+        }
         drop(drained);
         let removed = bitmaps.into_iter();
         let removed = removed.map(|(node, bitmap)| Event::BitmapRemoved(node, bitmap));
@@ -154,6 +171,22 @@ impl Control {
         }
         self.exports_changed(name, false);
         Ok(())
+    }
+
+    /// Refuses to let go of what guests use.
+    fn check_unused(&self, name: &str) -> Result<()> {
+        let world = self.world();
+        let (_, above) = world.graph.above(name);
+        let mut exports = world.exports.iter();
+        let busy = exports.find(|(_, e)| {
+            e.server.running_queues() > 0 && above.iter().any(|n| n.name() == e.node())
+        });
+        match busy {
+            None => Ok(()),
+            Some((id, _)) => Err(Error::in_use(format!(
+                "node '{name}' cannot be let go of: the guest of export '{id}' uses it: stop that first"
+            ))),
+        }
     }
 
     /// Makes nodes ready for requests again that were settled.

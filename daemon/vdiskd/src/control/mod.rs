@@ -237,9 +237,13 @@ impl Control {
                         self.publish().await;
                     }
                     ExportEvent::Activity { node, active, done } => {
-                        let result = self.set_active(&node, active).await;
-                        self.publish().await;
-                        let _ = done.send(result.map(|_| ()));
+                        // Nobody waits any more: what they do now would be undone.
+                        let is_wanted = || active || !done.is_closed();
+                        if is_wanted() {
+                            let result = self.change_activity(&node, active, is_wanted).await;
+                            self.publish().await;
+                            let _ = done.send(result);
+                        }
                     }
                 },
                 Some(event) = nodes.recv() => {
