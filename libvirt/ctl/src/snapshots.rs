@@ -517,8 +517,8 @@ async fn revert(
         .partition(frozen);
     for disk in &snapshot.disks {
         let now = there.metadata.disk(&disk.target).map(|d| d.file());
-        let of_disk = since.iter().flat_map(|s| &s.disks);
-        let newest = of_disk.filter(|d| d.target == disk.target).next_back();
+        let mut of_disk = since.iter().flat_map(|s| &s.disks);
+        let newest = of_disk.rfind(|d| d.target == disk.target);
         if now.is_some_and(|file| newest.is_none_or(|n| n.overlay != file)) {
             for (_, file, _) in new {
                 let _ = std::fs::remove_file(file);

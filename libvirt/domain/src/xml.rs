@@ -207,3 +207,36 @@ impl Domain {
         socket_path(&self.uuid, self.metadata.instance.as_deref(), target)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_are_where_this_host_has_them() {
+        let uuid = "c7a5fdbd-edaf-9455-926a-d65c16db1809";
+        let disk = |folder: &str, target: &str| {
+            format!(
+                "<disk type='vhostuser' device='disk'><driver name='qemu' type='raw'/><source type='unix' path='{folder}/{uuid}-{target}.sock'/><target dev='{target}' bus='virtio'/></disk>"
+            )
+        };
+        let domain = |disks: &str| {
+            format!(
+                "<domain><name>vm</name><uuid>{uuid}</uuid><metadata><vdisk:domain xmlns:vdisk='{NAMESPACE}'><vdisk:disk target='vda' file='/a' format='raw'/><vdisk:disk target='vdb' file='/b' format='raw'/></vdisk:domain></metadata><devices>{disks}</devices></domain>"
+            )
+        };
+        let here = |xml: &str| moved_sockets(xml, &Domain::parse(xml).unwrap()).unwrap();
+        // All are where they can be.
+        let xml = domain(&disk("/run", "vda"));
+        assert_eq!(here(&xml), None);
+        // Ours move, and nobody else's (vdc).
+        let there = ["vda", "vdb", "vdc"].map(|t| disk("/no/such", t)).concat();
+        let moved = here(&domain(&there)).unwrap();
+        let wanted = [
+            disk("/run/vdiskd", "vda"),
+            disk("/run/vdiskd", "vdb"),
+            disk("/no/such", "vdc"),
+        ];
+        assert_eq!(moved, domain(&wanted.concat()));
+    }
+}

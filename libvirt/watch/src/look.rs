@@ -1,5 +1,6 @@
 //! What there is: libvirt's domains beside what the daemons serve for them.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use vdisk_dbus::{BUS_NAME, Bus, Daemon};
@@ -62,9 +63,9 @@ impl Daemons {
             .collect();
         self.0.retain(|name, _| names.contains(name));
         for name in names {
-            if !self.0.contains_key(&name) {
-                let daemon = Daemon::connect(bus, name.clone()).await?;
-                self.0.insert(name, daemon);
+            if let Entry::Vacant(new) = self.0.entry(name) {
+                let daemon = Daemon::connect(bus, new.key().clone()).await?;
+                new.insert(daemon);
             }
         }
         Ok(())

@@ -612,6 +612,7 @@ mod tests {
         let mut state: State = serde_json::from_str(FIRST).unwrap();
         assert!(state.persistent().exports.is_empty());
         let node = |name: &str, options: serde_json::Value| StoredNode {
+            inactive: None,
             name: name.into(),
             implicit: false,
             whole_blocks: false,
