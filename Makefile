@@ -27,7 +27,8 @@ RUST_MIN = 1.89
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
-HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+# (make before 4.4 does not give its exported variables to $$(shell).)
+HOST = $(shell PATH="$(PATH)" rustc -vV | sed -n 's/^host: //p')
 GUEST = target/guest/$(HOST)/release/init
 
 .PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs bench-service avocado install clean
