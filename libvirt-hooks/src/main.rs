@@ -94,7 +94,7 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
     if phase == Phase::Release {
         let identity = Identity::parse(&xml).map_err(|e| e.to_string())?;
         take_announcement(&identity.uuid);
-        if being_changed(&identity.uuid) {
+        if is_kept_off(&identity.uuid) {
             // There was no guest: its start was refused for that.
             return Ok(());
         }

@@ -230,3 +230,28 @@ fn an_image_that_a_job_needs_is_let_go_of_later() {
     });
     destination.ctl(&["node", "activate", "limited"]);
 }
+
+/// A daemon that ends meanwhile leaves no image to the next that another host may have by then.
+#[test]
+fn a_daemon_that_ends_lets_go_of_what_it_owes() {
+    let (mut source, destination, _) = pair();
+    let mut here = Frontend::start(&source.socket("vm"));
+    for mib in 0..8 {
+        write(&mut here, mib * 2048, 1);
+    }
+    let copy = source.path("copy.qcow2").display().to_string();
+    let slow = ["--speed", "1", "--detach", "job-id=slow"];
+    source.ctl(&[&["backup", "disk", &copy][..], &slow].concat());
+    log_changes(&mut here);
+    here.stop_queue();
+    assert!(is_active(&source, "disk"));
+    drop(here);
+    assert_eq!(source.terminate(), Some(0));
+    destination.ctl(&["node", "activate", "limited"]);
+    source.go_on();
+    assert!(!is_active(&source, "disk"));
+    // The guest has come back after all.
+    destination.ctl(&["node", "deactivate", "limited"]);
+    let mut here = Frontend::start(&source.socket("vm"));
+    assert_eq!(read(&mut here, 2048), [1; 4096]);
+}

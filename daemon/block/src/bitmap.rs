@@ -22,6 +22,10 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
+    pub(crate) fn is_of(&self, recorder: &Arc<Recorder>) -> bool {
+        Arc::ptr_eq(&self.recorder, recorder)
+    }
+
     pub(crate) fn new(name: &str, recorder: Arc<Recorder>, persistent: bool) -> Arc<Bitmap> {
         Arc::new(Bitmap {
             name: name.to_owned(),

@@ -324,8 +324,11 @@ impl Node {
         let live = image.live_bitmaps();
         all.retain(|name, b| !b.is_persistent() || live.iter().any(|(n, _)| n == name));
         for (name, recorder) in live {
-            all.entry(name.clone())
-                .or_insert_with(|| Bitmap::new(&name, recorder, true));
+            // It may have been loaded anew.
+            if all.get(&name).is_none_or(|b| !b.is_of(&recorder)) {
+                let bitmap = Bitmap::new(&name, recorder, true);
+                all.insert(name, bitmap);
+            }
         }
     }
 

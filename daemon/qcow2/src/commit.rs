@@ -371,6 +371,15 @@ impl Image {
         }
         self.tidy_still().await?;
         self.store_bitmaps().await?;
+        let done = self.close_stored().await;
+        if done.is_err() {
+            // It may be written to again: what the bitmaps say must not be taken for all of it then.
+            self.load_bitmaps().await?;
+        }
+        done
+    }
+
+    async fn close_stored(&self) -> io::Result<()> {
         self.flush().await?;
         let end = match &mut self.meta().writing {
             Some(w) => {
@@ -384,7 +393,10 @@ impl Image {
         }
         if self.header().autoclear & AUTOCLEAR_REDO != 0 {
             self.meta().header.autoclear &= !AUTOCLEAR_REDO;
-            self.write_header().await?;
+            if let Err(e) = self.write_header().await {
+                self.meta().header.autoclear |= AUTOCLEAR_REDO;
+                return Err(e);
+            }
             self.file.flush().await?;
         }
         let writing = self.meta().writing.take();

@@ -15,6 +15,7 @@ mod snapshots;
 use std::cell::RefCell;
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,6 +34,9 @@ pub struct Context {
     opened: RefCell<Option<Opened>>,
     has_to_close: Notify,
 }
+
+/// How long a command may take to end that was interrupted.
+const LAST_STEPS: Duration = Duration::from_secs(5);
 
 /// The disks of a domain that is shut off, which were opened for the command: by which daemon, and the domain's name and UUID.
 struct Opened {
@@ -61,15 +65,13 @@ impl Context {
             return Ok(());
         };
         let closed = take_down(&opened.daemon, &opened.uuid, Busy::Stays).await;
-        let let_in = self.libvirt.find(&opened.domain);
-        let let_in = let_in.and_then(|guest| guest.keep_off(false));
         closed.map_err(|e| {
             Error::failed(format!(
                 "{e}; disks of '{}' may be open still: vdiskctl domain cleanup",
                 opened.domain
             ))
         })?;
-        let_in
+        self.libvirt.find(&opened.domain)?.keep_off(false)
     }
 
     /// Returns when the user has had enough, once there is something to close.
@@ -140,9 +142,14 @@ async fn run(args: Args) -> Result<()> {
         Some(domain) => Some(cx.libvirt.find(domain)?.lock()?),
         None => None,
     };
+    let mut running = std::pin::pin!(command(&cx));
     let done = tokio::select! {
-        done = command(&cx) => done,
-        () = cx.interrupted() => Err(Error::failed("interrupted")),
+        done = &mut running => done,
+        // Jobs are cancelled then, and what else is under way ends by itself.
+        () = cx.interrupted() => match tokio::time::timeout(LAST_STEPS, running).await {
+            Ok(done) => done,
+            Err(_) => Err(Error::failed("interrupted")),
+        },
     };
     // What went wrong first is what matters.
     let closed = cx.close().await;

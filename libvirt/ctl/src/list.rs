@@ -127,26 +127,27 @@ async fn orphans_of(cx: &Context) -> Result<Vec<(String, Served)>> {
     orphans(&cx.libvirt, &daemon).await
 }
 
-/// Takes down what is served for no guest; a domain that starts waits for that. The caller has the domain's lock, if there is one.
+/// Takes down what is served for no guest; a domain that starts waits for that. Whether it was done: it may have a guest by now. The caller has the domain's lock, if there is one.
 pub async fn take_down_orphan(
+    libvirt: &Libvirt,
     guest: Option<&Guest>,
     daemon: &Daemon,
     uuid: &str,
     orphan: &Served,
-) -> Result<()> {
+) -> Result<bool> {
     let keep_off = |on| guest.map_or(Ok(()), |guest| guest.keep_off(on));
     keep_off(true)?;
-    let now = served(daemon, uuid).await;
-    let done = match now {
-        // It may have started, or be about to, since it was looked at.
-        Ok(now) if now.iter().any(|s| s == orphan) => {
-            take_down_disk(daemon, uuid, &orphan.target).await
+    // It may have started, or be about to, since it was looked at.
+    let done = match orphans(libvirt, daemon).await {
+        Ok(now) if now.iter().any(|(of, s)| of == uuid && s == orphan) => {
+            let done = take_down_disk(daemon, uuid, &orphan.target).await;
+            done.map(|()| true).map_err(failed)
         }
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(false),
         Err(e) => Err(e),
     };
     keep_off(false)?;
-    done.map_err(failed)
+    done
 }
 
 pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
@@ -175,8 +176,10 @@ pub async fn cleanup(cx: &Context, dry_run: bool) -> Result<()> {
         }
         if !dry_run {
             let guest = cx.libvirt.find(&uuid).ok();
-            let done = take_down_orphan(guest.as_ref(), &daemon, &uuid, &orphan).await;
-            done?;
+            let guest = guest.as_ref();
+            if !take_down_orphan(&cx.libvirt, guest, &daemon, &uuid, &orphan).await? {
+                continue;
+            }
         }
         if !cx.args.json {
             anstream::println!("{} (of domain {uuid})", orphan.id);

@@ -312,8 +312,10 @@ impl Watch {
             if !still {
                 continue;
             }
-            match take_down_orphan(guest.as_ref(), daemon, &orphan.uuid, &orphan.served).await {
-                Ok(()) => {
+            let (guest, uuid) = (guest.as_ref(), &orphan.uuid);
+            match take_down_orphan(libvirt, guest, daemon, uuid, &orphan.served).await {
+                Ok(false) => {}
+                Ok(true) => {
                     tracing::info!(
                         export = orphan.served.id,
                         domain = orphan.uuid,

@@ -126,6 +126,11 @@ impl Connection<'_> {
         if !complete {
             return Err(invalid("what was kept of it does not fit the export"));
         }
+        // The last daemon may have ended before it had let go of the image.
+        let stopped = fds.vrings.iter().all(|v| v.kick.is_none());
+        let moves = stopped && state.features & F_LOG_ALL != 0;
+        let owed = moves && self.shared.device.backend.node().is_active();
+        self.shared.owed.store(owed, Ordering::Relaxed);
         if let Some(mark) = &fds.mark {
             if is_set(mark)? {
                 return Err(invalid(
@@ -159,11 +164,6 @@ impl Connection<'_> {
             let call = clone_fd(&self.fds.vrings[i].call)?;
             self.with_queue(i, move |q| q.set_call(call)).await;
         }
-        // The last daemon may have ended before it had let go of the image.
-        let stopped = self.fds.vrings.iter().all(|v| v.kick.is_none());
-        let moves = stopped && self.state.features & F_LOG_ALL != 0;
-        let owed = moves && self.shared.device.backend.node().is_active();
-        self.shared.owed.store(owed, Ordering::Relaxed);
         tracing::info!(export = self.shared.id(), "front-end taken over");
         Ok(())
     }
@@ -347,6 +347,8 @@ impl Connection<'_> {
                 self.fds.vrings[i].call = None;
                 let is_last = was_set_up && self.fds.vrings.iter().all(|v| v.kick.is_none());
                 if is_last && self.state.features & F_LOG_ALL != 0 {
+                    // The next process lets go of it if this one does not come to it.
+                    self.keep();
                     self.let_go().await;
                 }
                 let mut reply = index.to_ne_bytes().to_vec();
@@ -659,9 +661,9 @@ impl Connection<'_> {
         let node = self.shared.device.backend.node();
         let is_locked = node.is_locked_for_other_hosts();
         loop {
-            self.shared.let_go(&mut self.signals).await;
-            let owed = self.shared.owed.load(Ordering::Relaxed);
-            if !owed || is_locked || self.signals.borrow().stop {
+            let done = self.shared.let_go(&mut self.signals).await;
+            // Of a front-end that has gone the export sees to that, whoever comes next.
+            if done || is_locked || self.signals.borrow().stop || self.channel.is_gone() {
                 return;
             }
             let _ = tokio::time::timeout(LET_GO_PAUSE, self.signals.wait_for(|s| s.stop)).await;
@@ -679,13 +681,11 @@ impl Connection<'_> {
             };
             if self.channel.is_gone() {
                 // Whoever has the guest now has the image as well.
-                if opened.is_ok() {
-                    self.shared.let_go(&mut self.signals).await;
-                }
+                self.shared.owed.store(opened.is_ok(), Ordering::Relaxed);
                 return Err(ProtocolError::Gone);
             }
             match opened {
-                Ok(()) => tracing::info!(
+                Ok(_) => tracing::info!(
                     export = self.shared.id(),
                     "the guest goes on here, and the image is open"
                 ),
@@ -866,6 +866,16 @@ impl Connection<'_> {
                 "queue {i} is started without its addresses and size"
             )));
         }
+        // Nobody lets go of the image from before it is looked whether it is open.
+        self.shared.running.fetch_add(1, Ordering::Relaxed);
+        let started = self.start_queue_now(i).await;
+        if started.is_err() {
+            self.shared.running.fetch_sub(1, Ordering::Relaxed);
+        }
+        started
+    }
+
+    async fn start_queue_now(&mut self, i: usize) -> Result<(), ProtocolError> {
         self.open_image().await?;
         self.note_inflight()?;
         let v = &self.state.vrings[i];
@@ -921,7 +931,6 @@ impl Connection<'_> {
                     "queue started"
                 );
                 self.queues[i] = Some(Running { thread, queue });
-                self.shared.running.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }
             Ok(Err(e)) => Err(invalid(format_args!("queue {i}: {e}"))),
@@ -934,7 +943,6 @@ impl Connection<'_> {
         let Some(running) = self.queues[i].take() else {
             return;
         };
-        self.shared.running.fetch_sub(1, Ordering::Relaxed);
         let queue = running.queue;
         let stopped = running
             .thread
@@ -945,6 +953,7 @@ impl Connection<'_> {
                 }
             })
             .await;
+        self.shared.running.fetch_sub(1, Ordering::Relaxed);
         if let Ok(Some(next_avail)) = stopped {
             self.state.vrings[i].next_avail = next_avail;
         }

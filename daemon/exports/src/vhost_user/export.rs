@@ -34,7 +34,8 @@ pub enum ExportEvent {
     Activity {
         node: String,
         active: bool,
-        done: oneshot::Sender<Result<()>>,
+        /// Whether it is so now; not if another guest uses the images.
+        done: oneshot::Sender<Result<bool>>,
     },
 }
 
@@ -89,7 +90,7 @@ impl Shared {
     }
 
     /// Has the images of the export's node opened, or let go of.
-    pub async fn set_active(&self, active: bool) -> Result<()> {
+    pub async fn set_active(&self, active: bool) -> Result<bool> {
         let node = self.device.backend.node().name().to_owned();
         let (done, answer) = oneshot::channel();
         let asked = self
@@ -111,16 +112,26 @@ impl Shared {
 
     /// Lets go of the image for another host: the front-end has logged what changed in the guest's memory, and has stopped all
     /// queues, which is how the guest goes on elsewhere. (Or goes on here: the image is opened again then.)
-    pub async fn let_go(&self, signals: &mut watch::Receiver<Signals>) {
+    ///
+    /// False if it is still to be done, by this export.
+    pub async fn let_go(&self, signals: &mut watch::Receiver<Signals>) -> bool {
         let gone = tokio::select! {
             gone = self.set_active(false) => gone,
             () = tokio::time::sleep(LET_GO) => Err(Error::failed("it takes too long")),
-            _ = signals.wait_for(|s| s.stop) => return,
+            _ = signals.wait_for(|s| s.stop) => {
+                self.owed.store(true, Ordering::Relaxed);
+                return false;
+            }
         };
+        let is_done = gone.is_ok();
         match gone {
-            Ok(()) => tracing::info!(
+            Ok(true) => tracing::info!(
                 export = self.id(),
                 "all queues are stopped for a migration, and the image is let go of"
+            ),
+            Ok(false) => tracing::info!(
+                export = self.id(),
+                "all queues are stopped for a migration, and another export uses the image: it is let go of with that"
             ),
             Err(error) if !self.owed.load(Ordering::Relaxed) => tracing::warn!(
                 export = self.id(),
@@ -129,8 +140,8 @@ impl Shared {
             ),
             Err(_) => {}
         }
-        let owed = self.device.backend.node().is_active();
-        self.owed.store(owed, Ordering::Relaxed);
+        self.owed.store(!is_done, Ordering::Relaxed);
+        is_done
     }
 
     fn set_clients(&self, n: u32) {
@@ -232,6 +243,11 @@ impl VhostUserBlk {
     /// Front-ends connected: 0 or 1.
     pub fn clients(&self) -> u32 {
         self.shared.clients.load(Ordering::Relaxed)
+    }
+
+    /// Its guest goes on elsewhere, and its image is open still.
+    pub fn owes(&self) -> bool {
+        self.shared.owed.load(Ordering::Relaxed) || self.shared.unanswered.load(Ordering::Relaxed)
     }
 
     /// Queues that a guest uses at the moment.

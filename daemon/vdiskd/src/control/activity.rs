@@ -49,19 +49,21 @@ impl Control {
     }
 
     pub(super) async fn set_active(&mut self, name: &str, active: bool) -> Result<Reply> {
-        self.change_activity(name, active, || true).await?;
-        Ok(Reply::Done)
+        match self.change_activity(name, active, || true).await? {
+            true => Ok(Reply::Done),
+            false => Err(self.busy(name)),
+        }
     }
 
-    /// `is_wanted` is asked before guests would notice.
+    /// `is_wanted` is asked before guests would notice. False if a guest uses the images that are to be let go of.
     pub(super) async fn change_activity(
         &mut self,
         name: &str,
         active: bool,
         is_wanted: impl Fn() -> bool,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         match active {
-            true => self.activate_node(name).await,
+            true => self.activate_node(name).await.map(|()| true),
             false => self.deactivate_node(name, is_wanted).await,
         }
     }
@@ -110,12 +112,14 @@ impl Control {
         Ok(())
     }
 
-    async fn deactivate_node(&mut self, name: &str, is_wanted: impl Fn() -> bool) -> Result<()> {
+    async fn deactivate_node(&mut self, name: &str, is_wanted: impl Fn() -> bool) -> Result<bool> {
         let names = self.world().graph.check_deactivation(name)?;
         if names.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
-        self.check_unused(name)?;
+        if self.user(name).is_some() {
+            return Ok(false);
+        }
         self.reserve_state()?;
         let planned = self.world().graph.plan_deactivation(&names)?;
         let node = self.world().graph.node(name)?;
@@ -131,7 +135,9 @@ impl Control {
         if !is_wanted() {
             return Err(Error::failed("nobody waits for it any more"));
         }
-        self.check_unused(name)?;
+        if self.user(name).is_some() {
+            return Ok(false);
+        }
         self.flush(&node).await.map_err(|e| cannot(&node, &e))?;
         let nodes = names.iter().map(|n| self.world().graph.node(n));
         let nodes: Vec<Arc<Node>> = nodes.collect::<Result<_>>()?;
@@ -170,22 +176,38 @@ impl Control {
             self.events.push(Event::NodeChanged(new.name().to_owned()));
         }
         self.exports_changed(name, false);
-        Ok(())
+        Ok(true)
     }
 
-    /// Refuses to let go of what guests use.
-    fn check_unused(&self, name: &str) -> Result<()> {
+    /// The export whose guest uses a node.
+    fn user(&self, name: &str) -> Option<String> {
         let world = self.world();
         let (_, above) = world.graph.above(name);
         let mut exports = world.exports.iter();
         let busy = exports.find(|(_, e)| {
             e.server.running_queues() > 0 && above.iter().any(|n| n.name() == e.node())
         });
-        match busy {
-            None => Ok(()),
-            Some((id, _)) => Err(Error::in_use(format!(
-                "node '{name}' cannot be let go of: the guest of export '{id}' uses it: stop that first"
-            ))),
+        busy.map(|(id, _)| id.clone())
+    }
+
+    fn busy(&self, name: &str) -> Error {
+        let user = self.user(name).unwrap_or_default();
+        Error::in_use(format!(
+            "node '{name}' cannot be let go of: the guest of export '{user}' uses it: stop that first"
+        ))
+    }
+
+    /// Lets go of what guests that go on elsewhere have left open, before this daemon ends: the next must not open it.
+    pub(super) async fn let_go_of_owed(&mut self) {
+        let owed: Vec<String> = {
+            let world = self.world();
+            let owed = world.exports.values().filter(|e| e.server.owes());
+            owed.map(|e| e.node()).collect()
+        };
+        for node in owed {
+            if let Err(error) = self.change_activity(&node, false, || true).await {
+                tracing::error!(node, %error, "it cannot be let go of, and its guest may be on another host: the next daemon opens it");
+            }
         }
     }
 

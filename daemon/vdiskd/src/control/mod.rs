@@ -317,21 +317,30 @@ impl Control {
         }
     }
 
-    /// Cancels jobs, ends exports (their requests are answered first), makes everything durable, closes the images
-    /// and stops the I/O threads. Errors are logged; nothing stops the rest.
-    ///
-    /// With a keeper, front-ends stay connected, and wait for the next daemon.
-    async fn shutdown(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
-        // The next one finds what there was before.
-        self.save();
-        self.state.close();
-        self.persistent.close();
+    async fn end_jobs(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
         self.cancel_jobs().await;
         while self.has_jobs()
             && let Some(event) = jobs.recv().await
         {
             self.job_event(event).await;
         }
+    }
+
+    /// Cancels jobs, ends exports (their requests are answered first), makes everything durable, closes the images
+    /// and stops the I/O threads. Errors are logged; nothing stops the rest.
+    ///
+    /// With a keeper, front-ends stay connected, and wait for the next daemon.
+    async fn shutdown(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
+        if self.world().exports.values().any(|e| e.server.owes()) {
+            // What keeps their images open ends first.
+            self.end_jobs(jobs).await;
+            self.let_go_of_owed().await;
+        }
+        // The next one finds what there was before.
+        self.save();
+        self.state.close();
+        self.persistent.close();
+        self.end_jobs(jobs).await;
         let exports: Vec<Arc<Export>> = self.world().exports.values().cloned().collect();
         join_all(exports.iter().map(|e| e.server.suspend())).await;
         let levels = self.world().graph.levels();
