@@ -46,6 +46,16 @@ fn read(front: &mut Frontend, sector: u64) -> Vec<u8> {
     front.peek(DATA + 4096, 4096)
 }
 
+/// Has a job begin that does not end by itself.
+fn begin_backup(source: &Daemon, guest: &mut Frontend) {
+    for mib in 0..8 {
+        write(guest, mib * 2048, 1);
+    }
+    let copy = source.path("copy.qcow2").display().to_string();
+    let slow = ["--speed", "1", "--detach", "job-id=slow"];
+    source.ctl(&[&["backup", "disk", &copy][..], &slow].concat());
+}
+
 /// A source that serves an image over a base, and a destination that waits for it.
 fn pair() -> (Daemon, Daemon, std::path::PathBuf) {
     let (source, destination) = (Daemon::start(&[]), Daemon::start(&[]));
@@ -213,12 +223,7 @@ fn what_is_inactive_is_so_after_a_restart() {
 fn an_image_that_a_job_needs_is_let_go_of_later() {
     let (source, destination, _) = pair();
     let mut here = Frontend::start(&source.socket("vm"));
-    for mib in 0..8 {
-        write(&mut here, mib * 2048, 1);
-    }
-    let copy = source.path("copy.qcow2").display().to_string();
-    let slow = ["--speed", "1", "--detach", "job-id=slow"];
-    source.ctl(&[&["backup", "disk", &copy][..], &slow].concat());
+    begin_backup(&source, &mut here);
     let (code, message) = source.ctl_error(&["node", "deactivate", "disk"]);
     assert!(code == 4 && message.contains("job 'slow'"), "{message}");
     log_changes(&mut here);
@@ -236,12 +241,7 @@ fn an_image_that_a_job_needs_is_let_go_of_later() {
 fn a_daemon_that_ends_lets_go_of_what_it_owes() {
     let (mut source, destination, _) = pair();
     let mut here = Frontend::start(&source.socket("vm"));
-    for mib in 0..8 {
-        write(&mut here, mib * 2048, 1);
-    }
-    let copy = source.path("copy.qcow2").display().to_string();
-    let slow = ["--speed", "1", "--detach", "job-id=slow"];
-    source.ctl(&[&["backup", "disk", &copy][..], &slow].concat());
+    begin_backup(&source, &mut here);
     log_changes(&mut here);
     here.stop_queue();
     assert!(is_active(&source, "disk"));

@@ -80,7 +80,6 @@ define() {
       <source mode='bind' path='/run/guest-$1'/>
       <target type='virtio' name='org.vdisk.test'/>
     </channel>
-    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
     <serial type='file'><source path='/tmp/console-$1'/></serial>
     <memballoon model='none'/>
     <controller type='pci' model='pcie-root'/>

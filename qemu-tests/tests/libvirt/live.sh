@@ -3,7 +3,8 @@
 . /usr/bin/vdisk-script-lib
 qemu-img create -q -f qcow2 $images/a.qcow2 64M
 qemu-img create -q -f raw $images/b.raw 64M
-define vm "$(file qcow2 $images/a.qcow2 vda)$(file raw $images/b.raw vdb)"
+agent="<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
+define vm "$(file qcow2 $images/a.qcow2 vda)$(file raw $images/b.raw vdb)$agent"
 vdiskctl domain adopt vm --set discard=unmap
 virsh start vm
 guest vm wait-disk disk=vdb

@@ -2,6 +2,8 @@
 # Disks of a domain that is shut off: snapshots, commits, pulls, copies, backups and a new size, without a guest; a disk on a device.
 # Needs a block device: $DEVICE.
 . /usr/bin/vdisk-script-lib
+# One: QEMU 10's TCG has been seen to end itself with two (iotlb_to_section).
+cpus=1
 qemu-img create -q -f qcow2 $images/base.qcow2 64M
 qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 $images/a.qcow2
 define vm "$(file qcow2 $images/a.qcow2 vda)<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='$DEVICE'/><target dev='vdb' bus='virtio'/></disk>"

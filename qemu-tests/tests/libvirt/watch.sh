@@ -1,6 +1,8 @@
 #!/bin/bash
 # What libvirt tells nobody by a hook: the watcher sees it, shows it, and takes down what is served for no guest.
 . /usr/bin/vdisk-script-lib
+# One: QEMU 10's TCG has been seen to end itself with two (iotlb_to_section).
+cpus=1
 # seen PROGRAM: a line of Python about d, the domains by name, and o, the orphans, which is to become true.
 cat >/usr/bin/seen <<'PYTHON'
 #!/usr/bin/python3
