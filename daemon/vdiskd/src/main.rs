@@ -391,10 +391,11 @@ async fn run(
     };
     tokio::pin!(idle);
     let (mut again, mut called) = (false, false);
+    let mut terminated = false;
     loop {
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            _ = terminate.recv() => terminated = true,
+            _ = interrupt.recv() => terminated = true,
             _ = hangup.recv(), if store.is_some() => {
                 // The next one could not start with what is wrong.
                 let config = Config::load(args.config.as_deref(), args.instance.as_deref());
@@ -435,6 +436,11 @@ async fn run(
             let _ = sd_notify::notify(&[NotifyState::Stopping]);
         }
     }
+    if !terminated {
+        // The bus keeps what others call meanwhile for the one that comes. Not so for one that is stopped: that would start it.
+        front.release_name().await;
+    }
+    front.answer().await;
     control.shutdown().await;
     match (again, store) {
         (true, Some(store)) => match store.exec() {

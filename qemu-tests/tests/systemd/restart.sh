@@ -56,6 +56,21 @@ for how in none kill restart reload; do
     echo "$how: $(cat /tmp/$how)"
 done
 
+# What is called meanwhile is answered, by the old one or by the new one.
+(
+    while [ ! -e /tmp/enough-calls ]; do
+        vdiskctl throttle set called iops-total=100 && vdiskctl throttle remove called || exit
+        echo called
+    done
+    echo "all were answered"
+) >/tmp/calls 2>&1 &
+caller=$!
+until grep -q called /tmp/calls; do sleep 0.02; done
+for _ in $(seq "$rounds"); do systemctl reload vdiskd; done
+touch /tmp/enough-calls
+wait $caller || { tail -3 /tmp/calls; false; }
+grep -qx "all were answered" /tmp/calls
+
 # Nothing is left, nothing is broken.
 for i in 1 2 3 4 5 6 7 8; do
     vdiskctl export remove "vm$i"

@@ -89,8 +89,10 @@ sed -e '/^\(Type\|BusName\|ExecReload\|Restart\|RestartSec\|RestartForceExitStat
     /usr/lib/systemd/system/vdiskd.service >/run/systemd/system/vdiskd-probe.service
 systemctl daemon-reload
 systemctl start vdiskd-probe
-# RemoveIPC=yes
+# RemoveIPC=yes: only after systemctl has heard of the end.
+for _ in $(seq 200); do [ -e /dev/shm/vdisk-probe ] || break; sleep 0.02; done
 [ ! -e /dev/shm/vdisk-probe ]
+journalctl --sync
 # No line of the unit is left untried but those that a container's systemd cannot carry out: there are no keyrings and no control of devices.
 journalctl -u vdiskd-probe -o cat --no-pager | sed -n 's/^held: //p' >/tmp/held
 sed -n '/^# It opens images and devices/,/^\[Install\]/p' /usr/lib/systemd/system/vdiskd.service | grep = |

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use zbus::fdo::DBusProxy;
 use zbus::message::{Flags, Header};
 use zbus::names::{InterfaceName, MemberName};
@@ -167,6 +168,17 @@ pub struct Access {
     polkit: Option<Polkit>,
     sockets: SocketFolders,
     may_look: Mutex<HashMap<String, Instant>>,
+    /// Calls that have come and are not answered yet.
+    calls: watch::Sender<usize>,
+}
+
+/// A call, until it is answered.
+struct Call<'a>(&'a Access);
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        self.0.calls.send_modify(|calls| *calls -= 1);
+    }
 }
 
 struct Polkit {
@@ -182,6 +194,7 @@ impl Access {
             polkit: None,
             sockets: SocketFolders::default(),
             may_look: Mutex::default(),
+            calls: watch::Sender::default(),
         }
     }
 
@@ -190,7 +203,19 @@ impl Access {
             polkit: Some(Polkit { trusted, questions }),
             sockets,
             may_look: Mutex::default(),
+            calls: watch::Sender::default(),
         }
+    }
+
+    fn call(&self) -> Call<'_> {
+        self.calls.send_modify(|calls| *calls += 1);
+        Call(self)
+    }
+
+    /// Returns when every call that has come is answered.
+    pub async fn answered(&self) {
+        // It cannot fail: the sender is here.
+        let _ = self.calls.subscribe().wait_for(|calls| *calls == 0).await;
     }
 
     fn remembers(&self, sender: &str) -> bool {
@@ -339,6 +364,7 @@ impl<T: Interface> Interface for Guarded<T> {
         header: Option<&Header<'_>>,
         emitter: &SignalEmitter<'_>,
     ) -> Option<Result<OwnedVariant, BoxDBusError>> {
+        let _call = self.access.call();
         if let Some(header) = header
             && let Err(e) = self.access.check(header, &[Action::Look], false).await
         {
@@ -357,6 +383,7 @@ impl<T: Interface> Interface for Guarded<T> {
         header: Option<&Header<'_>>,
         emitter: &SignalEmitter<'_>,
     ) -> zbus::fdo::Result<HashMap<String, OwnedVariant>> {
+        let _call = self.access.call();
         if let Some(header) = header {
             let checked = self.access.check(header, &[Action::Look], false).await;
             checked.map_err(|e| zbus::fdo::Error::AccessDenied(e.to_string()))?;
@@ -378,6 +405,7 @@ impl<T: Interface> Interface for Guarded<T> {
         let object = &self.object;
         match object.set(property, value, server, connection, header, emitter) {
             DispatchResult::Async(then) => DispatchResult::Async(Box::pin(async move {
+                let _call = self.access.call();
                 if let Some(header) = header {
                     let action = [Action::Manage];
                     let checked = self.access.check(header, &action, false).await;
@@ -411,6 +439,7 @@ impl<T: Interface> Interface for Guarded<T> {
     ) -> DispatchResult<'call> {
         match self.object.call(server, connection, message, name.clone()) {
             DispatchResult::Async(then) => DispatchResult::Async(Box::pin(async move {
+                let _call = self.access.call();
                 let needed = needed(&T::name(), &name, message, &self.access.sockets);
                 let header = message.header();
                 let checked = self.access.check(&header, &needed, true).await;

@@ -43,6 +43,12 @@ pub enum Bus {
 /// How long to wait before looking for a bus that went away.
 const RECONNECT: Duration = Duration::from_secs(1);
 
+/// How long a call that the bus has passed on takes to be counted.
+const ON_THE_WAY: Duration = Duration::from_millis(5);
+
+/// How long the calls that have come may take when the daemon is to end. Guests do not wait for them.
+const LAST_ANSWER: Duration = Duration::from_secs(2);
+
 fn builder(bus: &Bus) -> zbus::Result<Builder<'static>> {
     Ok(match bus {
         Bus::System => Builder::system(),
@@ -77,13 +83,13 @@ async fn connect(
     name: &str,
     control: &Handle,
     trusted: &Trusted,
-) -> zbus::Result<Connection> {
-    let access = &access(bus, control, trusted).await?;
+) -> zbus::Result<(Connection, Arc<Access>)> {
+    let access = access(bus, control, trusted).await?;
     let connection = builder(bus)?
-        .serve_at(ROOT_PATH, Guarded::new(zbus::fdo::ObjectManager, access))
+        .serve_at(ROOT_PATH, Guarded::new(zbus::fdo::ObjectManager, &access))
         .serve_at(
             ROOT_PATH,
-            Guarded::new(ManagerObject(control.clone()), access),
+            Guarded::new(ManagerObject(control.clone()), &access),
         )
         .build()
         .await?;
@@ -105,13 +111,13 @@ async fn connect(
         all
     };
     for event in everything {
-        apply(&connection, control, access, event).await?;
+        apply(&connection, control, &access, event).await?;
     }
-    let (there, control, access) = (connection.clone(), control.clone(), access.clone());
+    let (there, control, asks) = (connection.clone(), control.clone(), access.clone());
     tokio::spawn(async move {
         while let Some((events, done)) = events.recv().await {
             for event in events {
-                if let Err(error) = apply(&there, &control, &access, event.clone()).await {
+                if let Err(error) = apply(&there, &control, &asks, event.clone()).await {
                     tracing::warn!(?event, %error, "cannot publish on D-Bus");
                 }
             }
@@ -120,34 +126,47 @@ async fn connect(
     });
     // Last: whoever sees the name sees the objects.
     connection.request_name(name).await?;
-    Ok(connection)
+    Ok((connection, access))
 }
 
 /// The daemon on the bus.
 #[derive(Clone)]
 pub struct Front {
     name: String,
-    /// The connection, and when the last message came.
-    state: Arc<Mutex<(Connection, Instant)>>,
+    state: Arc<Mutex<FrontState>>,
+}
+
+struct FrontState {
+    connection: Connection,
+    access: Arc<Access>,
+    /// When the last message came.
+    heard: Instant,
 }
 
 impl Front {
-    fn state(&self) -> MutexGuard<'_, (Connection, Instant)> {
+    fn state(&self) -> MutexGuard<'_, FrontState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn connection(&self) -> Connection {
-        self.state().0.clone()
+        self.state().connection.clone()
     }
 
     /// How long there has been no message.
     pub fn quiet(&self) -> Duration {
-        self.state().1.elapsed()
+        self.state().heard.elapsed()
     }
 
     /// Has the bus start another daemon for calls from now on.
     pub async fn release_name(&self) {
         let _ = self.connection().release_name(self.name.as_str()).await;
+    }
+
+    /// Answers the calls that have come.
+    pub async fn answer(&self) {
+        tokio::time::sleep(ON_THE_WAY).await;
+        let access = self.state().access.clone();
+        let _ = tokio::time::timeout(LAST_ANSWER, access.answered()).await;
     }
 }
 
@@ -159,24 +178,30 @@ pub async fn start(
     control: Handle,
     trusted: Trusted,
 ) -> zbus::Result<Front> {
-    let connection = connect(&bus, &name, &control, &trusted).await?;
+    let (connection, access) = connect(&bus, &name, &control, &trusted).await?;
+    let state = FrontState {
+        connection,
+        access,
+        heard: Instant::now(),
+    };
     let front = Front {
         name,
-        state: Arc::new(Mutex::new((connection, Instant::now()))),
+        state: Arc::new(Mutex::new(state)),
     };
     let there = front.clone();
     tokio::spawn(async move {
         loop {
             let mut stream = MessageStream::from(there.connection());
             while let Some(Ok(_)) = stream.next().await {
-                there.state().1 = Instant::now();
+                there.state().heard = Instant::now();
             }
             tracing::error!("the connection to the bus was lost; guests are served on");
             loop {
                 tokio::time::sleep(RECONNECT).await;
                 match connect(&bus, &there.name, &control, &trusted).await {
-                    Ok(c) => {
-                        there.state().0 = c;
+                    Ok((connection, access)) => {
+                        let mut state = there.state();
+                        (state.connection, state.access) = (connection, access);
                         tracing::info!("connected to the bus again");
                         break;
                     }
