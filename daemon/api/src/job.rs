@@ -153,6 +153,8 @@ pub struct JobOptions {
     pub auto_dismiss: bool,
     /// The I/O thread that it runs on.
     pub iothread: Option<String>,
+    /// Whether source and target share blocks where the file system can do that, instead of having copies.
+    pub use_copy_range: bool,
     /// The options as they were given.
     pub given: Map,
 }
@@ -296,7 +298,24 @@ impl JobOptions {
                 ..JobOptions::of_image(id, kind, node.to_owned(), auto_dismiss)
             });
         }
+        // Whoever converts an image wants it small, and has its zeroes looked for.
+        let usually = !matches!(kind, JobKind::Convert { .. });
+        let copy_range = match kind {
+            JobKind::Discard => None,
+            _ => f.boolean("use-copy-range")?,
+        };
+        let compresses = matches!(
+            kind,
+            JobKind::Convert { compress: true } | JobKind::Backup { compress: true, .. }
+        );
+        if compresses && copy_range == Some(true) {
+            return Err(f.error(
+                "use-copy-range",
+                "does not fit 'compress': leave out one of them",
+            ));
+        }
         let options = JobOptions {
+            use_copy_range: copy_range.unwrap_or(usually),
             id,
             kind,
             node: node.to_owned(),
@@ -330,6 +349,7 @@ impl JobOptions {
             auto_finalize: true,
             auto_dismiss,
             iothread: None,
+            use_copy_range: false,
             given: Map::new(),
         }
     }

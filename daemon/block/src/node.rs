@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
-use vdisk_io::{Bits, IoVecs, RangeLock, Recorder, segments_aligned};
+use vdisk_io::{Bits, IoFile, IoVecs, RangeLock, Recorder, segments_aligned};
 
 use crate::bitmap::Bitmap;
 use crate::drivers::{
@@ -41,6 +41,38 @@ pub struct ZeroFlags {
     /// The range may be freed.
     pub may_unmap: bool,
     pub durable: bool,
+}
+
+/// Data of a node that is in one place.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    pub node: &'a Node,
+    pub offset: u64,
+    pub len: u64,
+}
+
+impl<'a> Source<'a> {
+    pub(crate) fn part(self, from: u64, len: u64) -> Source<'a> {
+        let offset = self.offset + from;
+        Source {
+            offset,
+            len,
+            ..self
+        }
+    }
+
+    /// Calls `then` with the file that has it and the byte offset there. None if it is in several places, or nobody knows.
+    pub(crate) fn place<R>(self, then: impl FnOnce(&Arc<IoFile>, u64) -> R) -> Option<R> {
+        let (mut then, mut found) = (Some(then), None);
+        let mut tell = |resolved: Resolved<'_>| {
+            if let Resolved::Direct { file, offset, .. } = resolved {
+                found = then.take().map(|then| then(file, offset));
+            }
+        };
+        let node = self.node;
+        node.resolve_range(Direction::Read, self.offset, self.len, &mut tell);
+        found
+    }
 }
 
 pub struct Node {
@@ -706,6 +738,25 @@ impl Node {
     ) -> io::Result<()> {
         self.check(Direction::Write, offset, len)?;
         self.driver.populate(offset, len, data).await
+    }
+
+    /// Has a range read as `source` without copying: both share the blocks of one file system, and what is written to either
+    /// later is its own. `Unsupported` if that cannot be done here, `WouldBlock` if not at this moment; some of it may have
+    /// been done then. With `missing` only where the node has no data of its own, as [`Node::populate`].
+    pub(crate) async fn share(
+        &self,
+        offset: u64,
+        source: Source<'_>,
+        missing: bool,
+    ) -> io::Result<()> {
+        self.check(Direction::Write, offset, source.len)?;
+        let blocks = self.blocks_around(offset, source.len);
+        let looks_at_data = self.detect_zeroes() != DetectZeroes::Off || self.taps().is_some();
+        if looks_at_data || blocks != (offset..offset + source.len) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let _serial = self.serialise(&blocks).await;
+        self.driver.share(offset, source, missing).await
     }
 
     /// What is known of the bytes at `offset`, of `len` (at least one) at most. What comes from `base` or from below it is

@@ -1,5 +1,9 @@
 //! What an engine can be asked to do.
 
+use std::sync::Arc;
+
+use crate::file::IoFile;
+
 /// A range operation of fallocate(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fallocate {
@@ -37,12 +41,24 @@ pub enum OpKind {
     BlockDiscard,
     /// `BLKZEROOUT` on a block device.
     BlockZeroOut,
+    /// Has the range share the blocks of one of another file: see [`crate::Reactor::submit_share`].
+    Share,
+}
+
+/// Where the blocks are that a range is to share.
+pub(crate) struct SharedRange {
+    pub file: Arc<IoFile>,
+    /// Byte offset in that file.
+    pub offset: u64,
 }
 
 impl OpKind {
     /// Not something that a ring does: goes to a thread pool with every engine.
     pub(crate) fn is_ioctl(self) -> bool {
-        matches!(self, OpKind::BlockDiscard | OpKind::BlockZeroOut)
+        matches!(
+            self,
+            OpKind::BlockDiscard | OpKind::BlockZeroOut | OpKind::Share
+        )
     }
 
     /// Moves bytes through buffers.
@@ -67,6 +83,7 @@ pub(crate) struct RawOp {
     /// See [`crate::IoFile::write_blocks`].
     pub write_blocks: bool,
     pub iov: *const libc::iovec,
+    /// Number of segments; of [`OpKind::Share`] 0, and `iov` points to a [`SharedRange`].
     pub iov_count: u32,
     /// Byte offset in the file.
     pub offset: u64,

@@ -18,7 +18,7 @@ use crate::engine::{Engine, Event, Wait};
 use crate::executor::Executor;
 use crate::file::IoFile;
 use crate::in_flight::InFlight;
-use crate::op::{OpKind, RawOp};
+use crate::op::{OpKind, RawOp, SharedRange};
 use crate::poll_window::PollWindow;
 use crate::stats::ThreadStats;
 use crate::thread::{self, Message, Shared};
@@ -102,6 +102,8 @@ struct Op {
     /// Holds the buffers of a task's operation and the open file.
     _iov: Option<IoVecs>,
     _file: Option<Arc<IoFile>>,
+    /// Where blocks are shared from.
+    _from: Option<Box<SharedRange>>,
 }
 
 enum OpSlot {
@@ -450,6 +452,7 @@ impl Reactor {
             rest: Vec::new(),
             _iov: None,
             _file: None,
+            _from: None,
         });
     }
 
@@ -485,7 +488,7 @@ impl Reactor {
             offset,
             len,
         };
-        self.start_task(raw, file, Some(iov))
+        self.start_task(raw, file, Some(iov), None)
     }
 
     /// Starts an operation without buffers, such as [`OpKind::Sync`] or [`OpKind::Fallocate`].
@@ -497,6 +500,36 @@ impl Reactor {
         len: u64,
     ) -> Completion {
         debug_assert!(!kind.is_transfer());
+        self.start_range(file, kind, offset, len, None)
+    }
+
+    /// Has `len` bytes at `offset` of `file` share the blocks of `from` at `from_offset`, as far as the file system can do that
+    /// (`FICLONERANGE`): whole blocks of two files of one file system. What is written to either later is its own. Fails with
+    /// `EOPNOTSUPP`, `EXDEV` or `EINVAL` if it cannot.
+    pub fn submit_share(
+        self: &Rc<Self>,
+        file: &Arc<IoFile>,
+        offset: u64,
+        from: &Arc<IoFile>,
+        from_offset: u64,
+        len: u64,
+    ) -> Completion {
+        let from = Box::new(SharedRange {
+            file: from.clone(),
+            offset: from_offset,
+        });
+        self.start_range(file, OpKind::Share, offset, len, Some(from))
+    }
+
+    fn start_range(
+        self: &Rc<Self>,
+        file: &Arc<IoFile>,
+        kind: OpKind,
+        offset: u64,
+        len: u64,
+        from: Option<Box<SharedRange>>,
+    ) -> Completion {
+        let iov = from.as_deref().map_or(std::ptr::null(), std::ptr::from_ref);
         let raw = RawOp {
             kind,
             fd: file.raw(),
@@ -505,12 +538,12 @@ impl Reactor {
             fixed_buffer: None,
             direct: file.is_direct(),
             write_blocks: file.write_blocks(),
-            iov: std::ptr::null(),
+            iov: iov.cast(),
             iov_count: 0,
             offset,
             len,
         };
-        self.start_task(raw, file, None)
+        self.start_task(raw, file, None, from)
     }
 
     fn start_task(
@@ -518,6 +551,7 @@ impl Reactor {
         raw: RawOp,
         file: &Arc<IoFile>,
         iov: Option<IoVecs>,
+        from: Option<Box<SharedRange>>,
     ) -> Completion {
         let key = self.start(Op {
             raw,
@@ -527,6 +561,7 @@ impl Reactor {
             rest: Vec::new(),
             _iov: iov,
             _file: Some(file.clone()),
+            _from: from,
         });
         Completion {
             reactor: self.clone(),

@@ -41,3 +41,4 @@ pub use mapping::{Kind, Mapping};
 pub use measure::Measure;
 pub use snapshot::Snapshot;
 pub use storage::{LocalFuture, Storage};
+pub use write::Put;

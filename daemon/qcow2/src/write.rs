@@ -15,7 +15,7 @@ use crate::image::{Image, Lookup};
 use crate::mapping::{COPIED, Entry, Kind, Mapping, OFFSET_MASK};
 use crate::meta::{Reason, Unref, Writing};
 use crate::refcount::{Attempt, Need, Stop};
-use crate::storage::buffer;
+use crate::storage::{LocalFuture, buffer};
 use crate::tables::Table;
 
 /// Bytes that are allocated and written in one piece, at most.
@@ -28,6 +28,42 @@ enum Place {
     Keep,
     /// They give it up.
     GiveUp,
+}
+
+/// Has a range of the data file share blocks with what is to be written: its byte offset there, the byte offset in what is
+/// written, and the length.
+pub type Put<'a> = dyn Fn(u64, u64, u64) -> LocalFuture<'a, io::Result<()>> + 'a;
+
+/// What a range is written with.
+#[derive(Clone)]
+enum Data<'a> {
+    Bytes(IoVecs),
+    /// What `put` brings to its place.
+    Shared {
+        at: u64,
+        len: u64,
+        put: &'a Put<'a>,
+    },
+}
+
+impl Data<'_> {
+    fn len(&self) -> u64 {
+        match self {
+            Data::Bytes(iov) => iov.len() as u64,
+            Data::Shared { len, .. } => *len,
+        }
+    }
+
+    fn slice(&self, from: u64, n: u64) -> Self {
+        match self {
+            Data::Bytes(iov) => Data::Bytes(iov.slice(from as usize, n as usize)),
+            Data::Shared { at, put, .. } => Data::Shared {
+                at: at + from,
+                len: n,
+                put: *put,
+            },
+        }
+    }
 }
 
 pub(crate) fn read_only() -> io::Error {
@@ -245,27 +281,58 @@ impl Image {
     /// Writes a range within the disk.
     pub async fn write(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
         self.mark_dirty(offset, iov.len() as u64);
-        let mut done = 0;
-        while done < iov.len() {
-            let rest = iov.slice(done, iov.len() - done);
-            done += self.write_some(offset + done as u64, rest).await?;
-        }
+        self.write_all(offset, Data::Bytes(iov), false).await?;
         self.commit_if_full().await
+    }
+
+    /// As [`Image::write`], or with `missing` as [`Image::populate`], with data that `put` brings to its place. `Unsupported`
+    /// if the data file is not to have it as it is; the range may have been written in part then.
+    pub async fn share<'a>(
+        &self,
+        offset: u64,
+        len: u64,
+        missing: bool,
+        put: &'a Put<'a>,
+    ) -> io::Result<()> {
+        if self.encrypted {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        if !missing {
+            self.mark_dirty(offset, len);
+        }
+        let data = Data::Shared { at: 0, len, put };
+        self.write_all(offset, data, missing).await?;
+        self.commit_if_full().await
+    }
+
+    async fn write_all(&self, offset: u64, data: Data<'_>, missing: bool) -> io::Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            let rest = data.slice(done, data.len() - done);
+            done += self.write_part(offset + done, rest, missing).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings data to its place in the data file.
+    async fn put(&self, host: u64, data: Data<'_>) -> io::Result<()> {
+        match data {
+            Data::Bytes(iov) => self.data.write(host, iov).await,
+            Data::Shared { at, len, put } => put(host, at, len).await,
+        }
     }
 
     /// Writes a range (zeroes without `data`) where the image has neither data nor zeroes of its own: of what its backing file
     /// has, so that it is not needed any more. What is written meanwhile stays.
     pub async fn populate(&self, offset: u64, len: u64, data: Option<IoVecs>) -> io::Result<()> {
-        let mut done = 0;
-        while done < len {
-            let (at, rest) = (offset + done, len - done);
-            done += match &data {
-                Some(iov) => {
-                    let rest = iov.slice(done as usize, rest as usize);
-                    self.write_part(at, rest, true).await? as u64
+        match data {
+            Some(iov) => self.write_all(offset, Data::Bytes(iov), true).await?,
+            None => {
+                let mut done = 0;
+                while done < len {
+                    done += self.zero_unallocated(offset + done, len - done).await?;
                 }
-                None => self.zero_unallocated(at, rest).await?,
-            };
+            }
         }
         self.commit_if_full().await
     }
@@ -278,8 +345,8 @@ impl Image {
         let whole = at.is_multiple_of(cluster) && len >= cluster && self.version >= 3;
         if !whole {
             let part = len.min(cluster - (at & (cluster - 1)));
-            let zeroes = buffer(part as usize);
-            return Ok(self.write_part(at, zeroes, true).await? as u64);
+            let zeroes = Data::Bytes(buffer(part as usize));
+            return self.write_part(at, zeroes, true).await;
         }
         let _held = self.clusters.lock(first..first + 1).await;
         self.own_table(layout.position(at).0).await?;
@@ -291,8 +358,8 @@ impl Image {
         }
         drop(_held);
         // It has something of its own in it.
-        let zeroes = buffer(cluster as usize);
-        Ok(self.write_part(at, zeroes, true).await? as u64)
+        let zeroes = Data::Bytes(buffer(cluster as usize));
+        self.write_part(at, zeroes, true).await
     }
 
     /// Where, and how much of a range can be written in place.
@@ -307,19 +374,14 @@ impl Image {
         })
     }
 
-    /// Writes the beginning of a range, and returns how much of it.
-    async fn write_some(&self, at: u64, iov: IoVecs) -> io::Result<usize> {
-        self.write_part(at, iov, false).await
-    }
-
-    /// As [`Image::write_some`]; with `missing` only what the image has nothing for.
-    async fn write_part(&self, at: u64, iov: IoVecs, missing: bool) -> io::Result<usize> {
-        let len = iov.len() as u64;
+    /// Writes the beginning of a range, and returns how much of it; with `missing` only what the image has nothing for.
+    async fn write_part(&self, at: u64, data: Data<'_>, missing: bool) -> io::Result<u64> {
+        let len = data.len();
         if let Some((host, n)) = self.in_place(at, len)? {
             if !missing {
-                self.data.write(host, iov.slice(0, n as usize)).await?;
+                self.put(host, data.slice(0, n)).await?;
             }
-            return Ok(n as usize);
+            return Ok(n);
         }
         let layout = self.layout;
         let cluster = layout.cluster();
@@ -339,26 +401,26 @@ impl Image {
                 return Ok(0);
             };
             if m.kind != Kind::Unallocated {
-                return Ok(m.len as usize);
+                return Ok(m.len);
             }
             end = at + m.len;
             entries.truncate((end - start).div_ceil(cluster) as usize);
         }
         if let Some((host, n)) = self.in_place(at, end - at)? {
-            self.data.write(host, iov.slice(0, n as usize)).await?;
-            return Ok(n as usize);
+            self.put(host, data.slice(0, n)).await?;
+            return Ok(n);
         }
         if layout.is_own(entries[0]) {
             // It has a place, but not all of what is written is data yet.
             let end = end.min(start + cluster);
-            let part = iov.slice(0, (end - at) as usize);
+            let part = data.slice(0, end - at);
             let run = Run {
                 first: entries[0].host() >> layout.cluster_bits,
                 clusters: 1,
                 zero: false,
             };
             self.fill(&entries[..1], run, at..end, part).await?;
-            return Ok((end - at) as usize);
+            return Ok(end - at);
         }
         let n = entries.iter().take_while(|e| !layout.is_own(**e)).count();
         entries.truncate(n);
@@ -377,14 +439,14 @@ impl Image {
         };
         entries.truncate(run.clusters as usize);
         let end = end.min(start + run.clusters * cluster);
-        let part = iov.slice(0, (end - at) as usize);
+        let part = data.slice(0, end - at);
         if let Err(e) = self.fill(&entries, run, at..end, part).await {
             if !layout.external {
                 self.give_back(run);
             }
             return Err(e);
         }
-        Ok((end - at) as usize)
+        Ok(end - at)
     }
 
     /// Writes `data` to a range of clusters that are held and have these entries, at a new place or at a place that
@@ -394,7 +456,7 @@ impl Image {
         old: &[Entry],
         run: Run,
         range: Range<u64>,
-        data: IoVecs,
+        data: Data<'_>,
     ) -> io::Result<()> {
         let layout = self.layout;
         let cluster = layout.cluster();
@@ -417,24 +479,31 @@ impl Image {
             true => whole_end.min(self.size().max(range.end)),
             false => whole_end,
         };
-        let (mut from, mut parts) = (range.start, vec![data]);
-        if whole < range.start && !(run.zero && self.reads_zero(whole..range.start).await?) {
-            let head = buffer((range.start - whole) as usize);
-            self.read_old(whole, &head).await?;
-            parts.insert(0, head);
-            from = whole;
-        }
-        if range.end < whole_end && !(run.zero && self.reads_zero(range.end..whole_end).await?) {
-            let tail = buffer((whole_end - range.end) as usize);
-            self.read_old(range.end, &tail).await?;
-            parts.push(tail);
-        }
-        let iov = match parts.len() {
-            1 => parts.remove(0),
-            _ => IoVecs::concat(parts),
+        let head =
+            whole < range.start && !(run.zero && self.reads_zero(whole..range.start).await?);
+        let tail =
+            range.end < whole_end && !(run.zero && self.reads_zero(range.end..whole_end).await?);
+        let from = if head { whole } else { range.start };
+        let data = match data {
+            data if !head && !tail => data,
+            Data::Bytes(iov) => {
+                let mut parts = vec![iov];
+                if head {
+                    let head = buffer((range.start - whole) as usize);
+                    self.read_old(whole, &head).await?;
+                    parts.insert(0, head);
+                }
+                if tail {
+                    let tail = buffer((whole_end - range.end) as usize);
+                    self.read_old(range.end, &tail).await?;
+                    parts.push(tail);
+                }
+                Data::Bytes(IoVecs::concat(parts))
+            }
+            Data::Shared { .. } => return Err(io::ErrorKind::Unsupported.into()),
         };
         let host = run.first << layout.cluster_bits;
-        self.data.write(host + (from - start), iov).await?;
+        self.put(host + (from - start), data).await?;
         self.change_entries(start, old.len(), Reason::Other, |i, old| {
             let base = start + i as u64 * cluster;
             let from = whole.saturating_sub(base).min(cluster);
@@ -599,13 +668,8 @@ impl Image {
         if range.is_empty() || self.reads_zero(range.clone()).await? {
             return Ok(());
         }
-        let zeroes = buffer((range.end - range.start) as usize);
-        let mut done = 0;
-        while done < zeroes.len() {
-            let rest = zeroes.slice(done, zeroes.len() - done);
-            done += self.write_some(range.start + done as u64, rest).await?;
-        }
-        Ok(())
+        let zeroes = Data::Bytes(buffer((range.end - range.start) as usize));
+        self.write_all(range.start, zeroes, false).await
     }
 
     /// Drops clusters that the disk will not have any more. As long as it has them they read as zeroes, not as the backing

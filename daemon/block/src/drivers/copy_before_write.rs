@@ -14,7 +14,7 @@ use vdisk_io::IoVecs;
 
 use super::filter::{Filter, Gate, Request};
 use super::{Direction, Driver, LocalFuture, OpenedDriver, Resolved, SlowReason};
-use crate::jobs::{Backup, BackupSync, OnCopyError};
+use crate::jobs::{Backup, BackupSync, OnCopyError, Sharing};
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::status::BlockStatus;
 use crate::tap::Tap;
@@ -66,7 +66,14 @@ pub(super) fn open(
         CopyErrorPolicy::BreakGuestWrite => OnCopyError::BreakGuestWrite,
     };
     let (source, target) = (file.clone(), target.clone());
-    let moment = Backup::new(source, target, BackupSync::None, false, on_error);
+    let moment = Backup::new(
+        source,
+        target,
+        BackupSync::None,
+        false,
+        Sharing::new(false),
+        on_error,
+    );
     Ok(OpenedDriver {
         size: file.size(),
         read_only: node.read_only || file.is_read_only(),

@@ -17,10 +17,13 @@ use super::{
 };
 use crate::descriptors::{Descriptors, Open};
 use crate::directories::Directories;
-use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::permission::{Permissions, Use};
 use crate::runtime::{LockPatience, Runtime};
 use crate::status::BlockStatus;
+
+/// Blocks are shared in multiples of this many bytes: those of the file systems that can do it.
+const SHARED_BLOCK: u64 = 4096;
 
 struct File {
     /// As it was opened.
@@ -502,6 +505,37 @@ impl Driver for File {
             } else {
                 Ok(())
             }
+        })
+    }
+
+    fn share<'a>(
+        &'a self,
+        offset: u64,
+        source: Source<'a>,
+        missing: bool,
+    ) -> LocalFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            let unaligned = (offset | source.offset | source.len) & (SHARED_BLOCK - 1) != 0;
+            if self.is_device || missing || unaligned {
+                return Err(unsupported());
+            }
+            // It may have moved since it was found to be in one place. Nothing is awaited between this look and its use.
+            let shared = source.place(|from, from_offset| {
+                let reactor = reactor()?;
+                io::Result::Ok(reactor.submit_share(
+                    self.file(),
+                    offset,
+                    from,
+                    from_offset,
+                    source.len,
+                ))
+            });
+            let shared = shared.ok_or(io::ErrorKind::WouldBlock)??;
+            shared.await.map_err(|e| match e.raw_os_error() {
+                Some(libc::EXDEV | libc::EINVAL | libc::EPERM | libc::ETXTBSY) => unsupported(),
+                _ if is_unsupported(&e) => unsupported(),
+                _ => e,
+            })
         })
     }
 

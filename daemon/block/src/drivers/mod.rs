@@ -24,7 +24,7 @@ use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
 
 use crate::jobs::Backup;
-use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
 use crate::status::BlockStatus;
 
@@ -204,6 +204,17 @@ pub trait Driver: Send + Sync {
         _len: u64,
         _data: Option<IoVecs>,
     ) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    }
+
+    /// Has a range share blocks with `source`, which has it in one place: see [`Node::share`]. With `missing` only where
+    /// [`Driver::populate`] would write.
+    fn share<'a>(
+        &'a self,
+        _offset: u64,
+        _source: Source<'a>,
+        _missing: bool,
+    ) -> LocalFuture<'a, io::Result<()>> {
         Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
     }
 

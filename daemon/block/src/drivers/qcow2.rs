@@ -20,7 +20,7 @@ use vdisk_qcow2::{
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
 use crate::crypt::{Encrypted, unlock};
-use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::runtime::{Runtime, Secrets};
 use crate::status::BlockStatus;
 
@@ -565,6 +565,22 @@ impl Driver for Qcow2 {
             self.image.resize(size).await?;
             self.tidy_later();
             Ok(size)
+        })
+    }
+
+    fn share<'a>(
+        &'a self,
+        offset: u64,
+        source: Source<'a>,
+        missing: bool,
+    ) -> LocalFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            let put = |host, from, len| -> LocalFuture<'_, io::Result<()>> {
+                let part = source.part(from, len);
+                Box::pin(self.data.share(host, part, false))
+            };
+            let result = self.image.share(offset, source.len, missing, &put).await;
+            self.changed(result, false).await
         })
     }
 

@@ -8,7 +8,7 @@ use vdisk_api::{Error, NodeOptions, RawOptions, Result};
 use vdisk_io::IoVecs;
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason};
-use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::status::BlockStatus;
 
 struct Raw {
@@ -129,6 +129,15 @@ impl Driver for Raw {
         flags: ZeroFlags,
     ) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(self.file.write_zeroes(self.offset + offset, len, flags))
+    }
+
+    fn share<'a>(
+        &'a self,
+        offset: u64,
+        source: Source<'a>,
+        missing: bool,
+    ) -> LocalFuture<'a, io::Result<()>> {
+        Box::pin(self.file.share(self.offset + offset, source, missing))
     }
 
     fn status<'a>(

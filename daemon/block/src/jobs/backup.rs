@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, is_zero, scratch};
+use super::copy::{CHUNK, CopyError, How, LOOKUP, Sharing, copy, each_piece, is_zero, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -49,7 +49,8 @@ pub struct Backup {
     source: ArcSwap<Node>,
     target: Arc<Node>,
     sync: BackupSync,
-    how: How,
+    compress: bool,
+    sharing: Sharing,
     on_copy_error: OnCopyError,
     todo: Bits,
     pieces: RangeLock,
@@ -72,6 +73,7 @@ impl Backup {
         target: Arc<Node>,
         sync: BackupSync,
         compress: bool,
+        sharing: Sharing,
         on_copy_error: OnCopyError,
     ) -> Arc<Backup> {
         let granularity = target.limits().zero_alignment.max(65536);
@@ -85,10 +87,8 @@ impl Backup {
             source: ArcSwap::new(source),
             target,
             sync,
-            how: How {
-                compress,
-                ..How::default()
-            },
+            compress,
+            sharing,
             on_copy_error,
             pieces: RangeLock::default(),
             buffers: Semaphore::new(MAX_BUFFERS),
@@ -141,23 +141,34 @@ impl Backup {
     }
 
     /// Copies what is left of a range of whole pieces, which the caller holds.
-    async fn copy_held(&self, range: Range<u64>, scratch: &IoVecs) -> Result<(), CopyError> {
+    /// Guests that wait for it share nothing: that would have to bring to the disk what they have just written.
+    async fn copy_held(
+        &self,
+        range: Range<u64>,
+        scratch: &IoVecs,
+        share: bool,
+    ) -> Result<(), CopyError> {
+        let how = How {
+            compress: self.compress,
+            detect_zeroes: false,
+            share: (share && !self.compress).then_some(&self.sharing),
+        };
         let mut at = range.start;
         while let Some(run) = self.todo.next_run(&(at..range.end), scratch.len() as u64) {
             let run = run.start..run.end.min(range.end);
             if run.is_empty() {
                 break;
             }
-            match self.how.compress {
+            match self.compress {
                 false => {
-                    copy(&self.source(), &self.target, run.clone(), scratch, self.how).await?;
+                    copy(&self.source(), &self.target, run.clone(), scratch, how).await?;
                 }
                 true => {
                     // Each cluster by itself: it is data, or zeroes.
                     let step = self.todo.granularity();
                     for start in run.clone().step_by(step as usize) {
                         let one = start..(start + step).min(run.end);
-                        copy(&self.source(), &self.target, one, scratch, self.how).await?;
+                        copy(&self.source(), &self.target, one, scratch, how).await?;
                     }
                 }
             }
@@ -320,7 +331,7 @@ impl Work for Backup {
                     async |piece, scratch| {
                         let _counted = roots.enter().await;
                         let _held = self.pieces.lock(piece.clone()).await;
-                        self.copy_held(piece, scratch).await
+                        self.copy_held(piece, scratch, true).await
                     },
                 )
                 .await?;
@@ -375,7 +386,7 @@ impl Tap for Backup {
                 }
                 let _permit = self.buffers.acquire().await;
                 let buffer = scratch(run.end - run.start);
-                if let Err(e) = self.copy_held(run, &buffer).await {
+                if let Err(e) = self.copy_held(run, &buffer, false).await {
                     match self.on_copy_error {
                         OnCopyError::BreakGuestWrite => return Err(e.error),
                         OnCopyError::BreakSnapshot => {

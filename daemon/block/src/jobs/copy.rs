@@ -3,18 +3,22 @@
 use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use futures_util::future::join_all;
 use vdisk_io::{IoVecs, give_way};
 
 use super::state::{JobState, Side, Stop};
-use crate::node::{Node, WriteFlags, ZeroFlags};
+use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 
 /// Bytes copied by one request.
 pub(crate) const CHUNK: u64 = 1 << 20;
 
 /// Bytes that are asked about at a time.
 pub(crate) const LOOKUP: u64 = 1 << 30;
+
+/// Bytes that are shared in one piece at least.
+const SMALLEST_SHARED: u64 = 65536;
 
 /// Requests of one job at a time.
 const WORKERS: usize = 8;
@@ -38,13 +42,33 @@ fn target(error: io::Error) -> CopyError {
     }
 }
 
+/// Whether a job shares blocks of the file system instead of copying them. It ends with the first that cannot be shared.
+#[derive(Debug)]
+pub struct Sharing(AtomicBool);
+
+impl Sharing {
+    pub fn new(wanted: bool) -> Sharing {
+        Sharing(AtomicBool::new(wanted))
+    }
+
+    pub(crate) fn goes_on(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+
+    pub(crate) fn end(&self) {
+        self.0.store(false, Relaxed);
+    }
+}
+
 /// How the target is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct How {
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct How<'a> {
     /// In whole compressed clusters.
     pub compress: bool,
     /// Data that is all zeroes is written as zeroes.
     pub detect_zeroes: bool,
+    /// Where blocks may be shared.
+    pub share: Option<&'a Sharing>,
 }
 
 /// A buffer for [`copy`].
@@ -58,7 +82,7 @@ pub(crate) async fn copy(
     to: &Node,
     range: Range<u64>,
     scratch: &IoVecs,
-    how: How,
+    how: How<'_>,
 ) -> Result<(), CopyError> {
     let mut at = range.start;
     // What is data up to here is copied in one piece.
@@ -117,7 +141,87 @@ async fn copy_data(
     to: &Node,
     range: Range<u64>,
     scratch: &IoVecs,
-    how: How,
+    how: How<'_>,
+) -> Result<(), CopyError> {
+    let Some(sharing) = how.share else {
+        return copy_bytes(from, to, range, scratch, how).await;
+    };
+    let mut bytes = range.start;
+    let mut at = range.start;
+    while at < range.end {
+        let len = shared_len(from, to, at..range.end, sharing);
+        if len == 0 {
+            at = after_unit(to, at..range.end);
+            continue;
+        }
+        copy_bytes(from, to, bytes..at, scratch, how).await?;
+        bytes = at;
+        at += len;
+        if share(from, to, bytes..at, sharing, false).await? {
+            bytes = at;
+        }
+    }
+    copy_bytes(from, to, bytes..range.end, scratch, how).await
+}
+
+/// The smallest piece that is shared: whole clusters of the target, and whole blocks of file systems.
+fn unit(to: &Node) -> u64 {
+    to.limits().zero_alignment.max(SMALLEST_SHARED)
+}
+
+/// Where the piece ends that a range begins with and that is copied by itself.
+pub(crate) fn after_unit(to: &Node, range: Range<u64>) -> u64 {
+    (range.start + 1).next_multiple_of(unit(to)).min(range.end)
+}
+
+/// How much of the beginning of a range of data can be shared, as it seems.
+pub(crate) fn shared_len(from: &Node, to: &Node, range: Range<u64>, sharing: &Sharing) -> u64 {
+    let unit = unit(to);
+    if !sharing.goes_on() || !range.start.is_multiple_of(unit) {
+        return 0;
+    }
+    let mut len = (range.end - range.start) / unit * unit;
+    let is_in_one_place = |len| {
+        let (node, offset) = (from, range.start);
+        let source = Source { node, offset, len };
+        source.place(|_, _| ()).is_some()
+    };
+    while len > 0 && !is_in_one_place(len) {
+        len = len / 2 / unit * unit;
+    }
+    len
+}
+
+/// Shares a range, with `missing` only where the target has nothing of its own. False if it has to be copied.
+pub(crate) async fn share(
+    from: &Node,
+    to: &Node,
+    range: Range<u64>,
+    sharing: &Sharing,
+    missing: bool,
+) -> Result<bool, CopyError> {
+    let source = Source {
+        node: from,
+        offset: range.start,
+        len: range.end - range.start,
+    };
+    match to.share(range.start, source, missing).await {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+            sharing.end();
+            Ok(false)
+        }
+        Err(e) => Err(target(e)),
+    }
+}
+
+async fn copy_bytes(
+    from: &Node,
+    to: &Node,
+    range: Range<u64>,
+    scratch: &IoVecs,
+    how: How<'_>,
 ) -> Result<(), CopyError> {
     if range.is_empty() {
         return Ok(());

@@ -18,7 +18,7 @@ use futures_util::future::join;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way, quiesce};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, LOOKUP, copy, each_piece, is_zero, scratch};
+use super::copy::{CHUNK, CopyError, How, LOOKUP, Sharing, copy, each_piece, is_zero, scratch};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -66,7 +66,8 @@ pub struct Mirror {
     found: AtomicBool,
     /// It serves guests and may become the source: ends when it is told to. A copy ends when all is copied.
     stays: bool,
-    how: How,
+    compress: bool,
+    sharing: Sharing,
 }
 
 impl Mirror {
@@ -77,6 +78,7 @@ impl Mirror {
         sync: MirrorSync,
         granularity: u64,
         blocking: bool,
+        sharing: Sharing,
     ) -> Arc<Mirror> {
         Arc::new(Mirror {
             dirty: Bits::new(source.size(), granularity),
@@ -88,7 +90,8 @@ impl Mirror {
             all_slow: AtomicBool::new(false),
             found: AtomicBool::new(false),
             stays: true,
-            how: How::default(),
+            compress: false,
+            sharing,
         })
     }
 
@@ -98,9 +101,9 @@ impl Mirror {
         target: Arc<Node>,
         sync: MirrorSync,
         compress: bool,
+        sharing: Sharing,
     ) -> Arc<Mirror> {
         let granularity = target.limits().zero_alignment.max(65536);
-        let detect_zeroes = matches!(sync, MirrorSync::Full);
         Arc::new(Mirror {
             dirty: Bits::new(source.size(), granularity),
             source,
@@ -111,10 +114,8 @@ impl Mirror {
             all_slow: AtomicBool::new(false),
             found: AtomicBool::new(false),
             stays: false,
-            how: How {
-                compress,
-                detect_zeroes,
-            },
+            compress,
+            sharing,
         })
     }
 
@@ -208,7 +209,13 @@ impl Mirror {
     /// Copies a piece, or says again that it is dirty.
     async fn copy_piece(&self, piece: Range<u64>, scratch: &IoVecs) -> Result<(), CopyError> {
         let _held = self.pieces.lock(piece.clone()).await;
-        let result = copy(&self.source, &self.target, piece.clone(), scratch, self.how).await;
+        let how = How {
+            compress: self.compress,
+            // Whoever converts an image wants it small.
+            detect_zeroes: !self.stays && matches!(self.sync, MirrorSync::Full),
+            share: (!self.compress).then_some(&self.sharing),
+        };
+        let result = copy(&self.source, &self.target, piece.clone(), scratch, how).await;
         if result.is_err() {
             self.dirty.set(&piece);
         }
@@ -299,6 +306,8 @@ impl Mirror {
             state.add_total(left.saturating_sub(counted));
             if left > 0 {
                 self.pass(state, roots).await?;
+                // What guests write from now on is in memory, and would have to be on the disk to be shared.
+                self.sharing.end();
             }
             counted = self.dirty.count();
             let ending = state.ending().is_some();

@@ -20,6 +20,7 @@ use crate::backend::Backend;
 use crate::drivers::LocalFuture;
 
 pub use backup::{Backup, BackupSync, OnCopyError};
+pub use copy::Sharing;
 pub use discard::Discard;
 pub use mirror::{Mirror, MirrorSync};
 pub use state::{Ending, JobState, OnError, Side, Stop};

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vdisk_io::IoVecs;
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, each_piece};
+use super::copy::{CHUNK, CopyError, Sharing, after_unit, each_piece, share, shared_len};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::LocalFuture;
@@ -21,15 +21,22 @@ pub struct Stream {
     backing: Arc<Node>,
     /// What remains below.
     base: Option<Arc<Node>>,
+    sharing: Sharing,
 }
 
 impl Stream {
     /// `backing` is what the node's image has behind it, and stands on `base`.
-    pub fn new(node: Arc<Node>, backing: Arc<Node>, base: Option<Arc<Node>>) -> Arc<Stream> {
+    pub fn new(
+        node: Arc<Node>,
+        backing: Arc<Node>,
+        base: Option<Arc<Node>>,
+        sharing: Sharing,
+    ) -> Arc<Stream> {
         Arc::new(Stream {
             node,
             backing,
             base,
+            sharing,
         })
     }
 
@@ -95,14 +102,43 @@ impl Stream {
                     done.map_err(&target)?;
                 }
                 (_, false) => {
-                    let iov = scratch.slice(0, len as usize);
-                    let read = self.backing.read(at, iov.clone()).await;
-                    read.map_err(&source)?;
-                    let done = self.node.populate(at, len, Some(iov)).await;
-                    done.map_err(&target)?;
+                    let (range, source, target) = (at..at + len, &source, &target);
+                    self.fill_data(range, scratch, source, target).await?;
                 }
             }
             at += len;
+        }
+        Ok(())
+    }
+
+    /// A range that has data below.
+    async fn fill_data(
+        &self,
+        range: Range<u64>,
+        scratch: &IoVecs,
+        source: impl Fn(std::io::Error) -> CopyError,
+        target: impl Fn(std::io::Error) -> CopyError,
+    ) -> Result<(), CopyError> {
+        let (from, to) = (&self.backing, &self.node);
+        let mut at = range.start;
+        while at < range.end {
+            let shared = shared_len(from, to, at..range.end, &self.sharing);
+            if shared > 0 {
+                let part = at..at + shared;
+                if share(from, to, part, &self.sharing, true).await? {
+                    at += shared;
+                    continue;
+                }
+            }
+            let end = match self.sharing.goes_on() {
+                true => after_unit(to, at..range.end),
+                false => range.end,
+            };
+            let iov = scratch.slice(0, (end - at) as usize);
+            from.read(at, iov.clone()).await.map_err(&source)?;
+            let done = to.populate(at, end - at, Some(iov)).await;
+            done.map_err(&target)?;
+            at = end;
         }
         Ok(())
     }

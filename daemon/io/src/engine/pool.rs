@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use crate::op::{OpKind, RawOp};
+use crate::op::{OpKind, RawOp, SharedRange};
 use crate::thread::Shared;
 
 /// Enough to keep a disk busy from one I/O thread.
@@ -19,6 +19,18 @@ const IDLE: Duration = Duration::from_secs(10);
 /// `_IO(0x12, 119)` and `_IO(0x12, 127)` of linux/fs.h: take a pointer to offset and length.
 const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKZEROOUT: libc::Ioctl = 0x127f;
+
+/// `FICLONERANGE` of linux/fs.h, `_IOW(0x94, 13, struct file_clone_range)`.
+const FICLONERANGE: libc::Ioctl = 0x4020_940d;
+
+/// `struct file_clone_range` of linux/fs.h.
+#[repr(C)]
+struct FileCloneRange {
+    src_fd: i64,
+    src_offset: u64,
+    src_length: u64,
+    dest_offset: u64,
+}
 
 struct Job {
     key: u32,
@@ -219,8 +231,8 @@ fn result_of(op: &RawOp) -> i32 {
 /// Does the operation on the calling thread.
 fn run(op: &RawOp) -> io::Result<usize> {
     let off = op.offset as libc::off_t;
-    // SAFETY: the segments are valid until the result is reported (see `Job`); the ioctls read the
-    // range; the other calls take no pointers.
+    // SAFETY: the segments, or the shared range, are valid until the result is reported (see `Job`); the ioctls read
+    // what they are given here; the other calls take no pointers.
     let n = unsafe {
         match op.kind {
             OpKind::Read => libc::preadv(op.fd, op.iov, op.iov_count as i32, off),
@@ -236,6 +248,18 @@ fn run(op: &RawOp) -> io::Result<usize> {
             OpKind::BlockZeroOut => {
                 let range = [op.offset, op.len];
                 libc::ioctl(op.fd, BLKZEROOUT, range.as_ptr()) as isize
+            }
+            OpKind::Share => {
+                let Some(from) = op.iov.cast::<SharedRange>().as_ref() else {
+                    return Err(io::ErrorKind::InvalidInput.into());
+                };
+                let range = FileCloneRange {
+                    src_fd: from.file.raw().into(),
+                    src_offset: from.offset,
+                    src_length: op.len,
+                    dest_offset: op.offset,
+                };
+                libc::ioctl(op.fd, FICLONERANGE, &raw const range) as isize
             }
             OpKind::Fallocate(m) => {
                 libc::fallocate(op.fd, m.mode(), off, op.len as libc::off_t) as isize

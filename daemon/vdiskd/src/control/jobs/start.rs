@@ -8,7 +8,8 @@ use vdisk_api::{
     Reply, Result,
 };
 use vdisk_block::jobs::{
-    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Stream,
+    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Sharing,
+    Stream,
 };
 use vdisk_block::{Backend, Descriptors, Node, Permissions, Use};
 
@@ -63,6 +64,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
         bitmaps::check_memory("its bits", source.size(), finest)?;
     }
     let (source, target) = (source.clone(), target.clone());
+    let sharing = Sharing::new(o.use_copy_range);
     Ok(match o.kind {
         JobKind::Mirror {
             sync,
@@ -86,7 +88,7 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             let granularity = granularity.unwrap_or(cluster).max(block);
             bitmaps::check_memory("its bits", source.size(), granularity)?;
             let blocking = copy_mode == CopyMode::WriteBlocking;
-            let mirror = Mirror::new(source, target, sync, granularity, blocking);
+            let mirror = Mirror::new(source, target, sync, granularity, blocking, sharing);
             Task::Mirror(mirror, increment)
         }
         JobKind::Backup {
@@ -106,11 +108,12 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
                 CopyErrorPolicy::BreakSnapshot => OnCopyError::BreakSnapshot,
                 CopyErrorPolicy::BreakGuestWrite => OnCopyError::BreakGuestWrite,
             };
-            let backup = Backup::new(source, target, sync, compress, on_error);
+            let backup = Backup::new(source, target, sync, compress, sharing, on_error);
             Task::Backup(backup, increment)
         }
         JobKind::Convert { compress } => {
-            Task::Convert(Mirror::once(source, target, MirrorSync::Full, compress))
+            let full = MirrorSync::Full;
+            Task::Convert(Mirror::once(source, target, full, compress, sharing))
         }
         _ => return Err(Error::failed("it copies nothing")),
     })
@@ -208,13 +211,22 @@ impl Control {
             };
             (source, thread)
         };
+        let sharing = Sharing::new(options.use_copy_range);
         let parts = match &options.kind {
-            JobKind::Commit { base, backing_file } => {
-                self.commit_parts(&what, &source, base.as_deref(), backing_file.clone())?
-            }
-            JobKind::Stream { base, backing_file } => {
-                self.stream_parts(&what, &source, base.as_deref(), backing_file.clone())?
-            }
+            JobKind::Commit { base, backing_file } => self.commit_parts(
+                &what,
+                &source,
+                base.as_deref(),
+                backing_file.clone(),
+                sharing,
+            )?,
+            JobKind::Stream { base, backing_file } => self.stream_parts(
+                &what,
+                &source,
+                base.as_deref(),
+                backing_file.clone(),
+                sharing,
+            )?,
             JobKind::Discard => {
                 if source.is_read_only() {
                     return Err(Error::invalid(format!(
@@ -433,6 +445,7 @@ impl Control {
         top: &Arc<Node>,
         base: Option<&str>,
         backing_file: Option<String>,
+        sharing: Sharing,
     ) -> Result<Parts> {
         let world = self.world();
         let base = match base {
@@ -483,9 +496,16 @@ impl Control {
         let mirror = match active {
             true => {
                 let granularity = base.limits().zero_alignment.max(65536);
-                Mirror::new(top.clone(), base.clone(), above, granularity, false)
+                Mirror::new(
+                    top.clone(),
+                    base.clone(),
+                    above,
+                    granularity,
+                    false,
+                    sharing,
+                )
             }
-            false => Mirror::once(top.clone(), base.clone(), above, false),
+            false => Mirror::once(top.clone(), base.clone(), above, false, sharing),
         };
         Ok(Parts {
             task: Task::Commit(Commit {
@@ -509,6 +529,7 @@ impl Control {
         node: &Arc<Node>,
         base: Option<&str>,
         backing_file: Option<String>,
+        sharing: Sharing,
     ) -> Result<Parts> {
         let world = self.world();
         if node.is_read_only() {
@@ -546,7 +567,7 @@ impl Control {
                 name_of(what, &shown, backing_file, true)?
             }
         };
-        let stream = Stream::new(node.clone(), backing, base.clone());
+        let stream = Stream::new(node.clone(), backing, base.clone(), sharing);
         Ok(Parts {
             task: Task::Stream(stream, Base { node: base, named }),
             source: node.clone(),
