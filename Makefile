@@ -97,8 +97,9 @@ bench-jobs: setup lab release
 
 bench-service: setup release
 	@target/release/vdisk-bench-service
-	@$(SUDO) env ROUNDS=10 VDISK_LAB=$(VDISK_LAB) qemu-tests/in-systemd.sh target/release qemu-tests/tests/systemd/restart.sh \
-	    | grep 'longest wait'
+	@for busy in 1 8; do \
+	    $(SUDO) env ROUNDS=20 BUSY=$$busy VDISK_LAB=$(VDISK_LAB) qemu-tests/in-systemd.sh target/release \
+	        qemu-tests/tests/systemd/restart.sh | grep 'busy:.* longest wait'; done
 
 install:
 	install -D -m 755 $(PROGRAMS)/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd

@@ -4,7 +4,7 @@
 #
 #   in-systemd.sh PROGRAMS SCRIPT     PROGRAMS: the folder with vdiskd, vdiskctl and vdisk-steady
 #
-# ROUNDS has the script do what it repeats more often; OTHER is another build of vdiskd that takes turns with this one; LOWER is a
+# ROUNDS has the script do what it repeats more often; BUSY is how many clients have no break; OTHER is another build of vdiskd that takes turns with this one; LOWER is a
 # folder whose files the container has instead.
 set -eu
 programs=$1 script=$2
@@ -45,7 +45,7 @@ TimeoutStartSec=infinity
 ExecStart=/bin/sh -c 'exec /usr/bin/vdisk-script >/result/log 2>&1'
 UNIT
 mkdir "$root/result" "$root/lab"
-printf 'ROUNDS=%s\nVDISK_LAB=/lab\n' "${ROUNDS:-}" >"$root/etc/vdisk-script.env"
+printf 'ROUNDS=%s\nBUSY=%s\nVDISK_LAB=/lab\n' "${ROUNDS:-}" "${BUSY:-}" >"$root/etc/vdisk-script.env"
 [ -z "${OTHER:-}" ] || install -m 755 "$OTHER" "$root/usr/libexec/vdiskd.other"
 # What the script says that it needs.
 bind=

@@ -22,6 +22,9 @@ struct Args {
     /// Make this file when all run
     #[arg(long)]
     ready: PathBuf,
+    /// So many of them are busy, and the others do 64 requests ten times a second
+    #[arg(long, default_value_t = usize::MAX)]
+    busy: usize,
     /// Boot a guest that has all of them as its disks, of at least 64 MiB, and does the same
     #[arg(long)]
     guest: bool,
@@ -63,7 +66,12 @@ const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 2048;
 
 /// Requests done, and the longest wait for one.
-fn serve(socket: &Path, until: &Path, run: &Barrier) -> Result<(u64, Duration), String> {
+fn serve(
+    socket: &Path,
+    until: &Path,
+    run: &Barrier,
+    busy: bool,
+) -> Result<(u64, Duration), String> {
     let mut client = Client::connect(socket, 1, 1, BLOCK as usize);
     if client.write_zeroes(0, BLOCK * BLOCKS, false) != 0 {
         return Err("cannot be zeroed".into());
@@ -74,6 +82,9 @@ fn serve(socket: &Path, until: &Path, run: &Barrier) -> Result<(u64, Duration), 
     let mut data = [0u8; BLOCK as usize];
     let mut x = 0x9e37_79b9_7f4a_7c15u64;
     while !until.exists() {
+        if !busy {
+            std::thread::sleep(Duration::from_millis(100));
+        }
         for _ in 0..64 {
             x ^= x << 13;
             x ^= x >> 7;
@@ -123,10 +134,12 @@ fn main() {
         let threads: Vec<_> = args
             .sockets
             .iter()
-            .map(|socket| {
-                s.spawn(|| {
+            .enumerate()
+            .map(|(i, socket)| {
+                let (args, run) = (&args, &run);
+                s.spawn(move || {
                     // The others would wait for it for ever.
-                    serve(socket, &args.until, &run).unwrap_or_else(|error| {
+                    serve(socket, &args.until, run, i < args.busy).unwrap_or_else(|error| {
                         eprintln!("{}: {error}", socket.display());
                         std::process::exit(1);
                     })

@@ -2,7 +2,7 @@
 # The daemon is killed and restarted under clients that must not notice.
 set -Eeu
 trap 'echo "failed at line $LINENO"; cat /tmp/kill /tmp/restart; ls -la /run/vdiskd; vdiskctl export list; journalctl -u vdiskd --no-pager | tail -60' ERR
-rounds=${ROUNDS:-8}
+rounds=${ROUNDS:-8} busy=${BUSY:-8}
 systemctl is-active -q vdiskd && { echo "it runs before anybody has called it"; false; }
 
 # The first call starts it.
@@ -31,7 +31,7 @@ wait_for_front_ends() {
 # What they wait for when nothing happens is beside it: that is the machine.
 for how in none kill restart reload; do
     # shellcheck disable=SC2086
-    vdisk-steady --until /tmp/enough-$how --ready /tmp/ready-$how $sockets >/tmp/$how 2>&1 &
+    vdisk-steady --busy "$busy" --until /tmp/enough-$how --ready /tmp/ready-$how $sockets >/tmp/$how 2>&1 &
     client=$!
     until [ -e /tmp/ready-$how ]; do sleep 0.05; kill -0 $client; done
     for _ in $(seq "$rounds"); do
@@ -53,7 +53,7 @@ for how in none kill restart reload; do
     done
     touch /tmp/enough-$how
     wait "$client" || { cat /tmp/$how; false; }
-    echo "$how: $(cat /tmp/$how)"
+    echo "$how, $busy of 8 clients busy: $(cat /tmp/$how)"
 done
 
 # What is called meanwhile is answered, by the old one or by the new one.
