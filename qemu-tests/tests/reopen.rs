@@ -55,10 +55,17 @@ fn options_change_under_a_client() {
         2,
         "discard=unmap",
     );
+    refused(&["cache.indirect=on"], 2, "'indirect'");
     refused(
-        &["cache.direct=on"],
+        &["cache.direct=on", "discard=unmap"],
         2,
-        "read-only, discard and detect-zeroes",
+        "one after the other",
+    );
+    refused(&["driver=qcow2"], 2, "'driver' cannot be changed");
+    refused(
+        &["file=e"],
+        2,
+        "node 'd': node (driver file): unknown option 'file'",
     );
     refused(&["discard=maybe"], 2, "maybe");
     let node = daemon.ctl_json(&["node", "show", "d"]);
@@ -237,4 +244,107 @@ fn thresholds_are_told_once() {
     daemon.ctl(&["node", "threshold", "d", "9M"]);
     daemon.ctl(&["node", "threshold", "d", "0"]);
     assert_eq!(threshold(&daemon, "d"), 0);
+}
+
+/// Whether the daemon has a file open with O_DIRECT.
+fn is_direct(daemon: &Daemon, image: &std::path::Path) -> bool {
+    const O_DIRECT: u32 = 0o40000;
+    let proc = std::path::PathBuf::from(format!("/proc/{}", daemon.pid()));
+    let fds = std::fs::read_dir(proc.join("fd")).unwrap();
+    let mut flags = fds.filter_map(|fd| {
+        let fd = fd.ok()?;
+        (std::fs::read_link(fd.path()).ok()? == image).then_some(())?;
+        let info = std::fs::read_to_string(proc.join("fdinfo").join(fd.file_name())).ok()?;
+        let flags = info.lines().find_map(|l| l.strip_prefix("flags:"))?;
+        u32::from_str_radix(flags.trim(), 8).ok()
+    });
+    flags.next().expect("it is open") & O_DIRECT != 0
+}
+
+/// Any option can change: the images are closed and opened again under a client that only waits, or stay as they are.
+#[test]
+fn images_are_opened_again_under_a_client() {
+    let mut daemon = Daemon::managed(&["--io-threads", "2"]);
+    let (base, image) = (daemon.path("base.qcow2"), daemon.path("top.qcow2"));
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&base), "16M"],
+    );
+    let args = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    tool(
+        "qemu-img",
+        &[&args[..], &[text(&base), text(&image)]].concat(),
+    );
+    let filename = format!("file.filename={}", text(&base));
+    let below = [
+        "node",
+        "add",
+        "base",
+        "driver=qcow2",
+        "read-only=on",
+        "file.driver=file",
+        &filename,
+    ];
+    daemon.ctl(&below);
+    let filename = format!("file.filename={}", text(&image));
+    daemon.ctl(&[
+        "node",
+        "add",
+        "d",
+        "driver=qcow2",
+        "backing=base",
+        "file.driver=file",
+        &filename,
+    ]);
+    daemon.ctl(&["throttle", "set", "group", "iops-total=100000"]);
+    daemon.export_node("d", "d", &[]);
+    daemon.ctl(&["bitmap", "add", "d", "dirty", "--granularity", "64K"]);
+    let dirty = |daemon: &Daemon| daemon.ctl_json(&["bitmap", "list"])[0]["Count"].as_u64();
+    let refused = |daemon: &Daemon, args: &[&str], why: &str| {
+        let (_, error) = daemon.ctl_error(&[&["node", "set", "d"], args].concat());
+        assert!(error.contains(why), "{args:?}: {error}");
+    };
+    let sequence = Sequence::new(SIZE);
+    std::thread::scope(|s| {
+        let writer = Writer::start(s, &sequence, &daemon.socket("d"));
+        for round in 0..6 {
+            sequence.wait_for_more(200);
+            let direct = round % 2 == 0;
+            let word = ["cache.direct=off", "cache.direct=on"][usize::from(direct)];
+            let before = dirty(&daemon);
+            daemon.ctl(&["node", "set", "d", word, "l2-cache-size=64K"]);
+            assert!(before > Some(0) && dirty(&daemon) >= before);
+            assert_eq!(is_direct(&daemon, &image), direct);
+            // What it stands on was not made for it.
+            assert!(!is_direct(&daemon, &base));
+            assert_eq!(daemon.ctl_json(&["export", "show", "d"])["Path"], "fast");
+            // It cannot be opened so, and is opened as it was.
+            refused(&daemon, &["file.read-only=on"], "read-only");
+            assert_eq!(is_direct(&daemon, &image), direct);
+            sequence.wait_for_more(10);
+        }
+        daemon.ctl(&["node", "set", "d", "backing.cache.direct=on"]);
+        assert!(is_direct(&daemon, &base));
+        assert!(!is_direct(&daemon, &image));
+        refused(&daemon, &["backing=x"], "Replace");
+        refused(&daemon, &["l2-cache-size=x"], "l2-cache-size");
+        refused(&daemon, &["file.filename=/nowhere"], "/nowhere");
+        sequence.wait_for_more(10);
+        let copy = daemon.path("copy");
+        daemon.ctl(&["mirror", "d", text(&copy), "--detach", "job-id=job"]);
+        refused(&daemon, &["cache.direct=on"], "'job'");
+        daemon.ctl(&["job", "cancel", "job"]);
+        writer.end();
+    });
+    daemon.ctl(&["node", "set", "d", "cache.direct=on"]);
+    daemon.kill();
+    daemon.go_on();
+    assert!(is_direct(&daemon, &image) && is_direct(&daemon, &base));
+    daemon.ctl(&["export", "remove", "d"]);
+    daemon.ctl(&["node", "remove", "d"]);
+    assert_sound(&image);
+    assert_eq!(
+        sequence.last_write(&read_with_qemu(&image), "d"),
+        sequence.written()
+    );
 }

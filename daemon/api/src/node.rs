@@ -313,19 +313,39 @@ pub struct NodeChange {
     pub read_only: Option<bool>,
     pub discard: Option<Discard>,
     pub detect_zeroes: Option<DetectZeroes>,
+    /// Others, of the node or (below "file" and so on) of its children: for these it is closed and opened again while whoever
+    /// uses it waits.
+    pub others: Map,
 }
 
 impl NodeChange {
     pub fn from_map(node: &str, map: Map) -> Result<NodeChange> {
-        let mut f = Fields::new(
-            format!("node '{node}': reopen (read-only, discard and detect-zeroes can be changed)"),
-            expand_dotted(map)?,
-        );
+        let at_once = ["read-only", "discard", "detect-zeroes"];
+        let (own, others): (Map, Map) = expand_dotted(map)?
+            .into_iter()
+            .partition(|(key, _)| at_once.contains(&key.as_str()));
+        let mut f = Fields::new(format!("node '{node}': reopen"), own.clone());
+        if let Some(key) = ["driver", "node-name", "active"]
+            .iter()
+            .find(|k| others.contains_key(**k))
+        {
+            return Err(f.error(
+                key,
+                "cannot be changed: add another node, and put it in this one's place (Replace)",
+            ));
+        }
         let change = NodeChange {
             read_only: f.boolean("read-only")?,
             discard: f.choice("discard", &DISCARDS)?,
             detect_zeroes: f.choice("detect-zeroes", &DETECT_ZEROES)?,
+            others,
         };
+        if !change.others.is_empty() && !own.is_empty() {
+            return Err(f.error(
+                own.keys().next().map_or("", |k| k),
+                "is changed at once, and others while the node is closed: change them one after the other",
+            ));
+        }
         let nothing = f.error(
             "read-only",
             "is missing, and there is nothing else to change",

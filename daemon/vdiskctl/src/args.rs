@@ -235,7 +235,7 @@ pub enum Node {
     /// Example: vdiskctl node set disk0 discard=unmap detect-zeroes=unmap
     Set {
         name: String,
-        /// Options: read-only, discard, detect-zeroes
+        /// Options: read-only, discard and detect-zeroes are changed at once; for others (cache.direct=on, l2-cache-size=8M) its images are opened again while guests wait
         #[arg(value_name = "KEY=VALUE", required = true)]
         options: Vec<String>,
     },

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
+use vdisk_api::{DriverOptions, Error, Map, NodeOptions, Result, Value};
 
-use super::{Child, Entry, Graph, Opened, Opens, Parent, Plan, Step, StoredNode};
+use super::{Child, Entry, Graph, Opened, Opens, Parent, Plan, ROLES, Step, StoredNode};
 use crate::drivers::Inactive;
 use crate::node::Node;
 use crate::runtime::{LockPatience, Runtime};
@@ -70,6 +70,61 @@ fn options(noted: &StoredNode) -> Result<NodeOptions> {
     Ok(options)
 }
 
+/// Gives a node, and its children, other options.
+fn change_options(all: &mut [StoredNode], name: &str, change: &Map) -> Result<()> {
+    let at = all.iter().position(|s| s.name == name).ok_or_else(|| {
+        Error::in_use(format!(
+            "node '{name}' cannot be closed and opened again: others stand on it as well"
+        ))
+    })?;
+    for (key, value) in change {
+        let child = all[at].options.get(key).and_then(Value::as_str);
+        let child = child.filter(|_| ROLES.contains(&key.as_str()));
+        match (child.map(str::to_owned), value) {
+            (Some(child), Value::Object(inner)) => change_options(all, &child, inner)?,
+            (Some(child), _) => {
+                return Err(Error::not_supported(format!(
+                    "node '{name}': option '{key}' is node '{child}': put another one in its place (Replace)"
+                )));
+            }
+            (None, value) => {
+                merge(&mut all[at].options, key, value);
+                if key == "cache" {
+                    inherit(all, at, value)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Nodes that were made for a node are cached as it is.
+fn inherit(all: &mut [StoredNode], at: usize, cache: &Value) -> Result<()> {
+    let roles = ["file", "data-file"].iter();
+    let children = roles.filter_map(|role| all[at].options.get(*role)?.as_str());
+    let children: Vec<String> = children.map(str::to_owned).collect();
+    for child in children {
+        if all.iter().any(|s| s.name == child && s.implicit) {
+            let change = Map::from_iter([("cache".to_owned(), cache.clone())]);
+            change_options(all, &child, &change)?;
+        }
+    }
+    Ok(())
+}
+
+fn merge(options: &mut Map, key: &str, value: &Value) {
+    match (options.get_mut(key), value) {
+        (Some(Value::Object(have)), Value::Object(more)) => {
+            for (key, value) in more {
+                merge(have, key, value);
+            }
+        }
+        _ => {
+            options.insert(key.to_owned(), value.clone());
+        }
+    }
+}
+
 impl Graph {
     /// Plans a node that an earlier daemon, or an earlier state of this one, has noted.
     pub fn plan_stored(&mut self, noted: &StoredNode) -> Result<Plan> {
@@ -107,6 +162,59 @@ impl Graph {
             ))),
             _ => Ok(()),
         }
+    }
+
+    /// The node at the top of what stands on a node.
+    ///
+    /// # Errors
+    /// If there are several.
+    pub fn top_above(&self, name: &str) -> Result<String> {
+        self.entry(name)?;
+        let mut top = name;
+        loop {
+            let mut parents = self.parent_nodes(top);
+            let Some(parent) = parents.next() else {
+                return Ok(top.to_owned());
+            };
+            if let Some(other) = parents.next() {
+                return Err(Error::in_use(format!(
+                    "node '{name}' cannot be closed and opened again: nodes '{parent}' and '{other}' stand on node '{top}'"
+                )));
+            }
+            top = parent;
+        }
+    }
+
+    /// What the nodes `names` are made of, with other options for one of them and its children.
+    ///
+    /// # Errors
+    /// If an option is not known, or is of a node that is not among them.
+    pub fn stored_with(
+        &self,
+        names: &[String],
+        name: &str,
+        change: &Map,
+    ) -> Result<Vec<StoredNode>> {
+        let mut all = self.stored();
+        all.retain(|s| names.contains(&s.name));
+        change_options(&mut all, name, change)?;
+        for noted in &mut all {
+            options(noted).map_err(|e| e.context(format_args!("node '{}'", noted.name)))?;
+            noted.inactive = Some(Inactive::of(&self.entry(&noted.name)?.node));
+            mark(noted);
+        }
+        Ok(all)
+    }
+
+    /// Notes of nodes that are inactive that they are made of something else; what was noted.
+    pub fn note(&mut self, notes: Vec<StoredNode>) -> Vec<StoredNode> {
+        let mut old = Vec::new();
+        for new in notes {
+            if let Some(entry) = self.nodes.get_mut(&new.name) {
+                old.extend(entry.noted.replace(new));
+            }
+        }
+        old
     }
 
     /// Plans to open a node that is inactive, and all such nodes below it.

@@ -3,9 +3,19 @@
 use std::sync::Arc;
 
 use vdisk_api::{Action, Command, Error, Reply, Result};
-use vdisk_block::Node;
+use vdisk_block::{DrainGuard, Node, Opened, StoredNode};
 
 use super::{Control, Event};
+
+/// Node and name of each bitmap.
+fn bitmaps_of(nodes: &[Arc<Node>]) -> Vec<(String, String)> {
+    let named = |n: &Arc<Node>| {
+        let bitmaps = n.bitmaps().into_iter();
+        let named = bitmaps.map(|b| (n.name().to_owned(), b.name().to_owned()));
+        named.collect::<Vec<_>>()
+    };
+    nodes.iter().flat_map(named).collect()
+}
 
 impl Control {
     /// Refuses what needs the storage of a node that is inactive. (Jobs are refused when they attach to their nodes.)
@@ -90,11 +100,8 @@ impl Control {
             return Err(error);
         }
         let (_, drained) = self.hold(name).await;
-        let changed = self.world().graph.activate(opened);
-        for (old, new, noted) in &changed {
-            for guard in &drained {
-                guard.set_node_if(old, new);
-            }
+        let changed = self.put_in(opened, &drained);
+        for (_, new, noted) in &changed {
             self.take_up(new, noted);
         }
         if let (Some(new), Some(block)) = (&new, blocks.iter().map(|(_, b)| *b).min()) {
@@ -141,27 +148,10 @@ impl Control {
         self.flush(&node).await.map_err(|e| cannot(&node, &e))?;
         let nodes = names.iter().map(|n| self.world().graph.node(n));
         let nodes: Vec<Arc<Node>> = nodes.collect::<Result<_>>()?;
-        let bitmaps: Vec<(String, String)> = nodes
-            .iter()
-            .flat_map(|n| {
-                n.bitmaps()
-                    .into_iter()
-                    .map(|b| (n.name().to_owned(), b.name().to_owned()))
-            })
-            .collect();
-        for (at, node) in nodes.iter().enumerate() {
-            if let Err(e) = self.settle(node).await {
-                // It is as it was, and those above are settled.
-                self.ready_again(&nodes[..at]).await;
-                return Err(cannot(node, &e));
-            }
-        }
-        let changed = self.world().graph.deactivate(planned);
-        for (old, new) in &changed {
-            for guard in &drained {
-                guard.set_node_if(old, new);
-            }
-        }
+        let bitmaps = bitmaps_of(&nodes);
+        let settled = self.settle_all(&nodes).await;
+        settled.map_err(|(node, e)| cannot(node, &e))?;
+        let changed = self.put_away(planned, &drained);
         // Before another host can open it: the next daemon must not.
         self.save();
         for node in &nodes {
@@ -177,6 +167,51 @@ impl Control {
         }
         self.exports_changed(name, false);
         Ok(true)
+    }
+
+    /// Brings to the storage what nodes have in memory, parents first: all of them, or it names the one that cannot.
+    pub(super) async fn settle_all<'a>(
+        &self,
+        nodes: &'a [Arc<Node>],
+    ) -> std::result::Result<(), (&'a Arc<Node>, std::io::Error)> {
+        for (at, node) in nodes.iter().enumerate() {
+            if let Err(e) = self.settle(node).await {
+                // It is as it was, and those above are settled.
+                self.ready_again(&nodes[..at]).await;
+                return Err((node, e));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts nodes that are not open in the place of those that were settled.
+    pub(super) fn put_away(
+        &self,
+        planned: Vec<(StoredNode, Arc<Node>)>,
+        drained: &[DrainGuard],
+    ) -> Vec<(Arc<Node>, Arc<Node>)> {
+        let changed = self.world().graph.deactivate(planned);
+        for (old, new) in &changed {
+            for guard in drained {
+                guard.set_node_if(old, new);
+            }
+        }
+        changed
+    }
+
+    /// Puts nodes that were opened in the place of those that were not open.
+    pub(super) fn put_in(
+        &self,
+        opened: Opened,
+        drained: &[DrainGuard],
+    ) -> Vec<(Arc<Node>, Arc<Node>, StoredNode)> {
+        let changed = self.world().graph.activate(opened);
+        for (old, new, _) in &changed {
+            for guard in drained {
+                guard.set_node_if(old, new);
+            }
+        }
+        changed
     }
 
     /// The export whose guest uses a node.
@@ -226,7 +261,7 @@ impl Control {
     }
 
     /// The logical blocks of the exports that a node is below.
-    fn block_sizes(&self, name: &str) -> Vec<(String, u64)> {
+    pub(super) fn block_sizes(&self, name: &str) -> Vec<(String, u64)> {
         let world = self.world();
         let (_, above) = world.graph.above(name);
         let exports = world.exports.iter();
@@ -241,7 +276,7 @@ impl Control {
             .collect()
     }
 
-    fn exports_changed(&mut self, name: &str, resized: bool) {
+    pub(super) fn exports_changed(&mut self, name: &str, resized: bool) {
         for (id, _) in self.block_sizes(name) {
             if resized && let Ok(export) = self.world().export(&id) {
                 export.server.config_changed();

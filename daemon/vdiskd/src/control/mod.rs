@@ -13,6 +13,7 @@ pub mod jobs;
 mod limits;
 mod moves;
 mod nodes;
+mod reopen;
 pub mod secrets;
 mod state;
 pub mod throttle;

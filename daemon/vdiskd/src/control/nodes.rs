@@ -275,6 +275,9 @@ impl Control {
 
     /// Changes options of a node, all of them or none.
     pub(super) async fn reopen_node(&mut self, name: &str, change: NodeChange) -> Result<Reply> {
+        if !change.others.is_empty() {
+            return self.open_again(name, change.others).await;
+        }
         let node = {
             let world = self.world();
             world.graph.check_claim(name)?;
