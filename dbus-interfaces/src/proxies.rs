@@ -103,6 +103,7 @@ pub trait Node {
     fn detect_zeroes(&self) -> zbus::Result<String>;
     #[zbus(allow_interactive_auth)]
     fn flush(&self, options: Options<'_>) -> zbus::Result<()>;
+    fn go_on(&self, tag: &str, options: Options<'_>) -> zbus::Result<()>;
     #[zbus(allow_interactive_auth)]
     fn check(&self, options: Options<'_>) -> zbus::Result<Statistics>;
     #[zbus(allow_interactive_auth)]

@@ -1,6 +1,8 @@
 //! Jobs whose storage fails at each of their steps: what was there before is there afterwards, and nothing stays behind.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use serde_json::Value;
 use vdisk_qemu_tests::blk_client::Client;
@@ -44,7 +46,10 @@ fn add(daemon: &Daemon, name: &str, image: &Path, rule: &str, more: &[&str]) -> 
     let rules: Vec<String> = rule
         .split(',')
         .filter(|r| !r.is_empty())
-        .map(|r| format!("file.inject-error.{r}"))
+        .map(|r| match rule.contains("tag=") {
+            true => format!("file.suspend.{r}"),
+            false => format!("file.inject-error.{r}"),
+        })
         .collect();
     let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
     let args = [&base[..], &[&filename], more, &rules].concat();
@@ -97,8 +102,8 @@ impl Disk {
         Some(disk)
     }
 
-    /// Starts the job, and has it end as it does; its error.
-    fn run(&mut self, kind: Kind, more: &[&str], writes: bool) -> String {
+    /// What starts the job.
+    fn starter(&self, kind: Kind, more: &[&str]) -> std::process::Command {
         let address = format!("--address={}", self.daemon.bus_address());
         let copy = ["target", "s", "copy", "copy-mode", "s", "write-blocking"];
         let (method, node, options): (_, _, &[&str]) = match kind {
@@ -112,7 +117,8 @@ impl Disk {
         let count = (2 + (options.len() + more.len()) / 3).to_string();
         let path = format!("/org/vdisk1/node/{node}");
         let fixed = ["job-id", "s", "j", "auto-dismiss", "b", "false"];
-        let out = std::process::Command::new("busctl")
+        let mut command = std::process::Command::new("busctl");
+        command
             .args([
                 &address,
                 "call",
@@ -123,9 +129,13 @@ impl Disk {
                 "a{sv}",
             ])
             .arg(count)
-            .args([&fixed[..], options, more].concat())
-            .output()
-            .unwrap();
+            .args([&fixed[..], options, more].concat());
+        command
+    }
+
+    /// Starts the job, and has it end as it does; its error.
+    fn run(&mut self, kind: Kind, more: &[&str], writes: bool) -> String {
+        let out = self.starter(kind, more).output().unwrap();
         if !out.status.success() {
             return String::from_utf8_lossy(&out.stderr).into_owned();
         }
@@ -133,6 +143,11 @@ impl Disk {
             let mut client = Client::connect(&self.daemon.socket("disk"), 1, 1, 1 << 20);
             change(&mut client, &mut self.model, 1, 60);
         }
+        self.end()
+    }
+
+    /// Has the job end as it does; its error.
+    fn end(&self) -> String {
         let job = wait_for("the job's end", || {
             let job = self.daemon.ctl_json(&["job", "show", "j"]);
             match job["State"].as_str()? {
@@ -313,6 +328,152 @@ fn jobs_that_go_on_after_an_error_are_complete() {
             }
         }
     }
+}
+
+/// What happens to a job while one of its requests is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    Cancel,
+    Kill,
+}
+
+/// Sets a flag when it is dropped.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// The request number `after` to an image of the job is suspended, and then the job is cancelled, or the daemon is killed. False
+/// if the job has no such request.
+fn suspended(kind: Kind, at: usize, iotype: &str, after: u64, then: Then) -> bool {
+    let what = format!("{kind:?}, {then:?} at {iotype} {after} of {at}");
+    let rule = format!("tag=here,iotype={iotype},after={after}");
+    let mut disk = Disk::new(at, &rule).expect("what is suspended can be added");
+    let nodes = disk.daemon.ctl_json(&["node", "list"]);
+    let mut files = nodes.as_array().unwrap().iter();
+    let file = files.find(|n| n["Driver"] == "blkdebug" && n["Filename"] == text(&disk.images[at]));
+    let file = file.expect("each has one")["Name"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let waits = |disk: &Disk| {
+        let node = disk.daemon.ctl_json(&["node", "show", &file]);
+        node["Suspended"] == serde_json::json!(["here"])
+    };
+    let mut starter = disk.starter(kind, &[]);
+    let mut starter = starter
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut started = None;
+    let is_suspended = wait_for("a request, or the end", || {
+        if waits(&disk) {
+            return Some(true);
+        }
+        started = starter.try_wait().unwrap();
+        if !started?.success() {
+            return Some(false);
+        }
+        let job = disk.daemon.ctl_json(&["job", "show", "j"]);
+        matches!(job["State"].as_str()?, "ready" | "concluded").then_some(false)
+    });
+    if is_suspended && then == Then::Kill {
+        disk.daemon.kill();
+        starter.wait().unwrap();
+        for image in &disk.images[..3] {
+            wait_for("the locks to be gone", || {
+                let check = ["check", "-q", "-r", "leaks", text(image)];
+                let out = std::process::Command::new("qemu-img").args(check).output();
+                out.unwrap().status.success().then_some(())
+            });
+        }
+        assert_same(&read_with_qemu(&disk.images[2]), &disk.model, 0, &what);
+        return true;
+    }
+    let go_on = |disk: &Disk| disk.daemon.try_ctl(&["node", "go-on", &file, "here"]);
+    if is_suspended && started.is_none() {
+        // It is one of those that the start waits for.
+        go_on(&disk);
+        started = Some(starter.wait().unwrap());
+    }
+    let runs = started.is_some_and(|status| status.success());
+    if is_suspended && runs {
+        // It may have to wait for the request itself.
+        std::thread::scope(|s| {
+            let cancelled = s.spawn(|| disk.daemon.try_ctl(&["job", "cancel", "j", "--force"]));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            go_on(&disk);
+            cancelled.join().unwrap();
+        });
+    }
+    // What the job has not met so far may be met when it is completed, or when the images are closed.
+    let ended = AtomicBool::new(false);
+    let error = std::thread::scope(|s| {
+        s.spawn(|| {
+            while !ended.load(Relaxed) {
+                go_on(&disk);
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+        });
+        let _ended = Ended(&ended);
+        let error = if runs {
+            disk.end()
+        } else {
+            "not started".into()
+        };
+        disk.check(&what);
+        error
+    });
+    let image = &disk.images[left(kind, !error.is_empty())];
+    assert_sound(image);
+    assert_same(&read_with_qemu(image), &disk.model, 0, &what);
+    is_suspended
+}
+
+/// At every request of a small job it is cancelled, or the daemon is killed: the chain is as it was.
+fn every_request(kind: Kind, at: usize, iotypes: &[&str]) {
+    for iotype in iotypes {
+        for then in [Then::Cancel, Then::Kill] {
+            // The first ones may not be the job's: an image that is opened for writing is marked.
+            let (mut after, mut hits, mut misses) = (0, 0, 0);
+            while misses < 3 {
+                match suspended(kind, at, iotype, after, then) {
+                    true => (hits, misses) = (hits + 1, 0),
+                    false => misses += 1,
+                }
+                // Those that are alike are not all tried.
+                after += 1 + after / 2;
+            }
+            assert!(hits > 2, "{kind:?}, {then:?} at {iotype} of {at}: {hits}");
+            println!("{kind:?}, {then:?} at {iotype} of {at}: {hits}");
+        }
+    }
+}
+
+#[test]
+fn backups_end_at_every_request() {
+    every_request(Kind::Backup, 3, &["write"]);
+    every_request(Kind::Backup, 0, &["read"]);
+}
+
+#[test]
+fn mirrors_end_at_every_request() {
+    every_request(Kind::Mirror, 3, &["write"]);
+}
+
+#[test]
+fn active_commits_end_at_every_request() {
+    every_request(Kind::CommitActive, 0, &["write"]);
+}
+
+#[test]
+fn merges_end_at_every_request() {
+    every_request(Kind::CommitBelow, 0, &["write"]);
+    every_request(Kind::Stream, 0, &["read"]);
 }
 
 /// The daemon is killed while a job runs: the images are what the job's documentation says.

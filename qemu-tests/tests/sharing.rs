@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use vdisk_qemu_tests::blk_client::Client;
 use vdisk_qemu_tests::qemu_tools::{assert_sound, read_with_qemu, text, tool};
 use vdisk_qemu_tests::workload::{Sequence, Writer, assert_same};
 use vdisk_qemu_tests::{Daemon, Scratch, as_root, scratch, wait_for};
@@ -105,7 +106,7 @@ fn copies_share_blocks_until_one_of_them_is_written() {
     let xfs = Xfs::mount();
     let daemon = Daemon::start(&[]);
     let cases = [
-        ("backup", "qcow2", "qcow2", "off", "", true),
+        ("backup", "qcow2", "qcow2", "off", "--speed=1G", true),
         ("backup", "qcow2", "raw", "on", "", true),
         ("backup", "raw", "qcow2", "on", "--sync=top", true),
         ("backup", "raw", "raw", "off", "", true),
@@ -130,6 +131,7 @@ fn copies_share_blocks_until_one_of_them_is_written() {
         let mut args = vec![command, "disk", text(&copy), "--format", to];
         args.extend(["--name", "copy", &target]);
         args.extend((!more.is_empty()).then_some(more));
+        args.extend(shares.then_some("use-copy-range=on"));
         daemon.ctl(&args);
         clear(&daemon);
         let what = format!("{command} {from} {to} {more} direct={direct}");
@@ -155,6 +157,42 @@ fn copies_share_blocks_until_one_of_them_is_written() {
         std::fs::remove_file(&source).unwrap();
         std::fs::remove_file(&copy).unwrap();
     }
+}
+
+/// A file that shares blocks is the same disk when it is opened again, whatever the file system would like better.
+#[test]
+fn what_shares_blocks_is_opened_as_before() {
+    let xfs = Xfs::mount();
+    let mut daemon = Daemon::managed(&[]);
+    // No multiple of the file system's blocks.
+    let image = xfs.path("disk.raw");
+    std::fs::write(&image, vec![1; MIB as usize + 512]).unwrap();
+    add(&daemon, "disk", "raw", &image, &["file.cache.direct=on"]);
+    daemon.export_node("disk", "disk", &[]);
+    let path = |daemon: &Daemon| daemon.ctl_json(&["export", "show", "disk"])["Path"].clone();
+    assert_eq!(path(&daemon), "fast");
+    let copy = xfs.path("copy.raw");
+    let args = [
+        "backup",
+        "disk",
+        text(&copy),
+        "-f",
+        "raw",
+        "use-copy-range=on",
+    ];
+    daemon.ctl(&args);
+    assert!(shared(&image) > 0);
+    daemon.kill();
+    daemon.go_on();
+    assert_eq!(path(&daemon), "fast");
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    let mut data = [0; 512];
+    for at in [512, 4096, MIB] {
+        assert_eq!(client.write(at, &[7; 512]), 0);
+        assert_eq!(client.read(at, &mut data), 0);
+        assert_eq!(data, [7; 512]);
+    }
+    assert!(std::fs::read(&copy).unwrap().iter().all(|b| *b == 1));
 }
 
 /// Chains are merged by sharing, in both directions, and images are converted so if that is asked for.
@@ -251,7 +289,7 @@ fn a_copy_that_shares_blocks_is_one_moment() {
                 let before = sequence.written();
                 let mut args = vec!["backup", &id, text(&copy), "--format", to];
                 args.extend(["--name", "copy", "--detach", "auto-dismiss=false"]);
-                args.push("job-id=job");
+                args.extend(["job-id=job", "use-copy-range=on"]);
                 daemon.ctl(&args);
                 let after = sequence.written();
                 wait_for("the backup to end", || {
@@ -267,7 +305,7 @@ fn a_copy_that_shares_blocks_is_one_moment() {
             sequence.wait_for_more(100);
             let before = sequence.written();
             let mut args = vec!["mirror", &id, text(&copy), "--format", to];
-            args.extend(["--name", "mirror", "--pivot"]);
+            args.extend(["--name", "mirror", "--pivot", "use-copy-range=on"]);
             daemon.ctl(&args);
             daemon.ctl(&["node", "remove", &id]);
             moments.push((image.clone(), before, sequence.written() + 1));

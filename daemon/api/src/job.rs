@@ -298,8 +298,9 @@ impl JobOptions {
                 ..JobOptions::of_image(id, kind, node.to_owned(), auto_dismiss)
             });
         }
-        // Whoever converts an image wants it small, and has its zeroes looked for.
-        let usually = !matches!(kind, JobKind::Convert { .. });
+        // What is merged goes away. A copy that shares blocks is no copy if one of them goes bad, and takes away space that was
+        // reserved for either.
+        let usually = matches!(kind, JobKind::Commit { .. } | JobKind::Stream { .. });
         let copy_range = match kind {
             JobKind::Discard => None,
             _ => f.boolean("use-copy-range")?,

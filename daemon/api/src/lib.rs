@@ -39,7 +39,7 @@ pub use node::{
     BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions, DRIVERS,
     DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions, InjectError, InjectWhen, Locking,
     LuksOptions, NodeChange, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
-    SnapshotAccessOptions, ThrottleOptions, file_driver,
+    SnapshotAccessOptions, SuspendRequest, ThrottleOptions, file_driver,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

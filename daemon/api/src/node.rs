@@ -180,10 +180,23 @@ pub struct InjectError {
     pub after: u64,
 }
 
+/// A request that waits until it is told to go on. (As `break` of qemu-io, by kinds of requests.)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SuspendRequest {
+    /// What it is called.
+    pub tag: String,
+    pub when: InjectWhen,
+    /// Only one that touches the byte at this offset.
+    pub offset: Option<u64>,
+    /// So many of them go on before.
+    pub after: u64,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlkdebugOptions {
     pub file: NodeRef,
     pub inject_error: Vec<InjectError>,
+    pub suspend: Vec<SuspendRequest>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -528,6 +541,7 @@ impl NodeOptions {
             }),
             "blkdebug" => DriverOptions::Blkdebug(BlkdebugOptions {
                 inject_error: inject_errors(&mut f)?,
+                suspend: suspensions(&mut f)?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
             "null-co" => DriverOptions::NullCo(NullOptions {
@@ -571,44 +585,67 @@ const WHENS: [(&str, InjectWhen); 5] = [
     ("flush", InjectWhen::Flush),
 ];
 
-/// One rule, or a list of them.
-fn inject_errors(f: &mut Fields) -> Result<Vec<InjectError>> {
-    let maps = match f.value("inject-error") {
+/// One dictionary, or a list of them.
+fn dictionaries(f: &mut Fields, key: &'static str) -> Result<Vec<Fields>> {
+    let maps = match f.value(key) {
         None => Vec::new(),
         Some(Value::Object(map)) => vec![map],
         Some(Value::Array(items)) => {
             let maps = items.into_iter().map(|item| match item {
                 Value::Object(map) => Ok(map),
-                other => Err(f.error(
-                    "inject-error",
-                    format_args!("has {other} in it: give dictionaries"),
-                )),
+                other => Err(f.error(key, format_args!("has {other} in it: give dictionaries"))),
             });
             maps.collect::<Result<_>>()?
         }
         Some(other) => {
             return Err(f.error(
-                "inject-error",
+                key,
                 format_args!("is {other}: give a dictionary, or a list of them"),
             ));
         }
     };
-    let what = format!("{}, inject-error", f.what());
-    let rule = |map| {
-        let mut r = Fields::new(what.clone(), map);
+    let what = format!("{}, {key}", f.what());
+    let fields = maps.into_iter().map(|map| Fields::new(what.clone(), map));
+    Ok(fields.collect())
+}
+
+fn sector(r: &mut Fields) -> Result<Option<u64>> {
+    let sector = r.integer("sector", 0..=u64::MAX >> 10)?;
+    Ok(sector.map(|s| s * 512))
+}
+
+fn suspensions(f: &mut Fields) -> Result<Vec<SuspendRequest>> {
+    let rule = |mut r: Fields| {
+        let rule = SuspendRequest {
+            tag: r.required_string("tag")?,
+            when: r.choice("iotype", &WHENS)?.unwrap_or_default(),
+            offset: sector(&mut r)?,
+            after: r.integer("after", 0..=u64::MAX >> 1)?.unwrap_or(0),
+        };
+        check_name(&format!("{}: tag", r.what()), &rule.tag)?;
+        r.finish()?;
+        Ok(rule)
+    };
+    let rules = dictionaries(f, "suspend")?.into_iter();
+    rules.map(rule).collect()
+}
+
+fn inject_errors(f: &mut Fields) -> Result<Vec<InjectError>> {
+    let rule = |mut r: Fields| {
         // Steps inside drivers have no names here.
         r.choice("event", &[("none", ())])?;
         let rule = InjectError {
             when: r.choice("iotype", &WHENS)?.unwrap_or_default(),
             errno: r.integer("errno", 1..=4095)?.unwrap_or(5) as i32,
-            offset: r.integer("sector", 0..=u64::MAX >> 10)?.map(|s| s * 512),
+            offset: sector(&mut r)?,
             once: r.boolean("once")?.unwrap_or(false),
             after: r.integer("after", 0..=u64::MAX >> 1)?.unwrap_or(0),
         };
         r.finish()?;
         Ok(rule)
     };
-    maps.into_iter().map(rule).collect()
+    let rules = dictionaries(f, "inject-error")?.into_iter();
+    rules.map(rule).collect()
 }
 
 fn file_options(f: &mut Fields) -> Result<FileOptions> {

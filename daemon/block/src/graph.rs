@@ -373,6 +373,7 @@ impl Graph {
         let mut names: Vec<String> = Vec::new();
         for (name, entry) in opened.entries {
             names.push(name.clone());
+            entry.node.enter();
             self.nodes.insert(name, entry);
         }
         self.note_inactive(&names);

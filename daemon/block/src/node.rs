@@ -825,6 +825,26 @@ impl Node {
         self.driver.drain(on);
     }
 
+    /// The node is part of the graph now: what it suspends can be told to go on.
+    pub(crate) fn enter(&self) {
+        self.driver.enter();
+    }
+
+    /// The node was taken out of the graph: nothing is held back from now on, as nobody could let it go.
+    pub fn leave(&self) {
+        self.drain(true);
+    }
+
+    /// The tags of requests that wait until they are told to go on (driver `blkdebug`).
+    pub fn suspended(&self) -> Vec<String> {
+        self.driver.suspended()
+    }
+
+    /// Has a suspended request go on. False if there is none with this tag.
+    pub fn go_on(&self, tag: &str) -> bool {
+        self.driver.go_on(tag)
+    }
+
     /// The node and everything below it.
     pub(crate) fn with_all_below(self: &Arc<Self>) -> Vec<Arc<Node>> {
         let (mut all, mut todo): (Vec<Arc<Node>>, _) = (Vec::new(), vec![self.clone()]);

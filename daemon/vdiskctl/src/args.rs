@@ -277,6 +277,10 @@ pub enum Node {
     TakeOut { name: String },
     /// Make everything durable that was written
     Flush { name: String },
+    /// Have a request go on that a blkdebug node has suspended
+    ///
+    /// Example: vdiskctl node go-on debug0 first-write
+    GoOn { name: String, tag: String },
     /// Check the qcow2 image of a node; guests wait meanwhile
     Check {
         name: String,

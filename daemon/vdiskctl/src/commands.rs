@@ -362,6 +362,14 @@ pub async fn node(
             Objects::load(daemon).await?.find("node", &name)?;
             daemon.node(&name).await?.flush(HashMap::new()).await?;
         }
+        Node::GoOn { name, tag } => {
+            Objects::load(daemon).await?.find("node", &name)?;
+            daemon
+                .node(&name)
+                .await?
+                .go_on(&tag, Options::new())
+                .await?;
+        }
         Node::Check { name, repair } => {
             Objects::load(daemon).await?.find("node", &name)?;
             let mut options = Options::new();

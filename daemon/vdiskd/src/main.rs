@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
+use futures_util::FutureExt;
 use tokio::signal::unix::{SignalKind, signal};
 use vdisk_block::{Directories, Runtime};
 use vdisk_exports::Keeper;
@@ -341,6 +342,8 @@ async fn run(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
     let name = vdisk_dbus::bus_name(args.instance.as_deref())?;
+    // Whether the bus has the service manager start one for those who call (see systemd/org.vdisk1.service).
+    let is_activatable = args.instance.is_none() && args.bus_address.is_none();
     let store = FdStore::find(&passed).map_err(|e| format!("passed file descriptors: {e}"))?;
     let store = store.map(Arc::new);
     let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
@@ -436,12 +439,24 @@ async fn run(
             let _ = sd_notify::notify(&[NotifyState::Stopping]);
         }
     }
-    if !terminated {
+    if !terminated && is_activatable {
         // The bus keeps what others call meanwhile for the one that comes. Not so for one that is stopped: that would start it.
         front.release_name().await;
     }
-    front.answer().await;
+    tokio::select! {
+        _ = terminate.recv() => terminated = true,
+        _ = interrupt.recv() => terminated = true,
+        () = front.answer() => {}
+    }
+    // It may have been given something to do by a call in the last moment.
+    called |= !terminated && !control.world().is_empty();
     control.shutdown().await;
+    for signal in [&mut terminate, &mut interrupt] {
+        terminated |= signal.recv().now_or_never().flatten().is_some();
+    }
+    if terminated {
+        (again, called) = (false, false);
+    }
     match (again, store) {
         (true, Some(store)) => match store.exec() {
             Ok(never) => match never {},

@@ -72,6 +72,19 @@ pub(super) trait Gate: Send + Sync {
     /// See [`Driver::drain`].
     fn drain(&self, _on: bool) {}
 
+    /// See [`Driver::enter`].
+    fn enter_graph(&self) {}
+
+    /// See [`Driver::suspended`].
+    fn suspended(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// See [`Driver::go_on`].
+    fn go_on(&self, _tag: &str) -> bool {
+        false
+    }
+
     /// See [`Driver::close`].
     fn close(&self) {}
 }
@@ -243,6 +256,18 @@ impl<G: Gate> Driver for Filter<G> {
 
     fn drain(&self, on: bool) {
         self.gate.drain(on);
+    }
+
+    fn enter(&self) {
+        self.gate.enter_graph();
+    }
+
+    fn suspended(&self) -> Vec<String> {
+        self.gate.suspended()
+    }
+
+    fn go_on(&self, tag: &str) -> bool {
+        self.gate.go_on(tag)
     }
 
     fn below(&self) -> Vec<Arc<Node>> {

@@ -260,6 +260,19 @@ pub trait Driver: Send + Sync {
     /// Each driver for itself.
     fn drain(&self, _on: bool) {}
 
+    /// The node is part of the graph now.
+    fn enter(&self) {}
+
+    /// The tags of requests that wait until they are told to go on.
+    fn suspended(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Has a suspended request go on. False if there is none with this tag.
+    fn go_on(&self, _tag: &str) -> bool {
+        false
+    }
+
     /// The nodes that it stands on at the moment.
     fn below(&self) -> Vec<Arc<Node>> {
         Vec::new()

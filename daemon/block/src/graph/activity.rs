@@ -267,6 +267,7 @@ impl Graph {
             let Some(entry) = self.nodes.get_mut(&name) else {
                 continue;
             };
+            new.node.enter();
             let old = std::mem::replace(&mut entry.node, new.node.clone());
             entry.options = new.options;
             if let Some(noted) = entry.noted.take() {

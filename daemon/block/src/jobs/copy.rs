@@ -51,7 +51,7 @@ impl Sharing {
         Sharing(AtomicBool::new(wanted))
     }
 
-    pub(crate) fn goes_on(&self) -> bool {
+    fn goes_on(&self) -> bool {
         self.0.load(Relaxed)
     }
 

@@ -130,10 +130,11 @@ impl Stream {
                     continue;
                 }
             }
-            let end = match self.sharing.goes_on() {
-                true => after_unit(to, at..range.end),
-                false => range.end,
-            };
+            // Up to where something can be shared again.
+            let mut end = after_unit(to, at..range.end);
+            while end < range.end && shared_len(from, to, end..range.end, &self.sharing) == 0 {
+                end = after_unit(to, end..range.end);
+            }
             let iov = scratch.slice(0, (end - at) as usize);
             from.read(at, iov.clone()).await.map_err(&source)?;
             let done = to.populate(at, end - at, Some(iov)).await;

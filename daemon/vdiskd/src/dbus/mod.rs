@@ -159,7 +159,10 @@ impl Front {
 
     /// Has the bus start another daemon for calls from now on.
     pub async fn release_name(&self) {
-        let _ = self.connection().release_name(self.name.as_str()).await;
+        let connection = self.connection();
+        // A bus that does not answer must not keep it.
+        let released = connection.release_name(self.name.as_str());
+        let _ = tokio::time::timeout(LAST_ANSWER, released).await;
     }
 
     /// Answers the calls that have come.

@@ -118,6 +118,19 @@ impl NodeObject {
         Ok(())
     }
 
+    async fn go_on(&self, tag: &str, options: Options) -> Result<(), Failure> {
+        convert::no_options(options)?;
+        // Not a command: those wait for requests that wait for this.
+        let node = self.control.world().graph.node(&self.name)?;
+        match node.go_on(tag) {
+            true => Ok(()),
+            false => Err(Failure::NotFound(format!(
+                "node '{}' has no request suspended under tag '{tag}': see its property Suspended",
+                self.name
+            ))),
+        }
+    }
+
     #[zbus(out_args("report"))]
     async fn check(&self, options: Options) -> Result<Statistics, Failure> {
         let repair = RepairWhat::from_map(convert::plain_options(options)?)?;
@@ -212,6 +225,12 @@ impl NodeObject {
     fn write_threshold(&self) -> u64 {
         let node = self.control.world().graph.node(&self.name);
         node.map_or(0, |n| n.write_threshold())
+    }
+
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn suspended(&self) -> Vec<String> {
+        let node = self.control.world().graph.node(&self.name);
+        node.map_or_else(|_| Vec::new(), |n| n.suspended())
     }
 
     #[zbus(property)]

@@ -64,7 +64,15 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
         bitmaps::check_memory("its bits", source.size(), finest)?;
     }
     let (source, target) = (source.clone(), target.clone());
-    let sharing = Sharing::new(o.use_copy_range);
+    // What guests have just written would have to be on the disk to be shared.
+    let only_new = matches!(
+        o.kind,
+        JobKind::Mirror {
+            sync: JobSync::None,
+            ..
+        }
+    );
+    let sharing = Sharing::new(o.use_copy_range && !only_new);
     Ok(match o.kind {
         JobKind::Mirror {
             sync,
