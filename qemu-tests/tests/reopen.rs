@@ -62,11 +62,7 @@ fn options_change_under_a_client() {
         "one after the other",
     );
     refused(&["driver=qcow2"], 2, "'driver' cannot be changed");
-    refused(
-        &["file=e"],
-        2,
-        "node 'd': node (driver file): unknown option 'file'",
-    );
+    refused(&["file=e"], 2, "node 'd': option 'file'");
     refused(&["discard=maybe"], 2, "maybe");
     let node = daemon.ctl_json(&["node", "show", "d"]);
     assert_eq!(
@@ -328,7 +324,14 @@ fn images_are_opened_again_under_a_client() {
         assert!(!is_direct(&daemon, &image));
         refused(&daemon, &["backing=x"], "Replace");
         refused(&daemon, &["l2-cache-size=x"], "l2-cache-size");
-        refused(&daemon, &["file.filename=/nowhere"], "/nowhere");
+        refused(&daemon, &["file.filename=/nowhere"], "another one");
+        refused(&daemon, &["file.driver=null-co"], "'driver'");
+        refused(
+            &daemon,
+            &["encrypt.format=luks", "encrypt.key-secret=x"],
+            "not encrypted",
+        );
+        refused(&daemon, &["data-file=x"], "Replace");
         sequence.wait_for_more(10);
         let copy = daemon.path("copy");
         daemon.ctl(&["mirror", "d", text(&copy), "--detach", "job-id=job"]);

@@ -465,6 +465,7 @@ impl Graph {
         let Some(entry) = self.nodes.remove(name) else {
             return;
         };
+        entry.node.leave();
         removed.push(entry.node);
         for (_, child) in entry.children {
             let orphan = self.nodes.get(&child).is_some_and(|e| e.implicit)

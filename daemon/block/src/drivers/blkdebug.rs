@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use tokio::sync::watch;
 use vdisk_api::{
@@ -109,7 +109,8 @@ impl Suspension {
             && self.seen.fetch_add(1, Relaxed) == self.what.after
     }
 
-    async fn wait(&self) {
+    /// Nobody waits while somebody waits for requests in flight, who counts first and lets go then.
+    async fn wait(&self, draining: &AtomicU64) {
         let waits = self.state.send_if_modified(|state| {
             let waits = *state == Suspense::Ahead;
             if waits {
@@ -117,6 +118,9 @@ impl Suspension {
             }
             waits
         });
+        if draining.load(SeqCst) > 0 {
+            self.go_on();
+        }
         if waits {
             let mut state = self.state.subscribe();
             // It cannot fail: the sender is here.
@@ -154,9 +158,9 @@ impl Gate for Blkdebug {
         let suspended = suspensions.find(|s| s.is_for(request, offset, len));
         Box::pin(async move {
             if let Some(suspension) = suspended
-                && self.draining.load(Relaxed) == 0
+                && self.draining.load(SeqCst) == 0
             {
-                suspension.wait().await;
+                suspension.wait(&self.draining).await;
             }
             match errno {
                 None => Ok(()),
@@ -168,8 +172,8 @@ impl Gate for Blkdebug {
     /// Whoever changes the graph does not wait for requests that are suspended.
     fn drain(&self, on: bool) {
         match on {
-            true => self.draining.fetch_add(1, Relaxed),
-            false => self.draining.fetch_sub(1, Relaxed),
+            true => self.draining.fetch_add(1, SeqCst),
+            false => self.draining.fetch_sub(1, SeqCst),
         };
         for suspension in self.suspensions.iter().filter(|_| on) {
             suspension.go_on();
@@ -177,7 +181,7 @@ impl Gate for Blkdebug {
     }
 
     fn enter_graph(&self) {
-        self.draining.fetch_sub(1, Relaxed);
+        self.draining.fetch_sub(1, SeqCst);
     }
 
     fn suspended(&self) -> Vec<String> {

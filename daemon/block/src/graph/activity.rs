@@ -70,6 +70,19 @@ fn options(noted: &StoredNode) -> Result<NodeOptions> {
     Ok(options)
 }
 
+/// Options that say which disk it is, and who may use it how.
+const FIXED: [&str; 9] = [
+    "driver",
+    "node-name",
+    "active",
+    "read-only",
+    "auto-read-only",
+    "force-share",
+    "filename",
+    "offset",
+    "size",
+];
+
 /// Gives a node, and its children, other options.
 fn change_options(all: &mut [StoredNode], name: &str, change: &Map) -> Result<()> {
     let at = all.iter().position(|s| s.name == name).ok_or_else(|| {
@@ -78,21 +91,26 @@ fn change_options(all: &mut [StoredNode], name: &str, change: &Map) -> Result<()
         ))
     })?;
     for (key, value) in change {
-        let child = all[at].options.get(key).and_then(Value::as_str);
-        let child = child.filter(|_| ROLES.contains(&key.as_str()));
-        match (child.map(str::to_owned), value) {
-            (Some(child), Value::Object(inner)) => change_options(all, &child, inner)?,
-            (Some(child), _) => {
-                return Err(Error::not_supported(format!(
-                    "node '{name}': option '{key}' is node '{child}': put another one in its place (Replace)"
-                )));
-            }
-            (None, value) => {
-                merge(&mut all[at].options, key, value);
-                if key == "cache" {
-                    inherit(all, at, value)?;
+        if FIXED.contains(&key.as_str()) {
+            return Err(Error::not_supported(format!(
+                "node '{name}': option '{key}' cannot be changed with others, as the disk would be another one: add another node, and put it in this one's place (Replace)"
+            )));
+        }
+        if ROLES.contains(&key.as_str()) {
+            let child = all[at].options.get(key).and_then(Value::as_str);
+            match (child.map(str::to_owned), value) {
+                (Some(child), Value::Object(inner)) => change_options(all, &child, inner)?,
+                _ => {
+                    return Err(Error::not_supported(format!(
+                        "node '{name}': option '{key}' can be given options of a node that it has, not another one: put that in its place (Replace)"
+                    )));
                 }
             }
+            continue;
+        }
+        merge(&mut all[at].options, key, value);
+        if key == "cache" {
+            inherit(all, at, value)?;
         }
     }
     Ok(())
@@ -204,6 +222,40 @@ impl Graph {
             mark(noted);
         }
         Ok(all)
+    }
+
+    /// Plans to look at nodes that are open, as if they were made of `notes` (children first): whether they could be.
+    pub fn plan_look(&self, notes: &[StoredNode]) -> Result<Plan> {
+        let mut plan = Plan {
+            steps: Vec::new(),
+            runtime: self.runtime.clone(),
+        };
+        for noted in notes {
+            let entry = self.entry(&noted.name)?;
+            let child = |(role, child): &(&'static str, String)| {
+                let step = plan.steps.iter().position(|s: &Step| s.name == *child);
+                Ok(match step {
+                    Some(at) => (*role, Child::Step(at)),
+                    None => (*role, Child::Existing(self.entry(child)?.node.clone())),
+                })
+            };
+            let children = entry.children.iter().map(child).collect::<Result<_>>()?;
+            plan.steps.push(Step {
+                name: noted.name.clone(),
+                options: options(noted)?,
+                children,
+                implicit: entry.implicit,
+                opens: Opens::Looks,
+            });
+        }
+        Ok(plan)
+    }
+
+    /// As [`Graph::plan_activation`], of what was open a moment ago: it waits for locks that others have for a moment.
+    pub fn plan_opening_again(&self, name: &str) -> Result<Plan> {
+        let mut plan = self.plan_activation(name)?;
+        plan.runtime.lock_patience = LockPatience::default();
+        Ok(plan)
     }
 
     /// Notes of nodes that are inactive that they are made of something else; what was noted.

@@ -332,6 +332,9 @@ impl Control {
     ///
     /// With a keeper, front-ends stay connected, and wait for the next daemon.
     async fn shutdown(&mut self, jobs: &mut mpsc::UnboundedReceiver<JobEvent>) {
+        for node in self.world().graph.levels().iter().flatten() {
+            node.leave();
+        }
         if self.world().exports.values().any(|e| e.server.owes()) {
             // What keeps their images open ends first.
             self.end_jobs(jobs).await;

@@ -122,7 +122,6 @@ impl Control {
             (children, world.graph.remove(name)?)
         };
         let mut failed = None;
-        removed.iter().for_each(|node| node.leave());
         for node in removed {
             self.removed(&node);
             if let Err(e) = self.close(&node).await {

@@ -11,16 +11,21 @@ impl Control {
     /// Gives a node and its children other options: all of them, or it stays as it was. What stands on it is opened again as
     /// well, and what it stands on as far as nobody else uses it.
     pub(super) async fn open_again(&mut self, name: &str, change: Map) -> Result<Reply> {
-        let (top, names, notes, planned) = {
+        let (top, names, look) = {
             let world = self.world();
             world.graph.check_claim(name)?;
             let top = world.graph.top_above(name)?;
+            // Another host may have its image.
+            world.graph.check_active(&top)?;
             let names = world.graph.check_deactivation(&top)?;
             let notes = world.graph.stored_with(&names, name, &change)?;
-            let planned = world.graph.plan_deactivation(&names)?;
-            (top, names, notes, planned)
+            let look = world.graph.plan_look(&notes)?;
+            (top, names, look)
         };
         self.reserve_state()?;
+        // What cannot be opened so is found out before anything is closed.
+        let looked = self.open(look).await?;
+        self.give_up(looked).await;
         let node = self.world().graph.node(&top)?;
         let cannot = |e: &std::io::Error| {
             let what =
@@ -32,6 +37,11 @@ impl Control {
         self.flush(&node).await.map_err(|e| cannot(&e))?;
         let nodes = names.iter().map(|n| self.world().graph.node(n));
         let nodes: Vec<Arc<Node>> = nodes.collect::<Result<_>>()?;
+        let (notes, planned) = {
+            let world = self.world();
+            let notes = world.graph.stored_with(&names, name, &change)?;
+            (notes, world.graph.plan_deactivation(&names)?)
+        };
         let settled = self.settle_all(&nodes).await;
         settled.map_err(|(_, e)| cannot(&e))?;
         self.put_away(planned, &drained);
@@ -72,7 +82,7 @@ impl Control {
         before: &[Arc<Node>],
         drained: &[DrainGuard],
     ) -> Result<()> {
-        let plan = self.world().graph.plan_activation(top)?;
+        let plan = self.world().graph.plan_opening_again(top)?;
         let opened = self.open_ready(plan).await?;
         let blocks = self.block_sizes(top);
         if let Some(new) = opened.nodes().last()
