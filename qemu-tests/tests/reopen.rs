@@ -337,6 +337,10 @@ fn images_are_opened_again_under_a_client() {
         daemon.ctl(&["mirror", "d", text(&copy), "--detach", "job-id=job"]);
         refused(&daemon, &["cache.direct=on"], "'job'");
         daemon.ctl(&["job", "cancel", "job"]);
+        vdisk_qemu_tests::wait_for("the job to be gone", || {
+            let jobs = daemon.ctl_json(&["job", "list"]);
+            jobs.as_array().unwrap().is_empty().then_some(())
+        });
         writer.end();
     });
     daemon.ctl(&["node", "set", "d", "cache.direct=on"]);

@@ -740,6 +740,11 @@ impl Node {
         self.driver.populate(offset, len, data).await
     }
 
+    /// Whether [`Node::share`] may do something with data in this file.
+    pub(crate) fn shares_with(&self, file: &IoFile) -> bool {
+        self.driver.shares_with(file)
+    }
+
     /// Has a range read as `source` without copying: both share the blocks of one file system, and what is written to either
     /// later is its own. `Unsupported` if that cannot be done here, `WouldBlock` if not at this moment; some of it may have
     /// been done then. With `missing` only where the node has no data of its own, as [`Node::populate`].

@@ -28,6 +28,9 @@ const STATX_DIO_READ_ALIGN: u32 = 0x0002_0000;
 /// `XFS_SUPER_MAGIC` of linux/magic.h.
 const XFS: i64 = 0x5846_5342;
 
+/// File systems whose files can share blocks: XFS, btrfs, bcachefs, OCFS2 (linux/magic.h, and the last two's own headers).
+const SHARING: [i64; 4] = [XFS, 0x9123_683e, 0xca45_1a4e, 0x7461_636f];
+
 /// Blocks are shared in multiples of this many bytes: those of the file systems that can do it.
 const SHARED_BLOCK: u64 = 4096;
 
@@ -517,6 +520,13 @@ impl Driver for File {
                 Ok(())
             }
         })
+    }
+
+    fn shares_with(&self, file: &IoFile) -> bool {
+        let device = |file: &IoFile| rustix::fs::fstat(file).ok().map(|s| s.st_dev);
+        let own = self.file();
+        let can = rustix::fs::fstatfs(own.as_ref()).is_ok_and(|s| SHARING.contains(&s.f_type));
+        !self.is_device && can && device(own).is_some() && device(own) == device(file)
     }
 
     fn share<'a>(

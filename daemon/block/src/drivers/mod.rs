@@ -207,6 +207,11 @@ pub trait Driver: Send + Sync {
         Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
     }
 
+    /// Whether ranges may share blocks with this file, as far as that can be told without trying.
+    fn shares_with(&self, _file: &IoFile) -> bool {
+        false
+    }
+
     /// Has a range share blocks with `source`, which has it in one place: see [`Node::share`]. With `missing` only where
     /// [`Driver::populate`] would write.
     fn share<'a>(

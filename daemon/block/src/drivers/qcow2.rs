@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
-use vdisk_io::IoVecs;
+use vdisk_io::{IoFile, IoVecs};
 use vdisk_luks::SECTOR;
 use vdisk_qcow2::{
     Children, Header, Image, Kind, Lookup, Options, Storage, USUAL_HEADER, header_extent,
@@ -566,6 +566,10 @@ impl Driver for Qcow2 {
             self.tidy_later();
             Ok(size)
         })
+    }
+
+    fn shares_with(&self, file: &IoFile) -> bool {
+        !self.encrypted && self.data.shares_with(file)
     }
 
     fn share<'a>(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vdisk_api::{Error, NodeOptions, RawOptions, Result};
-use vdisk_io::IoVecs;
+use vdisk_io::{IoFile, IoVecs};
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason};
 use crate::node::{Node, Source, WriteFlags, ZeroFlags};
@@ -129,6 +129,10 @@ impl Driver for Raw {
         flags: ZeroFlags,
     ) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(self.file.write_zeroes(self.offset + offset, len, flags))
+    }
+
+    fn shares_with(&self, file: &IoFile) -> bool {
+        self.file.shares_with(file)
     }
 
     fn share<'a>(

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use futures_util::future::join_all;
-use vdisk_io::{IoVecs, give_way};
+use vdisk_io::{IoFile, IoVecs, give_way};
 
 use super::state::{JobState, Side, Stop};
 use crate::node::{Node, Source, WriteFlags, ZeroFlags};
@@ -44,19 +44,37 @@ fn target(error: io::Error) -> CopyError {
 
 /// Whether a job shares blocks of the file system instead of copying them. It ends with the first that cannot be shared.
 #[derive(Debug)]
-pub struct Sharing(AtomicBool);
+pub struct Sharing {
+    goes_on: AtomicBool,
+    /// The file systems are the same one, which can do it.
+    possible: AtomicBool,
+}
 
 impl Sharing {
     pub fn new(wanted: bool) -> Sharing {
-        Sharing(AtomicBool::new(wanted))
+        Sharing {
+            goes_on: AtomicBool::new(wanted),
+            possible: AtomicBool::new(false),
+        }
     }
 
     fn goes_on(&self) -> bool {
-        self.0.load(Relaxed)
+        self.goes_on.load(Relaxed)
     }
 
     pub(crate) fn end(&self) {
-        self.0.store(false, Relaxed);
+        self.goes_on.store(false, Relaxed);
+    }
+
+    /// Whether it is of use to try. What is tried takes clusters of the target, which it has for nothing if it fails.
+    fn is_possible(&self, file: &IoFile, to: &Node) -> bool {
+        if !self.possible.load(Relaxed) {
+            match to.shares_with(file) {
+                true => self.possible.store(true, Relaxed),
+                false => self.end(),
+            }
+        }
+        self.goes_on()
     }
 }
 
@@ -184,12 +202,15 @@ pub(crate) fn shared_len(from: &Node, to: &Node, range: Range<u64>, sharing: &Sh
     let is_in_one_place = |len| {
         let (node, offset) = (from, range.start);
         let source = Source { node, offset, len };
-        source.place(|_, _| ()).is_some()
+        source.place(|file, _| sharing.is_possible(file, to)) == Some(true)
     };
-    while len > 0 && !is_in_one_place(len) {
+    while len > 0 && sharing.goes_on() && !is_in_one_place(len) {
         len = len / 2 / unit * unit;
     }
-    len
+    match sharing.goes_on() {
+        true => len,
+        false => 0,
+    }
 }
 
 /// Shares a range, with `missing` only where the target has nothing of its own. False if it has to be copied.
