@@ -96,10 +96,14 @@ bench-jobs: setup lab release
 	@target/release/vdisk-bench-jobs $(BENCH)
 
 bench-service: setup release
+	@$(SUDO) env VDISK_LAB=$(VDISK_LAB) qemu-tests/lab.sh libvirt
 	@target/release/vdisk-bench-service
 	@for busy in 1 8; do \
 	    $(SUDO) env ROUNDS=20 BUSY=$$busy VDISK_LAB=$(VDISK_LAB) qemu-tests/in-systemd.sh target/release \
-	        qemu-tests/tests/systemd/restart.sh | grep 'busy:.* longest wait'; done
+	        qemu-tests/tests/systemd/restart.sh | grep 'busy:.* longest wait'; \
+	    echo "with systemd of Debian 13:"; \
+	    $(SUDO) env ROUNDS=20 BUSY=$$busy LOWER=$(VDISK_LAB)/libvirt VDISK_LAB=$(VDISK_LAB) qemu-tests/in-systemd.sh target/release \
+	        qemu-tests/tests/systemd/handover.sh | grep -E '^(none|restart|reload),.* longest wait'; done
 
 install:
 	install -D -m 755 $(PROGRAMS)/vdiskd $(DESTDIR)$(LIBEXECDIR)/vdiskd

@@ -57,7 +57,9 @@ if grep -q '^# Needs a block device' "$script"; then
 fi
 lab=${VDISK_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/vdisk}
 status=0
-systemd-nspawn -q -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" $bind --tmpfs=/var/tmp:mode=1777 \
+# One tree of control groups, as machines have it; and what a service manager needs for DevicePolicy= and KeyringMode=.
+export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
+systemd-nspawn -q --system-call-filter='bpf @keyring' -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" $bind --tmpfs=/var/tmp:mode=1777 \
     --setenv=RUST_BACKTRACE=1 -b systemd.unit=vdisk-script.service systemd.show_status=0 </dev/null >"$dir/console" 2>&1 || status=$?
 cat "$root/result/log" || cat "$dir/console"
 exit $status

@@ -8,6 +8,13 @@ fn the_service_is_not_noticed() {
     in_container("systemd/restart.sh", None);
 }
 
+/// Under a systemd that takes another main process of a unit that stops, the old process serves on until the new one asks, whichever of
+/// them is killed, broken or stopped.
+#[test]
+fn a_restart_is_a_handover() {
+    in_container("systemd/handover.sh", Some("libvirt"));
+}
+
 /// polkit decides, by a real polkitd: who may look, manage, name files, attach; files that are passed open need no right but the caller's.
 #[test]
 fn polkit_decides() {

@@ -6,16 +6,17 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use command_fds::{CommandFdExt, FdMapping};
 use sd_notify::NotifyState;
 use vdisk_exports::Keeper;
 
-use crate::sandbox;
+use crate::{handover, sandbox};
 
 /// What the names of kept descriptors begin with, before a dot.
-const KINDS: [&str; 4] = ["listener", "connection", "secret", "fd"];
+const KINDS: [&str; 5] = ["listener", "connection", "secret", "fd", "handover"];
 
 /// The first descriptor that is passed (SD_LISTEN_FDS_START).
 const FIRST: i32 = 3;
@@ -27,6 +28,8 @@ pub type Named = Vec<(String, OwnedFd)>;
 pub struct FdStore {
     kept: Mutex<Named>,
     sockets: Mutex<Named>,
+    /// The next process has been given what is kept.
+    frozen: AtomicBool,
 }
 
 impl FdStore {
@@ -45,11 +48,23 @@ impl FdStore {
         Ok(Some(FdStore {
             kept: Mutex::new(copies(&passed.kept)?),
             sockets: Mutex::new(copies(&passed.sockets)?),
+            frozen: AtomicBool::new(false),
         }))
     }
 
     fn copies(&self) -> MutexGuard<'_, Vec<(String, OwnedFd)>> {
         self.kept.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Gives this to the next process as well, and has what is kept stay as it is from now on.
+    pub fn freeze_with(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+        store(name, fd)?;
+        self.frozen.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub fn thaw(&self) {
+        self.frozen.store(false, Ordering::Relaxed);
     }
 
     /// Becomes the program that is installed now, with everything that is kept.
@@ -78,21 +93,31 @@ impl FdStore {
     }
 }
 
+fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let state = [
+        NotifyState::FdStore,
+        NotifyState::FdName(name),
+        // What looks closed still has a message in it.
+        NotifyState::Custom("FDPOLL=0"),
+    ];
+    sd_notify::notify_with_fds(&state, &[fd])
+}
+
 impl Keeper for FdStore {
     fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let state = [
-            NotifyState::FdStore,
-            NotifyState::FdName(name),
-            // What looks closed still has a message in it.
-            NotifyState::Custom("FDPOLL=0"),
-        ];
-        sd_notify::notify_with_fds(&state, &[fd])?;
+        if self.frozen.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        store(name, fd)?;
         let copy = fd.try_clone_to_owned()?;
         self.copies().push((name.to_owned(), copy));
         Ok(())
     }
 
     fn forget(&self, name: &str) {
+        if self.frozen.load(Ordering::Relaxed) {
+            return;
+        }
         let state = [NotifyState::FdStoreRemove, NotifyState::FdName(name)];
         if let Err(error) = sd_notify::notify(&state) {
             tracing::warn!(name, %error, "a descriptor cannot be given up");
@@ -106,6 +131,8 @@ impl Keeper for FdStore {
 pub struct Passed {
     /// What an earlier process has had kept.
     pub kept: Named,
+    /// The ways to processes that serve on until this one asks (see [`handover`]).
+    pub before: Vec<OwnedFd>,
     /// Listening sockets of socket units (systemd.socket(5)).
     pub sockets: Named,
 }
@@ -125,9 +152,15 @@ pub fn passed() -> Passed {
         let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
         (name.unwrap_or_default(), fd)
     });
-    let (kept, sockets) = named.partition(|(name, _)| {
+    let (mut kept, sockets): (Named, Named) = named.partition(|(name, _)| {
         let kind = name.split_once('.').map(|(kind, _)| kind);
         kind.is_some_and(|kind| KINDS.contains(&kind))
     });
-    Passed { kept, sockets }
+    let before = kept.extract_if(.., |(name, _)| name == handover::NAME);
+    let before = before.map(|(_, fd)| fd).collect();
+    Passed {
+        kept,
+        before,
+        sockets,
+    }
 }

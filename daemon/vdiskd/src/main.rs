@@ -5,6 +5,7 @@ mod control;
 mod dbus;
 mod fd_store;
 mod folders;
+mod handover;
 mod logging;
 mod metrics;
 mod sandbox;
@@ -28,6 +29,7 @@ use control::{Defaults, Limits, MemoryLimit, Sockets};
 use dbus::{Bus, Trusted};
 use fd_store::{FdStore, Passed};
 use folders::{lock, runtime_dir, state_dir};
+use handover::{Handover, Unit};
 use sandbox::{Folders, Sandbox};
 use sd_notify::NotifyState;
 
@@ -98,6 +100,10 @@ struct Args {
     #[arg(long, value_name = "ON|OFF", default_value = "on", value_parser = clap::builder::BoolishValueParser::new())]
     sandbox: bool,
 
+    /// Be the process that ends in a daemon's place when its unit is restarted (see handover.rs)
+    #[arg(long, hide = true, exclusive = true, value_name = "PARENT", num_args = 0..=1, default_missing_value = "0")]
+    stand_in: Option<u32>,
+
     /// Print the man page and exit
     #[arg(long, hide = true, exclusive = true)]
     man: bool,
@@ -107,6 +113,9 @@ fn main() -> ExitCode {
     let args = Args::parse();
     if args.man {
         return print_man_page();
+    }
+    if let Some(parent) = args.stand_in {
+        return handover::stand_in((parent != 0).then_some(parent));
     }
     if let Err(error) = vdisk_dbus::bus_name(args.instance.as_deref()) {
         eprintln!("error: {error}");
@@ -131,7 +140,7 @@ fn main() -> ExitCode {
     }
     logging::start();
     match start(args, config) {
-        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::Done | End::HandedOver(_)) => ExitCode::SUCCESS,
         Ok(End::Again) => ExitCode::from(AGAIN),
         Err(error) => {
             tracing::error!(error, "cannot start");
@@ -149,13 +158,18 @@ enum End {
     Done,
     /// A new process is to go on.
     Again,
+    /// A new process waits for this one.
+    HandedOver(Handover),
 }
 
 /// Takes what must be this daemon's alone before there are threads, and serves.
 fn start(args: Args, config: Config) -> Result<End, String> {
-    let passed = fd_store::passed();
+    let mut passed = fd_store::passed();
     let runtime_dir = runtime_dir(&args)?;
-    let _lock = runtime_dir.as_deref().map(lock).transpose()?;
+    for before in std::mem::take(&mut passed.before) {
+        handover::take_over(before)?;
+    }
+    let lock = runtime_dir.as_deref().map(lock).transpose()?;
     if args.sandbox
         && args
             .bus_address
@@ -180,7 +194,13 @@ fn start(args: Args, config: Config) -> Result<End, String> {
         .thread_name("vdiskd-blocking")
         .build()
         .map_err(|e| e.to_string())?;
-    runtime.block_on(run(args, config, passed, runtime_dir))
+    let end = runtime.block_on(run(args, config, passed, runtime_dir))?;
+    drop(lock);
+    if let End::HandedOver(successor) = end {
+        successor.done();
+        return Ok(End::Done);
+    }
+    Ok(end)
 }
 
 /// Under a service manager it is started anew at once, and again and again until what is wrong is mended: not too often.
@@ -346,6 +366,10 @@ async fn run(
     let is_activatable = args.instance.is_none() && args.bus_address.is_none();
     let store = FdStore::find(&passed).map_err(|e| format!("passed file descriptors: {e}"))?;
     let store = store.map(Arc::new);
+    if let Some(store) = &store {
+        // What was before has ended.
+        store.forget(handover::NAME);
+    }
     let keeper = store.clone().map(|store| store as Arc<dyn Keeper>);
     let mut sockets = passed.sockets;
     let metrics_socket = sockets
@@ -380,7 +404,7 @@ async fn run(
         "ready"
     );
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
-    tokio::spawn(service::watchdog(control.clone()));
+    let watchdog = tokio::spawn(service::watchdog(control.clone()));
     let usual = if store.is_some() { IDLE_EXIT } else { 0 };
     let idle_exit = args.idle_exit.or(config.service.idle_exit);
     let idle = async {
@@ -439,7 +463,22 @@ async fn run(
             let _ = sd_notify::notify(&[NotifyState::Stopping]);
         }
     }
-    if !terminated && is_activatable {
+    let restarted = match (terminated, &store) {
+        // Nobody would notice.
+        _ if control
+            .world()
+            .exports
+            .values()
+            .all(|e| e.server.clients() == 0) =>
+        {
+            None
+        }
+        (true, Some(_)) if args.bus_address.is_none() => {
+            Unit::if_restarted(front.connection()).await
+        }
+        _ => None,
+    };
+    if (!terminated || restarted.is_some()) && is_activatable {
         // The bus keeps what others call meanwhile for the one that comes. Not so for one that is stopped: that would start it.
         front.release_name().await;
     }
@@ -447,6 +486,22 @@ async fn run(
         _ = terminate.recv() => terminated = true,
         _ = interrupt.recv() => terminated = true,
         () = front.answer() => {}
+    }
+    let mut successor = match (&restarted, &store) {
+        (Some(unit), Some(store)) => Handover::begin(unit, &control, store).await,
+        _ => None,
+    };
+    if let Some(successor) = &mut successor {
+        // The service manager hears the new process only.
+        watchdog.abort();
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = successor.asked() => {}
+        }
+        if !is_activatable {
+            front.release_name().await;
+        }
     }
     // It may have been given something to do by a call in the last moment.
     called |= !terminated && !control.world().is_empty();
@@ -456,6 +511,10 @@ async fn run(
     }
     if terminated {
         (again, called) = (false, false);
+    }
+    if let Some(successor) = successor {
+        tracing::info!("everything is left to the new process");
+        return Ok(End::HandedOver(successor));
     }
     match (again, store) {
         (true, Some(store)) => match store.exec() {

@@ -1,8 +1,6 @@
 #!/bin/bash
 # The daemon is killed and restarted under clients that must not notice.
-set -Eeu
-trap 'echo "failed at line $LINENO"; cat /tmp/kill /tmp/restart; ls -la /run/vdiskd; vdiskctl export list; journalctl -u vdiskd --no-pager | tail -60' ERR
-rounds=${ROUNDS:-8} busy=${BUSY:-8}
+. /usr/bin/vdisk-script-lib
 systemctl is-active -q vdiskd && { echo "it runs before anybody has called it"; false; }
 
 # The first call starts it.
@@ -12,73 +10,10 @@ systemctl is-active vdiskd
 grep -q 'CapEff:.0000000000000000' "/proc/$(systemctl show -P MainPID vdiskd)/status"
 systemctl show -P NotifyAccess -P FileDescriptorStoreMax vdiskd
 
-mkdir -p /srv/images
-chown vdiskd /srv/images
-sockets=
-for i in 1 2 3 4 5 6 7 8; do
-    vdiskctl image create "/srv/images/$i.qcow2" 64M
-    vdiskctl node add "disk$i" driver=qcow2 file.driver=file "file.filename=/srv/images/$i.qcow2" discard=unmap
-    vdiskctl export add "vm$i" --node "disk$i" --socket "/run/vdiskd/vm$i.sock" --writable
-    sockets="$sockets /run/vdiskd/vm$i.sock"
-done
-wait_for_front_ends() {
-    for _ in $(seq 200); do
-        [ "$(vdiskctl export list --json | grep -c '"Clients": 1')" = 8 ] && return
-        sleep 0.02
-    done
-    false
-}
-# What they wait for when nothing happens is beside it: that is the machine.
-for how in none kill restart reload; do
-    # shellcheck disable=SC2086
-    vdisk-steady --busy "$busy" --until /tmp/enough-$how --ready /tmp/ready-$how $sockets >/tmp/$how 2>&1 &
-    client=$!
-    until [ -e /tmp/ready-$how ]; do sleep 0.05; kill -0 $client; done
-    for _ in $(seq "$rounds"); do
-        before=$(systemctl show -P MainPID vdiskd)
-        case $how in
-        none) sleep 0.3 ;;
-        kill)
-            systemctl kill --kill-whom=main -s KILL vdiskd
-            until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
-            ;;
-        restart) systemctl restart vdiskd ;;
-        reload)
-            systemctl reload vdiskd
-            [ "$(systemctl show -P MainPID vdiskd)" = "$before" ]
-            ;;
-        esac
-        wait_for_front_ends
-        vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
-    done
-    touch /tmp/enough-$how
-    wait "$client" || { cat /tmp/$how; false; }
-    echo "$how, $busy of 8 clients busy: $(cat /tmp/$how)"
-done
-
-# What is called meanwhile is answered, by the old one or by the new one.
-(
-    while [ ! -e /tmp/enough-calls ]; do
-        vdiskctl throttle set called iops-total=100 && vdiskctl throttle remove called || exit
-        echo called
-    done
-    echo "all were answered"
-) >/tmp/calls 2>&1 &
-caller=$!
-until grep -q called /tmp/calls; do sleep 0.02; done
-for _ in $(seq "$rounds"); do systemctl reload vdiskd; done
-touch /tmp/enough-calls
-wait $caller || { tail -3 /tmp/calls; false; }
-grep -qx "all were answered" /tmp/calls
-
-# Nothing is left, nothing is broken.
-for i in 1 2 3 4 5 6 7 8; do
-    vdiskctl export remove "vm$i"
-    vdiskctl node remove "disk$i"
-    vdiskctl image check "/srv/images/$i.qcow2" >/dev/null
-done
-for _ in $(seq 100); do [ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0 ] && break; sleep 0.02; done
-[ "$(systemctl show -P NFileDescriptorStore vdiskd)" = 0 ]
+serve_eight
+for how in none kill restart reload; do happens $how; done
+answers_during reload
+take_down
 
 # What was stopped begins with nothing.
 vdiskctl throttle set gold iops-total=100
@@ -113,9 +48,9 @@ vdiskctl export add vm1 --node disk1 --socket /run/vdiskd/vm1.sock --writable
 vdisk-steady --until /tmp/enough --ready /tmp/ready /run/vdiskd/vm1.sock >/tmp/stuck 2>&1 &
 client=$!
 until [ -e /tmp/ready ]; do sleep 0.05; kill -0 $client; done
-before=$(systemctl show -P MainPID vdiskd)
+before=$(main_pid)
 kill -STOP "$before"
-until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.1; done
+until_not "$before"
 systemctl show -P NRestarts vdiskd
 sleep 1
 touch /tmp/enough
@@ -160,10 +95,10 @@ exports = 2
 queues = 4
 TOML
 /usr/libexec/vdiskd --check-config
-before=$(systemctl show -P MainPID vdiskd)
+before=$(main_pid)
 systemctl reload vdiskd
 # A process that has given up other folders is a new one.
-until now=$(systemctl show -P MainPID vdiskd) && [ "$now" != 0 ] && [ "$now" != "$before" ]; do sleep 0.02; done
+until_not "$before"
 vdiskctl info --json | tr -d '\n ' | grep -q '"Problems":\[\]'
 refused 'images may be in /srv/images only' vdiskctl image create /srv/elsewhere/x.qcow2 1M
 ln -s /srv/images/../elsewhere /srv/images/way-out
@@ -175,11 +110,11 @@ busctl call org.vdisk1 /org/vdisk1 org.vdisk1.Manager AddExport 'a{sv}' 5 id s x
     num-queues u 4 addr 'a{sv}' 1 path s x.sock
 [ "$(stat -c %a:%G /run/vdiskd/x.sock)" = 660:kvm ]
 # A mistake is found before anything ends.
-before=$(systemctl show -P MainPID vdiskd)
+before=$(main_pid)
 echo 'mistake' >/etc/vdiskd/vdiskd.toml
 systemctl reload vdiskd
 sleep 1
-[ "$(systemctl show -P MainPID vdiskd)" = "$before" ]
+[ "$(main_pid)" = "$before" ]
 vdiskctl export show x >/dev/null
 refused 'limits.exports' vdiskctl export add y --node x --socket /run/vdiskd/y.sock --queues 1
 # With the memory that it may have a daemon takes no more to do, and what there is stays.

@@ -120,6 +120,7 @@ impl Connection<'_> {
         if signals.borrow().stop {
             return Ok(());
         }
+        let mut config = signals.borrow().config;
         loop {
             let wait = self.shared.pace.wait(Instant::now());
             // Kept across signals: a message that is half read must not be lost.
@@ -130,8 +131,12 @@ impl Connection<'_> {
                 channel.receive().await
             });
             let message = loop {
+                let is_held = signals.borrow().hold;
+                if is_held {
+                    self.shared.set_held();
+                }
                 tokio::select! {
-                    message = &mut next => break message?,
+                    message = &mut next, if !is_held => break message?,
                     () = tokio::time::sleep(LET_GO_PAUSE), if self.shared.owed.load(Ordering::Relaxed) => {
                         self.shared.let_go(&mut self.signals).await;
                     }
@@ -140,7 +145,10 @@ impl Connection<'_> {
                         if now.stop || changed.is_err() {
                             return Ok(());
                         }
-                        self.send_config_change();
+                        if now.config != config {
+                            config = now.config;
+                            self.send_config_change();
+                        }
                     }
                 }
             };

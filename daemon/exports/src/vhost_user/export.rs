@@ -45,6 +45,8 @@ pub(super) struct Signals {
     /// Changes with the device's configuration.
     pub config: u64,
     pub stop: bool,
+    /// Queues go on, and nothing of the front-end is read any more.
+    pub hold: bool,
     /// The connection is left to the next process.
     pub suspend: bool,
 }
@@ -68,6 +70,8 @@ pub(super) struct Shared {
     pub owed: AtomicBool,
     /// That was asked for, and not answered: it may be done at any time.
     unanswered: AtomicBool,
+    /// Nothing of front-ends is read any more.
+    held: watch::Sender<bool>,
 }
 
 /// How long a front-end that stops waits until the image is let go of. It is tried again later.
@@ -103,6 +107,11 @@ impl Shared {
             (Ok(()), Ok(result)) => result,
             _ => Err(Error::failed("the daemon is stopping")),
         }
+    }
+
+    /// Says that nothing of front-ends is read any more.
+    pub fn set_held(&self) {
+        self.held.send_replace(true);
     }
 
     /// The image is open, and stays so.
@@ -213,6 +222,7 @@ impl VhostUserBlk {
             running: AtomicU32::new(0),
             owed: AtomicBool::new(false),
             unanswered: AtomicBool::new(false),
+            held: watch::Sender::new(false),
         });
         let connection = left.connection.map(|(_, fd)| fd);
         let socket = listener.path().map(Path::to_owned);
@@ -292,6 +302,14 @@ impl VhostUserBlk {
         self.end(self.shared.keeper.is_some()).await;
     }
 
+    /// Guests are served on, and nothing that front-ends say is read until another process does: what they have said before is
+    /// answered when this returns, and new ones wait to be accepted. Only an end can follow.
+    pub async fn hold(&self) {
+        let mut held = self.shared.held.subscribe();
+        self.signals.send_modify(|s| s.hold = true);
+        let _ = held.wait_for(|held| *held).await;
+    }
+
     async fn end(&self, suspend: bool) {
         self.signals.send_modify(|s| {
             s.suspend = suspend;
@@ -333,7 +351,7 @@ async fn serve(
     left: Option<OwnedFd>,
     mut signals: watch::Receiver<Signals>,
 ) {
-    let mut stop = signals.clone();
+    let (mut stop, mut hold) = (signals.clone(), signals.clone());
     let mut left = left.and_then(|parcel| match unpack(parcel) {
         Ok(left) => Some(left),
         Err(error) => {
@@ -348,6 +366,10 @@ async fn serve(
         let accepted = match left.take() {
             Some((stream, left)) => Some(Ok((stream, Some(left)))),
             None => {
+                let is_held = signals.borrow().hold;
+                if is_held {
+                    shared.set_held();
+                }
                 tokio::select! {
                     biased;
                     _ = stop.wait_for(|s| s.stop) => {
@@ -356,7 +378,8 @@ async fn serve(
                         }
                         return;
                     }
-                    accepted = listener.socket.accept() => {
+                    _ = hold.wait_for(|s| s.hold), if !is_held => continue,
+                    accepted = listener.socket.accept(), if !is_held => {
                         Some(accepted.map(|(stream, _)| (stream, None)))
                     }
                     // Its front-end has gone, and the guest waits elsewhere.

@@ -79,6 +79,7 @@ enum Message {
     Observe(Observer, oneshot::Sender<()>),
     /// Something changed that is no command's.
     Save(oneshot::Sender<()>),
+    Hold(oneshot::Sender<bool>),
     Shutdown(oneshot::Sender<()>),
 }
 
@@ -140,6 +141,14 @@ impl Handle {
         let _ = rx.await;
     }
 
+    /// Guests are served on, and nothing else changes: no command is taken, and nothing that front-ends say is read. It ends with
+    /// [`Handle::shutdown`]. False if it cannot be (all that it held back stays so until then).
+    pub async fn hold(&self) -> bool {
+        let (tx, rx) = oneshot::channel();
+        let _ = self.tx.send(Message::Hold(tx));
+        rx.await.unwrap_or(false)
+    }
+
     /// Drains and closes everything.
     pub async fn shutdown(&self) {
         let (tx, rx) = oneshot::channel();
@@ -161,6 +170,8 @@ struct Control {
     persistent: StateFile,
     keeper: SharedKeeper,
     lost: Lost,
+    /// See [`Handle::hold`].
+    held: bool,
 }
 
 /// Starts the control plane. `left` is what `keeper` has kept of an earlier daemon, whose state is restored unless this one is
@@ -189,6 +200,7 @@ pub async fn start(
         persistent,
         keeper: keeper.clone(),
         lost: Lost::default(),
+        held: false,
     };
     secrets::take_credentials(&control.world().defaults.runtime.secrets);
     control.restore(left, fresh).await;
@@ -225,6 +237,17 @@ impl Control {
                         self.save();
                         self.publish().await;
                         let _ = done.send(());
+                    }
+                    Some(Message::Hold(done)) => {
+                        self.held = true;
+                        let exports: Vec<Arc<Export>> =
+                            self.world().exports.values().cloned().collect();
+                        let owes = exports.iter().any(|e| e.server.owes());
+                        // What they answer may need this task: they are waited for elsewhere.
+                        tokio::spawn(async move {
+                            join_all(exports.iter().map(|e| e.server.hold())).await;
+                            let _ = done.send(!owes);
+                        });
                     }
                     Some(Message::Shutdown(done)) => {
                         self.shutdown(&mut jobs).await;
@@ -280,6 +303,9 @@ impl Control {
     }
 
     async fn run(&mut self, command: Command) -> Result<Reply> {
+        if self.held {
+            return Err(Error::failed("the daemon is restarting: call again"));
+        }
         self.check_memory(&command)?;
         self.check_active(&command)?;
         match command {

@@ -148,7 +148,7 @@ impl Front {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn connection(&self) -> Connection {
+    pub fn connection(&self) -> Connection {
         self.state().connection.clone()
     }
 

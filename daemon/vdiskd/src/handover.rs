@@ -1,0 +1,241 @@
+//! Restarts that guests do not wait for.
+//!
+//! systemd ends the old process before it begins to set up the walls of the new one, and that takes longer than a guest should wait. So
+//! a daemon that is told to end because its unit is restarted has a process without any work, the stand-in, end in its place, and
+//! serves on until the new one, with its walls around it, asks for what is served. From the moment at which the stand-in ends, what
+//! systemd keeps stays as it is, as the new process has been given it: nothing of front-ends is read, and no command is taken.
+//!
+//! This needs `KillMode=process`, and systemd 256 or later (`MAINPID=` of a unit that stops). Otherwise the old process ends, and guests
+//! wait for the new one.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::net::UnixStream;
+use vdisk_exports::Keeper;
+use zbus::{Connection, OwnedObjectPath};
+
+use crate::control::Handle;
+use crate::fd_store::FdStore;
+
+/// What the new process finds its way to the old one by.
+pub const NAME: &str = "handover.process";
+
+/// How long to serve on for a new process that does not come, or does not know how to ask.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the service manager and front-ends may take to get ready for it.
+const PREPARATION: Duration = Duration::from_secs(1);
+
+/// How long the old process may take to answer its requests and to close its images.
+const ENDING: Duration = Duration::from_secs(80);
+
+/// The program that runs, whatever is installed in its place by now.
+const THIS: &str = "/proc/self/exe";
+
+const MANAGER: &str = "org.freedesktop.systemd1";
+
+/// The unit of this process.
+pub struct Unit {
+    manager: Connection,
+    path: OwnedObjectPath,
+}
+
+impl Unit {
+    /// The unit of this process if the service manager is restarting it.
+    pub async fn if_restarted(manager: Connection) -> Option<Unit> {
+        let asked = tokio::time::timeout(PREPARATION, Unit::find(manager)).await;
+        match asked {
+            Ok(Ok(unit)) => unit,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "the service manager does not say why the daemon is to end");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn find(manager: Connection) -> zbus::Result<Option<Unit>> {
+        let root = "/org/freedesktop/systemd1";
+        let systemd =
+            zbus::Proxy::new(&manager, MANAGER, root, "org.freedesktop.systemd1.Manager").await?;
+        let path: OwnedObjectPath = systemd.call("GetUnitByPID", &(std::process::id(),)).await?;
+        let unit = Unit { manager, path };
+        let (id, job): (u32, OwnedObjectPath) = unit.property("Unit", "Job").await?;
+        if id == 0 {
+            return Ok(None);
+        }
+        let interface = "org.freedesktop.systemd1.Job";
+        let job = zbus::Proxy::new(&unit.manager, MANAGER, job, interface).await?;
+        let kind: String = job.get_property("JobType").await?;
+        Ok((kind == "restart").then_some(unit))
+    }
+
+    async fn property<T>(&self, interface: &str, name: &str) -> zbus::Result<T>
+    where
+        T: DeserializeOwned + zbus::Type,
+    {
+        let interface = format!("{MANAGER}.{interface}");
+        let unit = zbus::Proxy::new(&self.manager, MANAGER, &self.path, interface).await?;
+        unit.get_property(name).await
+    }
+
+    /// Has the service manager take another process for the service.
+    async fn set_main_process(&self, pid: u32) -> io::Result<()> {
+        sd_notify::notify(&[NotifyState::MainPid(pid)])?;
+        // systemd closes it when it has seen what came before.
+        let (here, there) = BlockingStream::pair()?;
+        sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[there.as_fd()])?;
+        drop(there);
+        here.set_nonblocking(true)?;
+        let _ = UnixStream::from_std(here)?.read(&mut [0]).await;
+        let now = self.property::<u32>("Service", "MainPID").await;
+        match now.map_err(io::Error::other)? {
+            now if now == pid => Ok(()),
+            _ => Err(io::Error::other(
+                "the service manager takes no other process for the service (systemd 256 or later does)",
+            )),
+        }
+    }
+}
+
+/// The old process while it serves on.
+pub struct Handover {
+    successor: UnixStream,
+}
+
+impl Handover {
+    /// Has the service manager go on with the restart. `None` if it cannot, or if that would not be noticed: the daemon ends
+    /// then as always.
+    pub async fn begin(unit: &Unit, control: &Handle, store: &FdStore) -> Option<Handover> {
+        let begun = tokio::time::timeout(PREPARATION, Handover::try_begin(unit, control, store));
+        match begun
+            .await
+            .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))
+        {
+            Ok(Ok(handover)) => {
+                tracing::info!("guests are served on until the new process is there");
+                Some(handover)
+            }
+            Ok(Err(error)) | Err(error) => {
+                store.thaw();
+                store.forget(NAME);
+                tracing::info!(reason = %error, "guests wait for the new process");
+                None
+            }
+        }
+    }
+
+    async fn try_begin(unit: &Unit, control: &Handle, store: &FdStore) -> io::Result<Handover> {
+        if !control.hold().await {
+            return Err(io::Error::other("a guest moves to another host"));
+        }
+        let (ours, theirs) = BlockingStream::pair()?;
+        store.freeze_with(NAME, theirs.as_fd())?;
+        drop(theirs);
+        ours.set_nonblocking(true)?;
+        let stand_in = StandIn::start().await?;
+        unit.set_main_process(stand_in.pid).await?;
+        // It ends here, and is the service's end.
+        drop(stand_in);
+        Ok(Handover {
+            successor: UnixStream::from_std(ours)?,
+        })
+    }
+
+    /// Returns when the new process wants to have what is served, when there will be none (the unit is stopped), and when none
+    /// comes.
+    pub async fn asked(&mut self) {
+        let asked = tokio::time::timeout(LIMIT, self.successor.read(&mut [0])).await;
+        match asked {
+            Ok(Ok(1)) => {}
+            Ok(_) => tracing::info!("there will be no new process"),
+            Err(_) => tracing::warn!("no new process has asked for what is served"),
+        }
+    }
+
+    /// Tells the new process that everything is closed.
+    pub fn done(self) {
+        let _ = self.successor.try_write(&[1]);
+    }
+}
+
+/// The new process: has the old one let go of what it serves. Blocks until it has.
+///
+/// # Errors
+/// If it does not.
+pub fn take_over(from: OwnedFd) -> Result<(), String> {
+    let mut old = BlockingStream::from(from);
+    // One that has ended in the meantime does not hear it.
+    let _ = old.write_all(&[1]);
+    let limited = old.set_read_timeout(Some(ENDING));
+    match limited.and_then(|()| old.read(&mut [0])) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(format!(
+            "the process before this one does not end: it has been waited for {} seconds",
+            ENDING.as_secs()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A process that ends when this goes away, and whose parent is the service manager.
+struct StandIn {
+    pid: u32,
+    _until: UnixStream,
+}
+
+impl StandIn {
+    async fn start() -> io::Result<StandIn> {
+        let (here, there) = BlockingStream::pair()?;
+        // Nobody waits for it: this process ends soon.
+        Command::new(THIS)
+            .arg("--stand-in")
+            .stdin(OwnedFd::from(there.try_clone()?))
+            .stdout(OwnedFd::from(there))
+            .stderr(Stdio::null())
+            .spawn()?;
+        here.set_nonblocking(true)?;
+        let mut lines = BufReader::new(UnixStream::from_std(here)?);
+        let mut line = String::new();
+        lines.read_line(&mut line).await?;
+        let pid = line.trim().parse();
+        let pid = pid.map_err(|_| io::Error::other("there is no stand-in"))?;
+        Ok(StandIn {
+            pid,
+            _until: lines.into_inner(),
+        })
+    }
+}
+
+/// What the stand-in does (`--stand-in`): says which process it is when `parent` has ended, so that the service manager is its parent,
+/// and ends when its input does. With no parent to wait for, it starts one that does.
+pub fn stand_in(parent: Option<u32>) -> ExitCode {
+    let done = match parent {
+        None => {
+            let me = std::process::id().to_string();
+            Command::new(THIS)
+                .args(["--stand-in", &me])
+                .spawn()
+                .map(drop)
+        }
+        Some(parent) => outlive(parent),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn outlive(parent: u32) -> io::Result<()> {
+    while std::os::unix::process::parent_id() == parent {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    println!("{}", std::process::id());
+    io::stdin().read_to_end(&mut Vec::new()).map(drop)
+}
