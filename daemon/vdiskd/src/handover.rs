@@ -160,9 +160,21 @@ impl Handover {
         }
     }
 
-    /// Tells the new process that everything is closed.
-    pub fn done(self) {
-        let _ = self.successor.try_write(&[1]);
+    /// What is served is closed.
+    pub fn end(self) -> Successor {
+        Successor(self.successor.into_std().ok())
+    }
+}
+
+/// The new process, which waits until this one has let go of everything.
+pub struct Successor(Option<BlockingStream>);
+
+impl Successor {
+    /// Tells it so. (It hears the end of this process as well, somewhat later.)
+    pub fn go_on(&self) {
+        if let Some(mut stream) = self.0.as_ref() {
+            let _ = stream.write_all(&[1]);
+        }
     }
 }
 

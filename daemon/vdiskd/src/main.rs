@@ -29,7 +29,7 @@ use control::{Defaults, Limits, MemoryLimit, Sockets};
 use dbus::{Bus, Trusted};
 use fd_store::{FdStore, Passed};
 use folders::{lock, runtime_dir, state_dir};
-use handover::{Handover, Unit};
+use handover::{Handover, Successor, Unit};
 use sandbox::{Folders, Sandbox};
 use sd_notify::NotifyState;
 
@@ -159,7 +159,7 @@ enum End {
     /// A new process is to go on.
     Again,
     /// A new process waits for this one.
-    HandedOver(Handover),
+    HandedOver(Successor),
 }
 
 /// Takes what must be this daemon's alone before there are threads, and serves.
@@ -195,10 +195,11 @@ fn start(args: Args, config: Config) -> Result<End, String> {
         .build()
         .map_err(|e| e.to_string())?;
     let end = runtime.block_on(run(args, config, passed, runtime_dir))?;
-    drop(lock);
-    if let End::HandedOver(successor) = end {
-        successor.done();
-        return Ok(End::Done);
+    if let End::HandedOver(successor) = &end {
+        // With it go the connections to the bus, and sockets that are no export's.
+        runtime.shutdown_timeout(LAST_TASKS);
+        drop(lock);
+        successor.go_on();
     }
     Ok(end)
 }
@@ -223,6 +224,9 @@ const IDLE_EXIT: u32 = 60;
 
 /// How long the service manager may take to see that what it runs for a reload has ended.
 const LAST_RELOAD: Duration = Duration::from_millis(100);
+
+/// How long calls of the system that nothing waits for any more may take at the end.
+const LAST_TASKS: Duration = Duration::from_millis(10);
 
 /// What new objects get: from the command line, or else from the configuration.
 fn defaults(
@@ -514,7 +518,7 @@ async fn run(
     }
     if let Some(successor) = successor {
         tracing::info!("everything is left to the new process");
-        return Ok(End::HandedOver(successor));
+        return Ok(End::HandedOver(successor.end()));
     }
     match (again, store) {
         (true, Some(store)) => match store.exec() {
