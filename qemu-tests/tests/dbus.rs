@@ -663,6 +663,20 @@ fn sigterm_ends_the_daemon_in_order() {
 }
 
 #[test]
+fn exports_begin_on_different_threads() {
+    let daemon = Daemon::start(&["--io-threads", "2"]);
+    for name in ["a", "b", "c", "d"] {
+        daemon.export(name, MIB, &[], &["--queues", "3"]);
+    }
+    let threads = daemon.ctl_json(&["iothread", "list"]);
+    for thread in threads.as_array().unwrap() {
+        let queues = thread["Queues"].as_array().unwrap();
+        let first = queues.iter().filter(|q| q[1] == 0).count();
+        assert_eq!((queues.len(), first), (6, 2), "{threads}");
+    }
+}
+
+#[test]
 fn an_idle_export_uses_no_cpu_and_little_memory() {
     let daemon = Daemon::start(&[]);
     let (_, socket) = daemon.export("d0", MIB, &[], &[]);

@@ -2,7 +2,12 @@
 //!
 //! Each limit is a leaky bucket: requests fill it with what they cost, and it empties at the rate of the limit. A request may go
 //! when the bucket has room. Without bursts a bucket holds what a tenth of a second leaks; with bursts, what may be used up
-//! in one, and a second bucket holds the rate of the burst itself. Members whose requests wait take turns, one request each.
+//! in one, and a second bucket holds the rate of the burst itself.
+//!
+//! Members have the same share, however many of their requests wait: of those that wait, a request of the member goes next that has
+//! used the least of the group's time, and one that comes from a member which is behind those that wait goes at once (a member with one
+//! request at a time would always come too late for its turn otherwise). The buckets then hold more than they have room for, and all
+//! wait until that has leaked.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,6 +21,9 @@ use crate::drivers::Direction;
 
 /// Seconds of the average rate that may be used at once where there are no bursts, and of the burst rate within a burst.
 const SLACK: f64 = 0.1;
+
+/// Seconds of the group's time by which a member can be behind the others: what it did not use before is given up.
+const CREDIT: f64 = 0.05;
 
 #[derive(Clone, Copy, Default)]
 struct Bucket {
@@ -70,6 +78,8 @@ struct Waiter {
 #[derive(Default)]
 struct Member {
     id: u64,
+    /// Seconds of the group's time, from a beginning that means nothing.
+    used: f64,
     /// Reads and writes that wait.
     waiting: [VecDeque<Waiter>; 2],
     /// Its requests must not wait: somebody waits for all of them.
@@ -83,8 +93,6 @@ struct State {
     leaked: Instant,
     members: Vec<Member>,
     next_id: u64,
-    /// Which member is next, for reads and writes.
-    turn: [usize; 2],
     /// Somebody lets waiting requests go.
     pumping: bool,
 }
@@ -113,7 +121,6 @@ impl State {
             leaked: Instant::now(),
             members: Vec::new(),
             next_id: 0,
-            turn: [0; 2],
             pumping: false,
         };
         state.set(limits);
@@ -149,15 +156,56 @@ impl State {
         self.buckets.iter().map(of).fold(0.0, f64::max)
     }
 
-    fn fill(&mut self, direction: usize, bytes: u64) {
+    /// A request of a member goes.
+    fn fill(&mut self, id: u64, direction: usize, bytes: u64) {
         let requests = match self.limits.iops_size {
             0 => 1.0,
             size => (bytes as f64 / size as f64).max(1.0),
         };
+        let mut seconds = 0.0f64;
         for (kind, units) in self.buckets.iter_mut().zip([bytes as f64, requests]) {
-            kind[0].fill(units);
-            kind[1 + direction].fill(units);
+            for i in [0, 1 + direction] {
+                kind[i].fill(units);
+                if kind[i].limit.average > 0 {
+                    seconds = seconds.max(units / kind[i].limit.average as f64);
+                }
+            }
         }
+        if let Some(member) = self.member(id) {
+            member.used += seconds;
+        }
+    }
+
+    /// Whether a request that comes goes at once.
+    fn admits(&mut self, id: u64, direction: usize) -> bool {
+        let most = self.members.iter().map(|m| m.used).fold(0.0, f64::max);
+        let Some(member) = self.member(id) else {
+            return true;
+        };
+        member.used = member.used.max(most - CREDIT);
+        if member.drains > 0 {
+            return true;
+        }
+        if !self.any_waits(direction) && self.wait(direction) <= 0.0 {
+            return true;
+        }
+        self.is_behind(id, direction)
+    }
+
+    /// Whether a member without a request that waits has used less than all whose requests do.
+    fn is_behind(&self, id: u64, direction: usize) -> bool {
+        let (mut others, mut used) = (f64::INFINITY, f64::INFINITY);
+        for member in &self.members {
+            if member.id == id {
+                if !member.waiting[direction].is_empty() {
+                    return false;
+                }
+                used = member.used;
+            } else if !member.waiting[direction].is_empty() {
+                others = others.min(member.used);
+            }
+        }
+        others.is_finite() && used < others
     }
 
     fn any_waits(&self, direction: usize) -> bool {
@@ -166,22 +214,16 @@ impl State {
             .any(|m| !m.waiting[direction].is_empty())
     }
 
-    /// The next request that waits, of the member whose turn it is.
-    fn next(&mut self, direction: usize) -> Option<Waiter> {
-        let n = self.members.len();
-        for i in 0..n {
-            let at = (self.turn[direction] + i) % n;
-            if let Some(waiter) = self.members[at].waiting[direction].pop_front() {
-                self.turn[direction] = (at + 1) % n;
-                return Some(waiter);
-            }
-        }
-        None
+    /// The next request that waits, of the member that has used the least.
+    fn next(&mut self, direction: usize) -> Option<(u64, Waiter)> {
+        let waiting = self.members.iter_mut();
+        let waiting = waiting.filter(|m| !m.waiting[direction].is_empty());
+        let member = waiting.min_by(|a, b| a.used.total_cmp(&b.used))?;
+        Some((member.id, member.waiting[direction].pop_front()?))
     }
 
     /// Lets go what may go. Returns how long the next one has to wait; None if there is none.
     fn grant(&mut self) -> Option<Duration> {
-        self.leak();
         let mut next: Option<f64> = None;
         let mut any = true;
         while any {
@@ -197,10 +239,10 @@ impl State {
                     continue;
                 }
                 any = true;
-                if let Some(waiter) = self.next(direction)
+                if let Some((id, waiter)) = self.next(direction)
                     && waiter.go.send(()).is_ok()
                 {
-                    self.fill(direction, waiter.bytes);
+                    self.fill(id, direction, waiter.bytes);
                 }
             }
         }
@@ -267,6 +309,7 @@ impl ThrottleGroup {
             let changed = self.changed.notified();
             let wait = {
                 let mut state = self.state();
+                state.leak();
                 let wait = state.grant();
                 state.pumping = wait.is_some();
                 wait
@@ -295,9 +338,8 @@ impl Membership {
         let waits = {
             let mut state = self.group.state();
             state.leak();
-            let drained = state.member(self.id).is_none_or(|m| m.drains > 0);
-            if drained || !state.any_waits(direction) && state.wait(direction) <= 0.0 {
-                state.fill(direction, bytes);
+            if state.admits(self.id, direction) {
+                state.fill(self.id, direction, bytes);
                 None
             } else {
                 let (go, waits) = oneshot::channel();
@@ -337,7 +379,7 @@ impl Membership {
         }
         for (direction, waiter) in gone {
             if waiter.go.send(()).is_ok() {
-                state.fill(direction, waiter.bytes);
+                state.fill(self.id, direction, waiter.bytes);
             }
         }
     }
@@ -348,7 +390,6 @@ impl Membership {
     pub fn leave(&self) {
         let mut state = self.group.state();
         state.members.retain(|m| m.id != self.id);
-        state.turn = [0; 2];
     }
 }
 
@@ -434,7 +475,7 @@ mod tests {
         let (mut t, mut n) = (0.0, 0);
         while t < seconds {
             while state.wait(0) <= 0.0 {
-                state.fill(0, 4096);
+                state.fill(0, 0, 4096);
                 n += 1;
             }
             for b in state.buckets.as_flattened_mut() {
@@ -514,6 +555,56 @@ mod tests {
             member.leave();
             write.await.unwrap();
         });
+    }
+
+    /// One with a single request at a time has its half beside one whose requests always wait, and both together have no more than the
+    /// limit.
+    #[test]
+    fn members_have_the_same_share_at_any_depth() {
+        for rate in [200, 5_000] {
+            let mut s = State::new(limits(rate, 0, 1));
+            for id in [0, 1] {
+                s.members.push(Member {
+                    id,
+                    ..Member::default()
+                });
+            }
+            let mut gone = [0u64; 2];
+            let mut waits: Vec<(usize, oneshot::Receiver<()>)> = Vec::new();
+            let come = |s: &mut State, gone: &mut [u64; 2], waits: &mut Vec<_>, id: usize| {
+                if s.admits(id as u64, 1) {
+                    s.fill(id as u64, 1, 4096);
+                    gone[id] += 1;
+                    return;
+                }
+                let (go, waiting) = oneshot::channel();
+                s.members[id].waiting[1].push_back(Waiter { bytes: 4096, go });
+                waits.push((id, waiting));
+            };
+            for _ in 0..10_000 {
+                for b in s.buckets.as_flattened_mut() {
+                    b.leak(0.001);
+                }
+                s.grant();
+                // What has gone is answered five times in a millisecond.
+                for _ in 0..5 {
+                    waits.retain_mut(|(id, waiting)| {
+                        let goes = waiting.try_recv().is_ok();
+                        gone[*id] += u64::from(goes);
+                        !goes
+                    });
+                    for (id, depth) in [(0, 1), (1, 32)] {
+                        let waiting = waits.iter().filter(|w| w.0 == id).count();
+                        for _ in waiting..depth {
+                            come(&mut s, &mut gone, &mut waits, id);
+                        }
+                    }
+                }
+            }
+            let (all, limit) = ((gone[0] + gone[1]) as f64, rate as f64 * (10.0 + SLACK));
+            assert!((all / limit - 1.0).abs() < 0.01, "{gone:?}");
+            assert!((gone[0] as f64 / all - 0.5).abs() < 0.02, "{gone:?}");
+        }
     }
 
     #[test]

@@ -264,7 +264,15 @@ fn place_queues(
             .map_err(|e| e.context(format_args!("export '{id}'")))
     };
     let in_turn: Vec<IoThread> = if placement.round_robin.is_empty() {
-        world.threads.values().cloned().collect()
+        // Guests use the first queues of the many that are offered: the next export begins elsewhere.
+        let mut threads: Vec<IoThread> = world.threads.values().cloned().collect();
+        let firsts = |thread: &IoThread| {
+            let exports = world.exports.values();
+            let first = exports.filter_map(|e| e.server.threads().first());
+            first.filter(|t| t.is_same(thread)).count()
+        };
+        threads.sort_by_cached_key(firsts);
+        threads
     } else {
         placement
             .round_robin
