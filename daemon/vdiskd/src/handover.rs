@@ -9,11 +9,13 @@
 //! wait for the new one.
 
 use std::io::{self, Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use sd_notify::NotifyState;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -33,11 +35,15 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// How long the service manager and front-ends may take to get ready for it.
 const PREPARATION: Duration = Duration::from_secs(1);
 
-/// How long the old process may take to answer its requests and to close its images.
+/// How long the old process may take to answer its requests and to close its images. Nobody else ends it: to the service manager it has
+/// ended already.
 const ENDING: Duration = Duration::from_secs(80);
 
 /// The program that runs, whatever is installed in its place by now.
 const THIS: &str = "/proc/self/exe";
+
+/// How much longer it is waited for.
+const MORE: Duration = Duration::from_secs(5);
 
 const MANAGER: &str = "org.freedesktop.systemd1";
 
@@ -141,11 +147,14 @@ impl Handover {
         drop(theirs);
         ours.set_nonblocking(true)?;
         let stand_in = StandIn::start().await?;
+        let ours = UnixStream::from_std(ours)?;
+        // A new process that begins after all must not take this one for gone.
+        let ours = ManuallyDrop::new(ours);
         unit.set_main_process(stand_in.pid).await?;
         // It ends here, and is the service's end.
         drop(stand_in);
         Ok(Handover {
-            successor: UnixStream::from_std(ours)?,
+            successor: ManuallyDrop::into_inner(ours),
         })
     }
 
@@ -157,6 +166,20 @@ impl Handover {
             Ok(Ok(1)) => {}
             Ok(_) => tracing::info!("there will be no new process"),
             Err(_) => tracing::warn!("no new process has asked for what is served"),
+        }
+    }
+
+    /// From now on this process has a limited time: what it has not answered by then is done by the new one, as after a kill.
+    pub fn begin_end(&self) {
+        let limited = std::thread::Builder::new().name("vdiskd-end".into());
+        // (Not a task: one that waits for a stuck thread holds up all of them.)
+        let limited = limited.spawn(|| {
+            std::thread::sleep(ENDING);
+            tracing::error!("the end takes too long: what is in flight is left to the new process");
+            std::process::abort();
+        });
+        if let Err(error) = limited {
+            tracing::error!(%error, "the end has no limit");
         }
     }
 
@@ -183,14 +206,25 @@ impl Successor {
 /// # Errors
 /// If it does not.
 pub fn take_over(from: OwnedFd) -> Result<(), String> {
+    // One that is stopped meanwhile has the old one end first: what is stopped does not serve.
+    let signals = SigSet::from(Signal::SIGTERM);
+    let blocked = signals.thread_block();
+    let taken = ask(from);
+    if blocked.is_ok() {
+        let _ = signals.thread_unblock();
+    }
+    taken
+}
+
+fn ask(from: OwnedFd) -> Result<(), String> {
     let mut old = BlockingStream::from(from);
     // One that has ended in the meantime does not hear it.
     let _ = old.write_all(&[1]);
-    let limited = old.set_read_timeout(Some(ENDING));
+    let limited = old.set_read_timeout(Some(ENDING + MORE));
     match limited.and_then(|()| old.read(&mut [0])) {
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(format!(
             "the process before this one does not end: it has been waited for {} seconds",
-            ENDING.as_secs()
+            (ENDING + MORE).as_secs()
         )),
         _ => Ok(()),
     }

@@ -166,6 +166,10 @@ enum End {
 fn start(args: Args, config: Config) -> Result<End, String> {
     let mut passed = fd_store::passed();
     let runtime_dir = runtime_dir(&args)?;
+    // What is wrong with it is found out while the process before this one still serves.
+    check(&config)?;
+    limits(&config.limits)?;
+    engine(&args, &config)?;
     for before in std::mem::take(&mut passed.before) {
         handover::take_over(before)?;
     }
@@ -235,14 +239,9 @@ fn defaults(
     runtime_dir: Option<PathBuf>,
     sockets: fd_store::Named,
 ) -> Result<Defaults, String> {
-    let engine = match (args.io_engine, &config.io.engine) {
-        (Some(engine), _) => engine,
-        (None, Some(name)) => name.parse()?,
-        (None, None) => EngineChoice::Auto,
-    };
     let poll_max = args.poll_max_ns.or(config.io.poll_max_ns);
     Ok(Defaults {
-        engine,
+        engine: engine(args, config)?,
         poll_max: poll_max.map_or(DEFAULT_POLL_MAX, Duration::from_nanos),
         io_threads: args.io_threads.or(config.io.threads).unwrap_or(1).into(),
         runtime: Runtime {
@@ -261,6 +260,14 @@ fn defaults(
         state_dir: Some(state_dir(args)),
         limits: limits(&config.limits)?,
     })
+}
+
+fn engine(args: &Args, config: &Config) -> Result<EngineChoice, String> {
+    match (args.io_engine, &config.io.engine) {
+        (Some(engine), _) => Ok(engine),
+        (None, Some(name)) => name.parse(),
+        (None, None) => Ok(EngineChoice::Auto),
+    }
 }
 
 fn limits(config: &config::Limits) -> Result<Limits, String> {
@@ -503,6 +510,7 @@ async fn run(
             _ = interrupt.recv() => {}
             () = successor.asked() => {}
         }
+        successor.begin_end();
         if !is_activatable {
             front.release_name().await;
         }

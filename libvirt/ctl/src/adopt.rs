@@ -117,7 +117,7 @@ pub async fn adopt(cx: &Context) -> Result<()> {
         for disk in &adopted {
             let chain = files::give_chain(&manager, disk.file(), disk.format(), &mut given).await?;
             if let Some(disk) = metadata.disk_mut(&disk.target) {
-                disk.backing = chain[1..].to_vec();
+                files::set_chain(disk, &chain)?;
             }
             let owner = given
                 .iter()
@@ -172,7 +172,7 @@ pub fn in_use_elsewhere(cx: &Context, but: Option<&str>) -> Result<Vec<String>> 
             files.extend(theirs.filter_map(|d| d.source.clone()));
             for disk in &domain.metadata.disks {
                 files.push(disk.file().to_owned());
-                files.extend(disk.backing.iter().map(|(file, _)| file.clone()));
+                files.extend(disk.backing.iter().map(|b| b.file.clone()));
             }
         }
     }
@@ -205,8 +205,8 @@ pub async fn release(cx: &Context) -> Result<()> {
             continue;
         };
         let chain = files::chain(&manager, disk.file(), disk.format()).await;
-        let chain = chain.unwrap_or_else(|_| vec![(disk.file().to_owned(), String::new())]);
-        for (file, _) in chain {
+        let chain = chain.unwrap_or_else(|_| vec![files::Link::new(disk.file(), disk.format())]);
+        for file in chain.into_iter().map(|link| link.file) {
             // Others may stand on it.
             if !others.contains(&file) {
                 files::give_back(Path::new(&file), owner)?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 use vdisk_api::format_size;
+use vdisk_domain::{encryption, key_options};
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
 use vdiskctl::objects::Objects;
@@ -14,7 +15,7 @@ use vdiskctl::output::{number, print_json};
 use zbus::Variant;
 
 use crate::args::Command;
-use crate::disks::{Running, image_node, must_be_plain, none_served};
+use crate::disks::{Running, image_node, none_served};
 use crate::live::stamp;
 use crate::{Context, files};
 
@@ -38,6 +39,8 @@ struct Part {
     bitmap: String,
     can_keep: bool,
     size: u64,
+    /// What is to open the backup, of a disk that is encrypted.
+    secret: Option<String>,
 }
 
 /// What a folder has.
@@ -115,7 +118,7 @@ fn plan(
     full: bool,
     now: u64,
 ) -> Result<Part> {
-    let (_, served) = running.disk(target)?;
+    let (disk, served) = running.disk(target)?;
     let node = image_node(objects, &served.id)?;
     let series = record.disks.get(target);
     let bitmap = series.map_or("", |s| s.bitmap.as_str());
@@ -148,6 +151,7 @@ fn plan(
         bitmap,
         can_keep: properties.get("Driver").and_then(Json::as_str) == Some("qcow2"),
         size: number(properties, "Size"),
+        secret: disk.any_secret().map(str::to_owned),
         node,
     })
 }
@@ -183,7 +187,6 @@ pub async fn backup(cx: &Context) -> Result<()> {
         // Of what nobody writes to nothing changes.
         let usual = disks.is_empty() && !disk.is_read_only();
         if usual || disks.contains(&disk.target) {
-            must_be_plain(disk)?;
             let target = &disk.target;
             parts.push(plan(
                 &objects, &running, target, &folder, &record, *full, now,
@@ -286,9 +289,11 @@ async fn copy(
             image.insert("backing-file", Variant::from(over.clone()));
             image.insert("backing-fmt", Variant::from("qcow2"));
         }
+        let secret = part.secret.as_deref();
+        image.extend(encryption("qcow2", secret));
         files::make_image(&manager, &file, "qcow2", image).await?;
         made.push(part.file.clone());
-        let node = Options::from([
+        let mut node = Options::from([
             ("node-name", Variant::from(part.copy.clone())),
             ("driver", Variant::from("qcow2")),
             ("file.driver", Variant::from("file")),
@@ -296,6 +301,7 @@ async fn copy(
             // What has not changed is not read from here.
             ("backing", Variant::from("")),
         ]);
+        node.extend(key_options("qcow2", secret));
         manager.add_node(node).await?;
         let mut backup = Options::from([
             ("node", Variant::from(part.node.clone())),

@@ -105,12 +105,14 @@ impl Running {
     /// Has the metadata say what the disk's image is by now, forgets snapshots whose files it does not stand on any more, and closes
     /// those of the images `before` that nobody uses any more.
     ///
-    /// `expected` is what it has to be after a job that has succeeded: the guest may have ended meanwhile, and its export with it.
+    /// `expected` is what it has to be after a job that has succeeded: the guest may have ended meanwhile, and its export with it. An
+    /// image that it did not have before has the disk's secret if it is `encrypted`.
     pub async fn settle(
         &self,
         target: &str,
         before: &[Image],
         expected: Option<&[Image]>,
+        encrypted: bool,
     ) -> Result<()> {
         let (_, served) = self.disk(target)?;
         let objects = self.look().await;
@@ -122,19 +124,22 @@ impl Running {
             (Err(_), Some(expected)) => expected.to_vec(),
             (found, _) => found?,
         };
-        let Some((_, file, format)) = chain.first() else {
+        let Some((_, file, _)) = chain.first() else {
             return Ok(());
         };
+        let files = chain
+            .iter()
+            .map(|(_, file, format)| (file.clone(), format.clone()));
+        let files: Vec<(String, String)> = files.collect();
         let changed = self.guest.change(|metadata| {
             let was = before.first().map(|(_, file, _)| file.as_str());
             // The other definition may be about another image.
             let disk = metadata.disk_mut(target);
             let same = |d: &&mut Disk| Some(d.file()) == was || d.file() == file;
             if let Some(disk) = disk.filter(same) {
-                disk.set("file", file).map_err(wrong)?;
-                disk.set("format", format).map_err(wrong)?;
-                let below = chain[1..].iter().cloned();
-                disk.backing = below.map(|(_, file, format)| (file, format)).collect();
+                let secret = disk.any_secret().map(str::to_owned);
+                let secret = secret.as_deref().filter(|_| encrypted);
+                disk.set_chain(&files, secret).map_err(wrong)?;
             }
             if metadata.disk(target).is_some_and(|d| d.file() == file) {
                 forget_gone(metadata, target, &chain);
@@ -156,17 +161,18 @@ impl Running {
     }
 }
 
-/// Refuses to write what an encrypted disk has to where it would stand in the clear.
-pub fn must_be_plain(disk: &Disk) -> Result<()> {
-    match disk.get("secret") {
-        None => Ok(()),
-        Some(_) => Err(Error::named(
+/// Refuses to write what is encrypted to where it would stand in the clear.
+pub fn stays_encrypted(disk: &Disk, from: &[Image], into: &Image) -> Result<()> {
+    let secret = |(_, file, _): &Image| disk.secret_of(file);
+    match (from.iter().find(|i| secret(i).is_some()), secret(into)) {
+        (Some((_, from, _)), None) => Err(Error::named(
             "NotSupported",
             format!(
-                "disk '{}' is encrypted, and what this makes would hold its data in the clear: leave it out",
-                disk.target
+                "disk '{}': '{from}' is encrypted, and '{}' would hold its data in the clear: vdiskctl domain blockcopy makes a copy that is encrypted",
+                disk.target, into.1
             ),
         )),
+        _ => Ok(()),
     }
 }
 

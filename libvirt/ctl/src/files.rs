@@ -4,7 +4,9 @@ use std::fs::{Metadata, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
+use serde_json::Value as Json;
 use vdisk_dbus::ManagerProxy;
+use vdisk_domain::{Backing, Disk};
 use vdiskctl::daemon::Daemon;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::objects::{Objects, properties};
@@ -12,8 +14,64 @@ use vdiskctl::options::Options;
 use vdiskctl::output::text;
 use zbus::Variant;
 
-/// Files with their formats, each standing on the next.
-pub type Chain = Vec<(String, String)>;
+use crate::wrong;
+
+/// One image of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub file: String,
+    pub format: String,
+    pub encrypted: bool,
+}
+
+impl Link {
+    pub fn new(file: &str, format: &str) -> Link {
+        Link {
+            file: file.to_owned(),
+            format: format.to_owned(),
+            encrypted: format == "luks",
+        }
+    }
+
+    /// As a disk has it; `secret` is its secret if it has one.
+    pub fn with_secret(&self, secret: Option<&str>) -> Backing {
+        Backing {
+            file: self.file.clone(),
+            format: self.format.clone(),
+            secret: secret.filter(|_| self.encrypted).map(str::to_owned),
+        }
+    }
+}
+
+/// Images, each standing on the next.
+pub type Chain = Vec<Link>;
+
+/// Has a disk be a chain. The disk's secret is that of all its images that are encrypted.
+///
+/// # Errors
+/// If there is no secret for one that is, or nothing for it to open.
+pub fn set_chain(disk: &mut Disk, chain: &Chain) -> Result<()> {
+    let secret = disk.get("secret").map(str::to_owned);
+    let encrypted = chain.iter().find(|l| l.encrypted);
+    match (&secret, encrypted) {
+        (None, Some(link)) => {
+            return Err(Error::invalid(format!(
+                "disk '{}': '{}' is encrypted: give its secret to vdiskd (vdiskctl secret add NAME), and name it: secret=NAME",
+                disk.target, link.file
+            )));
+        }
+        (Some(secret), None) => {
+            return Err(Error::invalid(format!(
+                "disk '{}': '{}' is not encrypted: leave out secret={secret}",
+                disk.target,
+                disk.file()
+            )));
+        }
+        _ => {}
+    }
+    let images = chain.iter().map(|l| l.with_secret(secret.as_deref()));
+    disk.set_images(images.collect()).map_err(wrong)
+}
 
 /// The user that the daemon runs as.
 const USER: &str = "vdiskd";
@@ -136,17 +194,17 @@ pub async fn give_chain(
     let mut known = 0;
     loop {
         let all = match known {
-            0 => Ok(vec![(file.to_owned(), format.to_owned())]),
+            0 => Ok(vec![Link::new(file, format)]),
             // The daemon can look into one more of them.
             _ => chain_of(manager, file, format, known + 1).await,
         }?;
         if all.len() == known {
             return Ok(all);
         }
-        for (file, _) in &all[known..] {
-            let path = Path::new(file);
+        for link in &all[known..] {
+            let path = Path::new(&link.file);
             // What an image names is somebody's word: files beside it at most.
-            if known > 0 && !is_beside(path, Path::new(&all[0].0)) {
+            if known > 0 && !is_beside(path, Path::new(&all[0].file)) {
                 continue;
             }
             if let Some(owner) = give(path, known > 0)? {
@@ -164,7 +222,7 @@ fn is_beside(one: &Path, other: &Path) -> bool {
     one.is_some() && one == other
 }
 
-/// The files that an image stands on, itself first, with their formats.
+/// The images that an image stands on, itself first.
 pub async fn chain(manager: &ManagerProxy<'_>, file: &str, format: &str) -> Result<Chain> {
     chain_of(manager, file, format, usize::MAX).await
 }
@@ -176,8 +234,8 @@ async fn chain_of(
     format: &str,
     most: usize,
 ) -> Result<Chain> {
-    let mut chain = vec![(file.to_owned(), format.to_owned())];
-    while let Some((file, format)) = chain.last().cloned() {
+    let mut chain = vec![Link::new(file, format)];
+    while let Some(Link { file, format, .. }) = chain.last().cloned() {
         if format != "qcow2" || chain.len() >= most {
             break;
         }
@@ -186,6 +244,9 @@ async fn chain_of(
             ("force-share", Variant::from(true)),
         ]);
         let info = properties(manager.get_image_info(options).await?);
+        if let Some(this) = chain.last_mut() {
+            this.encrypted = info.get("encrypted").and_then(Json::as_bool) == Some(true);
+        }
         let backing = text(&info, "backing-file");
         if backing.is_empty() {
             break;
@@ -195,7 +256,7 @@ async fn chain_of(
             None => PathBuf::from(&backing),
         };
         let below = below.to_string_lossy().into_owned();
-        if chain.iter().any(|(f, _)| *f == below) || chain.len() > 200 {
+        if chain.iter().any(|l| l.file == below) || chain.len() > 200 {
             return Err(Error::failed(format!(
                 "'{file}': its chain of backing files leads back to '{below}'"
             )));
@@ -206,7 +267,7 @@ async fn chain_of(
                 "'{file}' names '{backing}' as its backing file without saying what format that has: qemu-img rebase -u -b '{backing}' -F FORMAT '{file}'"
             )));
         }
-        chain.push((below, format));
+        chain.push(Link::new(&below, &format));
     }
     Ok(chain)
 }

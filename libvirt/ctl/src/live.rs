@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 use vdisk_api::parse_size;
-use vdisk_domain::Domain;
+use vdisk_domain::{Domain, encryption, key_options};
 use vdiskctl::args::{self, Merge, Mirror, Node};
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
@@ -15,7 +15,7 @@ use zbus::Variant;
 
 use crate::adopt::in_use_elsewhere;
 use crate::args::Command;
-use crate::disks::{Image, Running, chain, must_be_plain};
+use crate::disks::{Image, Running, chain, stays_encrypted};
 use crate::{Context, files, wrong};
 
 pub async fn merge(cx: &Context) -> Result<()> {
@@ -35,7 +35,7 @@ pub async fn merge(cx: &Context) -> Result<()> {
         _ => return Ok(()),
     };
     let running = Running::find_or_open(cx, domain).await?;
-    let (_, served) = running.disk(target)?;
+    let (disk, served) = running.disk(target)?;
     let images = chain(&running.look().await?, &served.id)?;
     if images.len() < 2 {
         return Err(Error::failed(format!(
@@ -64,6 +64,13 @@ pub async fn merge(cx: &Context) -> Result<()> {
     let base_at = base
         .as_ref()
         .and_then(|b| images.iter().position(|(n, ..)| n == b));
+    match (commit, base_at) {
+        (true, at) => {
+            let at = at.unwrap_or(1);
+            stays_encrypted(disk, &images[..at], &images[at])?;
+        }
+        (false, at) => stays_encrypted(disk, &images[1..at.unwrap_or(images.len())], &images[0])?,
+    }
     if commit {
         let written = &images[1..=base_at.unwrap_or(1)];
         nobody_else(cx, &running.domain, written)?;
@@ -88,7 +95,7 @@ pub async fn merge(cx: &Context) -> Result<()> {
         (false, Some(at)) => [&images[..1], &images[at..]].concat(),
     };
     let expected = done.is_ok().then_some(expected.as_slice());
-    running.settle(target, &images, expected).await?;
+    running.settle(target, &images, expected, false).await?;
     done
 }
 
@@ -134,7 +141,7 @@ pub async fn copy_disk(
     speed: Option<&str>,
 ) -> Result<()> {
     let (disk, served) = running.disk(target)?;
-    must_be_plain(disk)?;
+    let secret = disk.any_secret();
     let manager = running.manager().await?;
     let (objects, node) = running.image(target).await?;
     let before = chain(&objects, &served.id)?;
@@ -144,11 +151,17 @@ pub async fn copy_disk(
     let is_device = std::fs::metadata(&dest).is_ok_and(|m| !m.is_file());
     let usual = if is_device { "raw" } else { "qcow2" };
     let format = format.unwrap_or(usual);
+    if format == "raw" || is_device {
+        // (A device keeps what it is.)
+        let into = (String::new(), dest.clone(), format.to_owned());
+        stays_encrypted(disk, &before, &into)?;
+    }
     match is_device {
         // What is on a device is overwritten, as it has no other use.
         true => files::give(Path::new(&dest), false).map(drop)?,
         false => {
-            let options = Options::from([("size", Variant::from(size))]);
+            let mut options = Options::from([("size", Variant::from(size))]);
+            options.extend(encryption(format, secret));
             files::make_image(&manager, &dest, format, options).await?;
         }
     }
@@ -161,7 +174,7 @@ pub async fn copy_disk(
         compress: false,
         speed: speed.map(str::to_owned),
         detach: false,
-        target: node_words(disk.more_node_options()),
+        target: node_words([disk.more_node_options(), key_options(format, secret)].concat()),
         options: Vec::new(),
     };
     let mirror = Mirror {
@@ -174,7 +187,9 @@ pub async fn copy_disk(
     // Whatever was said about the job, what the guest is on now counts.
     let after = [(String::new(), dest.clone(), format.to_owned())];
     let expected = (done.is_ok() && !finish).then_some(after.as_slice());
-    running.settle(target, &before, expected).await?;
+    running
+        .settle(target, &before, expected, secret.is_some())
+        .await?;
     if done.is_err() && !is_device && !files::is_open(&running.daemon, &dest).await? {
         let _ = std::fs::remove_file(&dest);
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
-use vdisk_domain::{DiskElement, Metadata, SnapshotDisk};
+use vdisk_domain::{Backing, Disk, DiskElement, Metadata, SnapshotDisk, encryption, key_options};
 use vdiskctl::args::Merge;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
@@ -14,8 +14,8 @@ use zbus::Variant;
 
 use crate::adopt::in_use_elsewhere;
 use crate::args::Snapshot as Command;
-use crate::disks::{Image, Running, chain, must_be_plain, none_served};
-use crate::files::{self, Chain};
+use crate::disks::{Image, Running, chain, none_served, stays_encrypted};
+use crate::files::{self, Link};
 use crate::live::stamp;
 use crate::{Context, wrong};
 
@@ -61,6 +61,8 @@ struct Part {
     node: String,
     over: String,
     size: u64,
+    /// What opens the image, and is to open the overlay.
+    secret: Option<String>,
 }
 
 async fn create(cx: &Context, command: &Command) -> Result<()> {
@@ -102,10 +104,8 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
         if disk.is_read_only() || (!disks.is_empty() && !disks.contains(&disk.target)) {
             continue;
         }
-        must_be_plain(disk)?;
         let (_, served) = running.disk(&disk.target)?;
-        let target = &disk.target;
-        parts.push(part(&objects, target, disk.file(), &served.id, &name)?);
+        parts.push(part(&objects, disk, &served.id, &name)?);
     }
     if let Some(missing) = disks
         .iter()
@@ -194,8 +194,13 @@ fn note(metadata: &mut Metadata, snapshot: &vdisk_domain::Snapshot) -> Result<()
         if let Some(disk) = metadata.disk_mut(&part.target) {
             disk.set("file", &part.overlay).map_err(wrong)?;
             disk.set("format", "qcow2").map_err(wrong)?;
-            disk.backing
-                .insert(0, (part.file.clone(), part.format.clone()));
+            let below = Backing {
+                file: part.file.clone(),
+                format: part.format.clone(),
+                // The overlay has the same.
+                secret: disk.get("secret").map(str::to_owned),
+            };
+            disk.backing.insert(0, below);
         }
     }
     if mine.disks.len() != snapshot.disks.len() {
@@ -242,7 +247,8 @@ async fn give_up(
     Ok(())
 }
 
-fn part(objects: &Objects, target: &str, noted: &str, export: &str, name: &str) -> Result<Part> {
+fn part(objects: &Objects, disk: &Disk, export: &str, name: &str) -> Result<Part> {
+    let (target, noted) = (disk.target.as_str(), disk.file());
     let images = chain(objects, export)?;
     let Some((node, file, format)) = images.into_iter().next() else {
         return Err(Error::failed(format!("disk '{target}' has no image")));
@@ -274,17 +280,19 @@ fn part(objects: &Objects, target: &str, noted: &str, export: &str, name: &str) 
         node,
         over: format!("{export}-{name}"),
         size,
+        secret: disk.get("secret").map(str::to_owned),
     })
 }
 
 async fn make_overlays(running: &Running, parts: &[Part], made: &mut Vec<String>) -> Result<()> {
     let manager = running.manager().await?;
     for part in parts {
-        let options = Options::from([
+        let mut options = Options::from([
             ("size", Variant::from(part.size)),
             ("backing-file", Variant::from(part.disk.file.clone())),
             ("backing-fmt", Variant::from(part.disk.format.clone())),
         ]);
+        options.extend(encryption("qcow2", part.secret.as_deref()));
         files::make_image(&manager, &part.disk.overlay, "qcow2", options).await?;
         made.push(part.disk.overlay.clone());
     }
@@ -317,6 +325,7 @@ async fn take(
             ("file.driver", Variant::from("file")),
             ("file.filename", Variant::from(part.disk.overlay.clone())),
         ]);
+        options.extend(key_options("qcow2", part.secret.as_deref()));
         actions.push(("add-overlay", options));
     }
     if quiesce && let Err(e) = running.guest.freeze(true) {
@@ -470,27 +479,46 @@ async fn revert(
     let saved = memory.map(|file| cx.libvirt.saved_xml(file)).transpose()?;
     let daemon = cx.daemon(&there).await?;
     let manager = daemon.manager().await?;
-    let mut new: Vec<(String, String, Chain)> = Vec::new();
+    let mut new: Vec<(String, String, Vec<Backing>)> = Vec::new();
     for disk in &snapshot.disks {
+        let now = there.metadata.disk(&disk.target);
         let fresh = overlay_of(&disk.file, &format!("{name}-{}", stamp()));
         let fresh = fresh.to_string_lossy().into_owned();
         let made = async {
             let chain = files::chain(&manager, &disk.file, &disk.format).await?;
+            let with_secret = |link: &Link| {
+                let known = now.and_then(|d| d.secret_of(&link.file).or(d.get("secret")));
+                match known {
+                    None if link.encrypted => Err(Error::failed(format!(
+                        "disk '{}': '{}' is encrypted, and the domain's metadata name no secret for it: add it there (virsh edit)",
+                        disk.target, link.file
+                    ))),
+                    known => Ok(link.with_secret(known)),
+                }
+            };
+            let chain = chain.iter().map(with_secret).collect::<Result<Vec<_>>>()?;
+            let secret = chain.first().and_then(|b| b.secret.clone());
             let format = disk.format.clone();
             let info = Options::from([
                 ("filename", Variant::from(disk.file.clone())),
                 ("driver", Variant::from(format.clone())),
             ]);
             let info = properties(manager.get_image_info(info).await?);
-            let options = Options::from([
+            let mut options = Options::from([
                 ("size", Variant::from(number(&info, "virtual-size"))),
                 ("backing-file", Variant::from(disk.file.clone())),
                 ("backing-fmt", Variant::from(format)),
             ]);
+            options.extend(encryption("qcow2", secret.as_deref()));
             files::make_image(&manager, &fresh, "qcow2", options).await?;
-            Ok(chain)
+            let overlay = Backing {
+                file: fresh.clone(),
+                format: "qcow2".to_owned(),
+                secret,
+            };
+            Ok([vec![overlay], chain].concat())
         };
-        let made: Result<Chain> = made.await;
+        let made: Result<Vec<Backing>> = made.await;
         match made {
             Ok(chain) => new.push((disk.target.clone(), fresh, chain)),
             Err(e) => {
@@ -544,9 +572,7 @@ async fn revert(
             .retain(|s| !newer.contains(&s.name.as_str()));
         for (target, file, chain) in &new {
             if let Some(disk) = metadata.disk_mut(target) {
-                disk.backing.clone_from(chain);
-                disk.set("file", file).map_err(wrong)?;
-                disk.set("format", "qcow2").map_err(wrong)?;
+                disk.set_images(chain.clone()).map_err(wrong)?;
             }
             for d in metadata.snapshots.iter_mut().flat_map(|s| &mut s.disks) {
                 let is_this = snapshot.disks.iter().any(|s| s.file == d.file);
@@ -594,7 +620,7 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
         return Err(missing(&running.domain.name, name));
     };
     for disk in &snapshot.disks {
-        let (_, served) = running.disk(&disk.target)?;
+        let (noted, served) = running.disk(&disk.target)?;
         let images = chain(&running.look().await?, &served.id)?;
         let over = images.iter().position(|(_, file, _)| *file == disk.overlay);
         let Some(over) = over.filter(|at| at + 1 < images.len()) else {
@@ -604,6 +630,7 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
             )));
         };
         let (node, file, _) = &images[over];
+        stays_encrypted(noted, &images[over..=over], &images[over + 1])?;
         crate::live::nobody_else(cx, &running.domain, &images[over..=over + 1])?;
         // From here on the snapshot is not what it was, however this ends.
         running.guest.change(|metadata| {
@@ -636,7 +663,9 @@ async fn delete(cx: &Context, domain: &str, name: &str) -> Result<()> {
         }
         let expected: Vec<Image> = [&images[..over], &images[over + 1..]].concat();
         let expected = done.is_ok().then_some(expected.as_slice());
-        running.settle(&disk.target, &images, expected).await?;
+        running
+            .settle(&disk.target, &images, expected, false)
+            .await?;
         done?;
         if !files::is_open(&running.daemon, file).await? {
             let _ = std::fs::remove_file(file);

@@ -61,7 +61,7 @@ pub fn let_in(domain: &Domain) -> Result<()> {
         return Ok(());
     };
     for (disk, _) in domain.served() {
-        let files = disk.backing.iter().map(|(file, _)| file.as_str());
+        let files = disk.backing.iter().map(|b| b.file.as_str());
         for file in files.chain([disk.file()]) {
             let Ok(there) = std::fs::metadata(file) else {
                 continue;

@@ -56,6 +56,39 @@ const LIMITS: [(&str, &str); 19] = [
     ("size_iops_sec", "iops-size"),
 ];
 
+/// One of the images that a disk's stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    pub file: String,
+    /// As a disk has it.
+    pub format: String,
+    /// The name of a secret of the daemon, if the image is encrypted.
+    pub secret: Option<String>,
+}
+
+/// The option of an image's node, and of a new image, that names its secret.
+fn key_option(format: &str) -> &'static str {
+    match format {
+        "qcow2" => "encrypt.key-secret",
+        _ => "key-secret",
+    }
+}
+
+/// Options of the node of an image that is encrypted, if there is a secret.
+pub fn key_options(format: &str, secret: Option<&str>) -> Vec<(&'static str, Variant<'static>)> {
+    let option = |secret: &str| (key_option(format), Variant::from(secret.to_owned()));
+    secret.into_iter().map(option).collect()
+}
+
+/// Options of a new image that is encrypted, if there is a secret.
+pub fn encryption(format: &str, secret: Option<&str>) -> Vec<(&'static str, Variant<'static>)> {
+    let mut options = key_options(format, secret);
+    if secret.is_some() && format == "qcow2" {
+        options.push(("encrypt.format", Variant::from("luks")));
+    }
+    options
+}
+
 /// What a disk was before vdiskd served it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Original {
@@ -73,9 +106,9 @@ pub struct Disk {
     pub(crate) settings: BTreeMap<String, String>,
     /// Limits by libvirt's names.
     pub iotune: BTreeMap<String, u64>,
-    /// The images that the file stands on, from the top down: files with their formats. What an image itself says is below it is not
-    /// followed: a guest may have written that.
-    pub backing: Vec<(String, String)>,
+    /// The images that the file stands on, from the top down. What an image itself says is below it is not followed: a guest may have
+    /// written that.
+    pub backing: Vec<Backing>,
     pub original: Option<Original>,
 }
 
@@ -158,6 +191,64 @@ impl Disk {
         self.get("format").unwrap_or_default()
     }
 
+    /// The secret of one of its images.
+    pub fn secret_of(&self, file: &str) -> Option<&str> {
+        if self.file() == file {
+            return self.get("secret");
+        }
+        self.below(file)?.secret.as_deref()
+    }
+
+    /// The secret of the first of its images that is encrypted.
+    pub fn any_secret(&self) -> Option<&str> {
+        let below = self.backing.iter().find_map(|b| b.secret.as_deref());
+        self.get("secret").or(below)
+    }
+
+    fn below(&self, file: &str) -> Option<&Backing> {
+        self.backing.iter().find(|b| b.file == file)
+    }
+
+    /// Has it be other images: files with their formats, each standing on the next. Those that it had have the secrets that they had;
+    /// `new` is that of others.
+    ///
+    /// # Errors
+    /// If a file or a format is none.
+    pub fn set_chain(&mut self, chain: &[(String, String)], new: Option<&str>) -> Result<()> {
+        let secret = |file: &str| match self.file() == file || self.below(file).is_some() {
+            true => self.secret_of(file).map(str::to_owned),
+            false => new.map(str::to_owned),
+        };
+        let backing = |(file, format): &(String, String)| Backing {
+            file: file.clone(),
+            format: format.clone(),
+            secret: secret(file),
+        };
+        let images = chain.iter().map(backing).collect();
+        self.set_images(images)
+    }
+
+    /// Has it be other images, each standing on the next.
+    ///
+    /// # Errors
+    /// If a file or a format is none.
+    pub fn set_images(&mut self, images: Vec<Backing>) -> Result<()> {
+        let mut images = images.into_iter();
+        let Some(top) = images.next() else {
+            return Ok(());
+        };
+        self.backing = images.collect();
+        self.set("file", &top.file)?;
+        self.set("format", &top.format)?;
+        match top.secret {
+            Some(secret) => self.set("secret", &secret),
+            None => {
+                self.settings.remove("secret");
+                Ok(())
+            }
+        }
+    }
+
     pub fn is_read_only(&self) -> bool {
         self.get("readonly") == Some("yes")
     }
@@ -186,7 +277,8 @@ impl Disk {
         options.extend(more.map(|(key, value)| (key.to_owned(), value)));
         let direct = matches!(self.get("cache"), Some("none" | "directsync"));
         let mut at = String::new();
-        for (n, (file, format)) in self.backing.iter().enumerate() {
+        for (n, below) in self.backing.iter().enumerate() {
+            let (file, format) = (&below.file, &below.format);
             at.push_str("backing.");
             options.extend([
                 (
@@ -200,14 +292,11 @@ impl Disk {
             if direct {
                 options.push((format!("{at}file.cache.direct"), true.into()));
             }
+            let key = key_options(format, below.secret.as_deref());
+            options.extend(key.into_iter().map(|(key, v)| (format!("{at}{key}"), v)));
         }
-        if let Some(secret) = self.get("secret") {
-            let key = match self.format() {
-                "qcow2" => "encrypt.key-secret",
-                _ => "key-secret",
-            };
-            options.push((key.to_owned(), text(secret)));
-        }
+        let key = key_options(self.format(), self.get("secret")).into_iter();
+        options.extend(key.map(|(key, value)| (key.to_owned(), value)));
         options
     }
 
@@ -307,6 +396,37 @@ mod tests {
         assert_eq!(disk.limits(), [("iops-read", Variant::from(5u64))]);
         disk.set_limit("read_iops_sec", 0).unwrap();
         assert!(disk.limits().is_empty());
+    }
+
+    #[test]
+    fn images_keep_their_secrets() {
+        let image = |file: &str| (file.to_owned(), "qcow2".to_owned());
+        let mut disk = Disk::new("vda", "/1", "qcow2").unwrap();
+        disk.set("secret", "s").unwrap();
+        disk.set_chain(&["/2", "/1", "/0"].map(image), Some("t"))
+            .unwrap();
+        let secrets =
+            |d: &Disk| ["/2", "/1", "/0", "/x"].map(|f| d.secret_of(f).map(str::to_owned));
+        let (s, t) = (Some("s".to_owned()), Some("t".to_owned()));
+        assert_eq!(secrets(&disk), [t.clone(), s.clone(), t.clone(), None]);
+        let options = disk.node_options("n");
+        let of = |key: &str| {
+            options
+                .iter()
+                .find(|(k, _)| k == key)
+                .map(|(_, v)| v.clone())
+        };
+        assert_eq!(of("encrypt.key-secret"), Some("t".into()));
+        assert_eq!(of("backing.encrypt.key-secret"), Some("s".into()));
+        // What was below is the disk, and has its own.
+        disk.set_chain(&[image("/1")], None).unwrap();
+        assert_eq!((disk.get("secret"), disk.backing.len()), (Some("s"), 0));
+        disk.set_chain(&[image("/plain"), image("/1")], None)
+            .unwrap();
+        assert_eq!(
+            (disk.get("secret"), disk.secret_of("/1")),
+            (None, Some("s"))
+        );
     }
 
     #[test]

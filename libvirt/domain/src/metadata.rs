@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use roxmltree::Node;
 
-use crate::disk::{Disk, Original};
+use crate::disk::{Backing, Disk, Original};
 use crate::{Result, error};
 
 /// The namespace of the element. Its number changes if older programs would misunderstand it.
@@ -173,12 +173,13 @@ impl Metadata {
                 }
                 out.push_str("/>\n");
             }
-            for (file, format) in &disk.backing {
-                let (file, format) = (escape(file), escape(format));
-                let _ = writeln!(
-                    out,
-                    "{pad}    <{p}backing file='{file}' format='{format}'/>"
-                );
+            for below in &disk.backing {
+                let (file, format) = (escape(&below.file), escape(&below.format));
+                let _ = write!(out, "{pad}    <{p}backing file='{file}' format='{format}'");
+                if let Some(secret) = &below.secret {
+                    let _ = write!(out, " secret='{}'", escape(secret));
+                }
+                out.push_str("/>\n");
             }
             if let Some(original) = &disk.original {
                 let _ = write!(out, "{pad}    <{p}original");
@@ -252,6 +253,25 @@ fn parse_snapshot(element: Node<'_, '_>) -> Result<Snapshot> {
     Ok(snapshot)
 }
 
+fn parse_backing(target: &str, element: Node<'_, '_>) -> Result<Backing> {
+    let what = format!("a backing of disk '{target}'");
+    // By the rules of disks.
+    let mut image = Disk::default();
+    target.clone_into(&mut image.target);
+    for a in element.attributes() {
+        match a.name() {
+            name @ ("file" | "format" | "secret") => image.set(name, a.value())?,
+            other => return unknown(&what, other),
+        }
+    }
+    let image = image.check()?;
+    Ok(Backing {
+        file: image.file().to_owned(),
+        format: image.format().to_owned(),
+        secret: image.get("secret").map(str::to_owned),
+    })
+}
+
 fn parse_disk(element: Node<'_, '_>) -> Result<Disk> {
     let Some(target) = element.attribute("target") else {
         return error("the domain's vdisk metadata: a disk has no target");
@@ -277,18 +297,7 @@ fn parse_disk(element: Node<'_, '_>) -> Result<Disk> {
                     disk.set_limit(a.name(), value)?;
                 }
             }
-            "backing" => match (child.attribute("file"), child.attribute("format")) {
-                (Some(file), Some(format)) => {
-                    // By the same rules.
-                    Disk::new(target, file, format)?;
-                    disk.backing.push((file.to_owned(), format.to_owned()));
-                }
-                _ => {
-                    return error(format!(
-                        "disk '{target}': a backing has no file or no format"
-                    ));
-                }
-            },
+            "backing" => disk.backing.push(parse_backing(target, child)?),
             "original" => {
                 let mut original = Original {
                     xml: child.text().unwrap_or_default().to_owned(),

@@ -93,12 +93,14 @@ impl Connection<'_> {
             signals: signals.clone(),
         };
         this.apply_cache();
+        // What changes from here on the guest is told of.
+        let config = signals.borrow().config;
         let resumed = match left {
             Some((state, fds)) => this.resume(state, fds).await,
             None => Ok(()),
         };
         let result = match resumed {
-            Ok(()) => this.serve(signals).await,
+            Ok(()) => this.serve(signals, config).await,
             Err(e) => Err(e),
         };
         for index in 0..this.queues.len() {
@@ -114,13 +116,17 @@ impl Connection<'_> {
         result
     }
 
-    async fn serve(&mut self, signals: &mut watch::Receiver<Signals>) -> Result<(), ProtocolError> {
+    /// `config`: the change of the configuration that the front-end knows of.
+    async fn serve(
+        &mut self,
+        signals: &mut watch::Receiver<Signals>,
+        mut config: u64,
+    ) -> Result<(), ProtocolError> {
         let channel = self.channel;
         // What was said before we listened.
         if signals.borrow().stop {
             return Ok(());
         }
-        let mut config = signals.borrow().config;
         loop {
             let wait = self.shared.pace.wait(Instant::now());
             // Kept across signals: a message that is half read must not be lost.

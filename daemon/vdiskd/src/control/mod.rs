@@ -21,6 +21,7 @@ mod transaction;
 mod world;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures_util::future::join_all;
@@ -89,6 +90,8 @@ pub struct Handle {
     tx: mpsc::UnboundedSender<Message>,
     world: Arc<Mutex<World>>,
     keeper: SharedKeeper,
+    /// See [`Handle::hold`].
+    held: Arc<AtomicBool>,
 }
 
 impl Handle {
@@ -144,9 +147,15 @@ impl Handle {
     /// Guests are served on, and nothing else changes: no command is taken, and nothing that front-ends say is read. It ends with
     /// [`Handle::shutdown`]. False if it cannot be (all that it held back stays so until then).
     pub async fn hold(&self) -> bool {
+        self.held.store(true, Ordering::Relaxed);
         let (tx, rx) = oneshot::channel();
         let _ = self.tx.send(Message::Hold(tx));
         rx.await.unwrap_or(false)
+    }
+
+    /// Refuses what the next process would not know of.
+    fn must_not_be_held(&self) -> Result<()> {
+        refuse_if(&self.held)
     }
 
     /// Drains and closes everything.
@@ -154,6 +163,13 @@ impl Handle {
         let (tx, rx) = oneshot::channel();
         let _ = self.tx.send(Message::Shutdown(tx));
         let _ = rx.await;
+    }
+}
+
+fn refuse_if(held: &AtomicBool) -> Result<()> {
+    match held.load(Ordering::Relaxed) {
+        true => Err(Error::failed("the daemon is restarting: call again")),
+        false => Ok(()),
     }
 }
 
@@ -171,7 +187,7 @@ struct Control {
     keeper: SharedKeeper,
     lost: Lost,
     /// See [`Handle::hold`].
-    held: bool,
+    held: Arc<AtomicBool>,
 }
 
 /// Starts the control plane. `left` is what `keeper` has kept of an earlier daemon, whose state is restored unless this one is
@@ -200,12 +216,18 @@ pub async fn start(
         persistent,
         keeper: keeper.clone(),
         lost: Lost::default(),
-        held: false,
+        held: Arc::default(),
     };
+    let held = control.held.clone();
     secrets::take_credentials(&control.world().defaults.runtime.secrets);
     control.restore(left, fresh).await;
     tokio::spawn(control.serve(rx, from_exports, from_jobs, from_nodes));
-    Ok(Handle { tx, world, keeper })
+    Ok(Handle {
+        tx,
+        world,
+        keeper,
+        held,
+    })
 }
 
 impl Control {
@@ -239,7 +261,6 @@ impl Control {
                         let _ = done.send(());
                     }
                     Some(Message::Hold(done)) => {
-                        self.held = true;
                         let exports: Vec<Arc<Export>> =
                             self.world().exports.values().cloned().collect();
                         let owes = exports.iter().any(|e| e.server.owes());
@@ -303,9 +324,7 @@ impl Control {
     }
 
     async fn run(&mut self, command: Command) -> Result<Reply> {
-        if self.held {
-            return Err(Error::failed("the daemon is restarting: call again"));
-        }
+        refuse_if(&self.held)?;
         self.check_memory(&command)?;
         self.check_active(&command)?;
         match command {

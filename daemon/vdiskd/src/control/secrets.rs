@@ -38,6 +38,7 @@ pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
         }
         _ => return Err(Error::invalid(format!("{what} has more than 1 MiB"))),
     }
+    control.must_not_be_held()?;
     all(control).add(&id, secret)?;
     if let Some(keeper) = control.keeper()
         && let Ok(secret) = all(control).get(&id)
@@ -51,6 +52,7 @@ pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
 
 /// Forgets a secret. What it has opened stays open.
 pub fn remove(control: &Handle, id: &str) -> Result<()> {
+    control.must_not_be_held()?;
     all(control).remove(id)?;
     if let Some(keeper) = control.keeper() {
         keeper.forget(&state::secret_name(id));

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vdisk_api::{Error, Map, Result, Secret};
@@ -18,6 +19,8 @@ use vdisk_block::{Descriptors, ROLES, StoredNode};
 use vdisk_exports::Keeper;
 
 use super::{Control, Event};
+use crate::fd_store::FdStore;
+use crate::folders::PATIENCE;
 
 mod restore;
 
@@ -259,7 +262,21 @@ impl StateFile {
         let Some(path) = self.path.clone() else {
             return Ok(());
         };
-        match self.lock() {
+        let start = Instant::now();
+        let locked = loop {
+            match self.lock() {
+                // One that its unit was stopped under while it served on, or that is being killed.
+                Err(e)
+                    if e.kind() == io::ErrorKind::ResourceBusy
+                        && FdStore::is_there()
+                        && start.elapsed() < PATIENCE =>
+                {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => break other,
+            }
+        };
+        match locked {
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {
                 return Err(Error::io(format_args!("state '{}'", path.display()), &e));
             }
