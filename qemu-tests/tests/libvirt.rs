@@ -44,3 +44,9 @@ fn what_libvirt_tells_by_events_only() {
 fn disks_of_a_domain_that_is_shut_off() {
     in_container("libvirt/offline.sh", Some("libvirt"));
 }
+
+/// What is made of an encrypted disk is encrypted, opens with the same secret, and has what the disk had.
+#[test]
+fn encrypted_disks_stay_encrypted() {
+    in_container("libvirt/encrypted.sh", Some("libvirt"));
+}

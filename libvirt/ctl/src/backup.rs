@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 use vdisk_api::format_size;
-use vdisk_domain::{encryption, key_options};
+use vdisk_domain::encryption;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
 use vdiskctl::objects::Objects;
@@ -301,7 +301,7 @@ async fn copy(
             // What has not changed is not read from here.
             ("backing", Variant::from("")),
         ]);
-        node.extend(key_options("qcow2", secret));
+        node.extend(encryption("qcow2", secret));
         manager.add_node(node).await?;
         let mut backup = Options::from([
             ("node", Variant::from(part.node.clone())),

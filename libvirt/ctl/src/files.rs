@@ -62,7 +62,7 @@ pub fn set_chain(disk: &mut Disk, chain: &Chain) -> Result<()> {
         }
         (Some(secret), None) => {
             return Err(Error::invalid(format!(
-                "disk '{}': '{}' is not encrypted: leave out secret={secret}",
+                "disk '{}': '{}' is not encrypted: leave out secret={secret} for this disk",
                 disk.target,
                 disk.file()
             )));

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 use vdisk_api::parse_size;
-use vdisk_domain::{Domain, encryption, key_options};
+use vdisk_domain::{Domain, encryption};
 use vdiskctl::args::{self, Merge, Mirror, Node};
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
@@ -174,7 +174,7 @@ pub async fn copy_disk(
         compress: false,
         speed: speed.map(str::to_owned),
         detach: false,
-        target: node_words([disk.more_node_options(), key_options(format, secret)].concat()),
+        target: node_words([disk.more_node_options(), encryption(format, secret)].concat()),
         options: Vec::new(),
     };
     let mirror = Mirror {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
-use vdisk_domain::{Backing, Disk, DiskElement, Metadata, SnapshotDisk, encryption, key_options};
+use vdisk_domain::{Backing, Disk, DiskElement, Metadata, SnapshotDisk, encryption};
 use vdiskctl::args::Merge;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
@@ -325,7 +325,7 @@ async fn take(
             ("file.driver", Variant::from("file")),
             ("file.filename", Variant::from(part.disk.overlay.clone())),
         ]);
-        options.extend(key_options("qcow2", part.secret.as_deref()));
+        options.extend(encryption("qcow2", part.secret.as_deref()));
         actions.push(("add-overlay", options));
     }
     if quiesce && let Err(e) = running.guest.freeze(true) {

@@ -66,27 +66,17 @@ pub struct Backing {
     pub secret: Option<String>,
 }
 
-/// The option of an image's node, and of a new image, that names its secret.
-fn key_option(format: &str) -> &'static str {
-    match format {
-        "qcow2" => "encrypt.key-secret",
-        _ => "key-secret",
-    }
-}
-
-/// Options of the node of an image that is encrypted, if there is a secret.
-pub fn key_options(format: &str, secret: Option<&str>) -> Vec<(&'static str, Variant<'static>)> {
-    let option = |secret: &str| (key_option(format), Variant::from(secret.to_owned()));
-    secret.into_iter().map(option).collect()
-}
-
-/// Options of a new image that is encrypted, if there is a secret.
+/// Options of an image that is encrypted, if there is a secret: of its node, and of a new one.
 pub fn encryption(format: &str, secret: Option<&str>) -> Vec<(&'static str, Variant<'static>)> {
-    let mut options = key_options(format, secret);
-    if secret.is_some() && format == "qcow2" {
-        options.push(("encrypt.format", Variant::from("luks")));
+    let text = |value: &str| Variant::from(value.to_owned());
+    match (secret, format) {
+        (None, _) => Vec::new(),
+        (Some(secret), "qcow2") => vec![
+            ("encrypt.format", text("luks")),
+            ("encrypt.key-secret", text(secret)),
+        ],
+        (Some(secret), _) => vec![("key-secret", text(secret))],
     }
-    options
 }
 
 /// What a disk was before vdiskd served it.
@@ -292,10 +282,10 @@ impl Disk {
             if direct {
                 options.push((format!("{at}file.cache.direct"), true.into()));
             }
-            let key = key_options(format, below.secret.as_deref());
+            let key = encryption(format, below.secret.as_deref());
             options.extend(key.into_iter().map(|(key, v)| (format!("{at}{key}"), v)));
         }
-        let key = key_options(self.format(), self.get("secret")).into_iter();
+        let key = encryption(self.format(), self.get("secret")).into_iter();
         options.extend(key.map(|(key, value)| (key.to_owned(), value)));
         options
     }

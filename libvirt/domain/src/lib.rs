@@ -13,7 +13,7 @@ mod xml;
 
 pub use access::{OFFLINE, announce, being_changed, let_in, lock_path, take_announcement};
 pub use adopt::{Adoption, adopt, attach_xml, release, replace_metadata, with_shared_memory};
-pub use disk::{Backing, Disk, Original, SETTINGS, encryption, key_options};
+pub use disk::{Backing, Disk, Original, SETTINGS, encryption};
 pub use metadata::{Metadata, NAMESPACE, PREFIX, Snapshot, SnapshotDisk};
 pub use serve::{
     Busy, Failure, Served, Start, all_served, build, build_disk, served, take_down, take_down_disk,
