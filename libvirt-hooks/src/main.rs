@@ -16,6 +16,9 @@ use vdisk_domain::{
 /// How long all of it may take. A daemon that has to be started first takes some tenths of a second.
 const LIMIT: Duration = Duration::from_secs(15);
 
+/// How much longer for each image that is encrypted: trying a passphrase takes two seconds, if the image does not say otherwise.
+const UNLOCKING: Duration = Duration::from_secs(4);
+
 /// How long the domain waits for a vdiskctl (or the watcher) that works on its disks.
 const KEPT_OFF: Duration = Duration::from_secs(2);
 
@@ -103,7 +106,7 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
             "failed" => Busy::Stays,
             _ => Busy::Ends,
         };
-        return in_time(release(&identity, busy));
+        return in_time(LIMIT, release(&identity, busy));
     }
     let mut domain = Domain::parse(&xml).map_err(|e| e.to_string())?;
     if phase == Phase::Incoming
@@ -140,7 +143,12 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
     if phase != Phase::Reconnect {
         let_in(&domain).map_err(|e| e.to_string())?;
     }
-    in_time(serve(phase, &domain))?;
+    let secrets = domain
+        .served()
+        .map(|(disk, _)| disk.secrets())
+        .sum::<usize>();
+    let limit = LIMIT + UNLOCKING * secrets as u32;
+    in_time(limit, serve(phase, &domain))?;
     if phase == Phase::Incoming {
         announce(&domain.uuid).map_err(|e| e.to_string())?;
         // What libvirt goes on with.
@@ -163,17 +171,17 @@ fn is_kept_off(uuid: &str) -> bool {
     false
 }
 
-fn in_time(work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+fn in_time(limit: Duration, work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| e.to_string())?;
     runtime.block_on(async {
-        match tokio::time::timeout(LIMIT, work).await {
+        match tokio::time::timeout(limit, work).await {
             Ok(done) => done,
             Err(_) => Err(format!(
                 "vdiskd has not answered within {} s: see journalctl -u vdiskd",
-                LIMIT.as_secs()
+                limit.as_secs()
             )),
         }
     })

@@ -39,11 +39,14 @@ impl Bucket {
         self.burst = (self.burst - self.limit.max as f64 * seconds).max(0.0);
     }
 
-    fn fill(&mut self, units: f64) {
-        if self.limit.average > 0 {
-            self.level += units;
-            self.burst += units;
+    /// Returns how many seconds of its rate that is.
+    fn fill(&mut self, units: f64) -> f64 {
+        if self.limit.average == 0 {
+            return 0.0;
         }
+        self.level += units;
+        self.burst += units;
+        units / self.limit.average as f64
     }
 
     /// Seconds until the next request may go.
@@ -78,8 +81,8 @@ struct Waiter {
 #[derive(Default)]
 struct Member {
     id: u64,
-    /// Seconds of the group's time, from a beginning that means nothing.
-    used: f64,
+    /// Seconds of the group's time for reads and for writes, from a beginning that means nothing.
+    used: [f64; 2],
     /// Reads and writes that wait.
     waiting: [VecDeque<Waiter>; 2],
     /// Its requests must not wait: somebody waits for all of them.
@@ -162,34 +165,35 @@ impl State {
             0 => 1.0,
             size => (bytes as f64 / size as f64).max(1.0),
         };
-        let mut seconds = 0.0f64;
+        // What limits both directions was used for both.
+        let (mut both, mut own) = (0.0f64, 0.0f64);
         for (kind, units) in self.buckets.iter_mut().zip([bytes as f64, requests]) {
-            for i in [0, 1 + direction] {
-                kind[i].fill(units);
-                if kind[i].limit.average > 0 {
-                    seconds = seconds.max(units / kind[i].limit.average as f64);
-                }
-            }
+            both = both.max(kind[0].fill(units));
+            own = own.max(kind[1 + direction].fill(units));
         }
         if let Some(member) = self.member(id) {
-            member.used += seconds;
+            member.used[direction] += both.max(own);
+            member.used[1 - direction] += both;
         }
     }
 
     /// Whether a request that comes goes at once.
     fn admits(&mut self, id: u64, direction: usize) -> bool {
-        let most = self.members.iter().map(|m| m.used).fold(0.0, f64::max);
+        let used = self.members.iter().map(|m| m.used[direction]);
+        let most = used.fold(0.0, f64::max);
         let Some(member) = self.member(id) else {
             return true;
         };
-        member.used = member.used.max(most - CREDIT);
+        member.used[direction] = member.used[direction].max(most - CREDIT);
         if member.drains > 0 {
             return true;
         }
         if !self.any_waits(direction) && self.wait(direction) <= 0.0 {
             return true;
         }
-        self.is_behind(id, direction)
+        // What all can be behind is all that can be too much.
+        let debt = CREDIT * self.members.len() as f64;
+        self.wait(direction) <= debt && self.is_behind(id, direction)
     }
 
     /// Whether a member without a request that waits has used less than all whose requests do.
@@ -200,9 +204,9 @@ impl State {
                 if !member.waiting[direction].is_empty() {
                     return false;
                 }
-                used = member.used;
+                used = member.used[direction];
             } else if !member.waiting[direction].is_empty() {
-                others = others.min(member.used);
+                others = others.min(member.used[direction]);
             }
         }
         others.is_finite() && used < others
@@ -218,7 +222,7 @@ impl State {
     fn next(&mut self, direction: usize) -> Option<(u64, Waiter)> {
         let waiting = self.members.iter_mut();
         let waiting = waiting.filter(|m| !m.waiting[direction].is_empty());
-        let member = waiting.min_by(|a, b| a.used.total_cmp(&b.used))?;
+        let member = waiting.min_by(|a, b| a.used[direction].total_cmp(&b.used[direction]))?;
         Some((member.id, member.waiting[direction].pop_front()?))
     }
 
@@ -605,6 +609,60 @@ mod tests {
             assert!((all / limit - 1.0).abs() < 0.01, "{gone:?}");
             assert!((gone[0] as f64 / all - 0.5).abs() < 0.02, "{gone:?}");
         }
+    }
+
+    /// Who writes as much as the limit of writes allows has its part of reads all the same, and others do not read more than theirs.
+    #[test]
+    fn what_was_used_for_writes_does_not_count_for_reads() {
+        let each = Limit {
+            average: 1000,
+            max: 0,
+            length: 1,
+        };
+        let l = ThrottleLimits {
+            iops: [Limit::default(), each, each],
+            ..ThrottleLimits::default()
+        };
+        let mut s = State::new(l);
+        for id in 0..3 {
+            s.members.push(Member {
+                id,
+                ..Member::default()
+            });
+        }
+        let mut reads = [0u64; 3];
+        // The first one's reads, of which there are always more.
+        let mut waiting: VecDeque<oneshot::Receiver<()>> = VecDeque::new();
+        for _ in 0..10_000 {
+            for b in s.buckets.as_flattened_mut() {
+                b.leak(0.001);
+            }
+            while s.wait(1) <= 0.0 {
+                s.fill(0, 1, 4096);
+            }
+            while waiting.len() < 8 {
+                let (go, waits) = oneshot::channel();
+                s.members[0].waiting[0].push_back(Waiter { bytes: 4096, go });
+                waiting.push_back(waits);
+            }
+            // Those of the others come one after the other, and are not kept if they have to wait.
+            for id in [1, 2] {
+                for _ in 0..5 {
+                    if s.admits(id, 0) {
+                        s.fill(id, 0, 4096);
+                        reads[id as usize] += 1;
+                    }
+                }
+            }
+            s.grant();
+            while waiting.front_mut().is_some_and(|w| w.try_recv().is_ok()) {
+                waiting.pop_front();
+                reads[0] += 1;
+            }
+        }
+        let all: u64 = reads.iter().sum();
+        assert!((9_900..=10_300).contains(&all), "{reads:?}");
+        assert!(reads.iter().all(|n| *n > 2_500), "{reads:?}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::Args;
 
 /// How long a daemon that has been told to end may take to leave the runtime folder.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the folders of a daemon are called.
 fn folder_name(instance: Option<&str>) -> String {

@@ -15,7 +15,8 @@ use std::os::unix::net::UnixStream as BlockingStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
 use sd_notify::NotifyState;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -37,7 +38,7 @@ const PREPARATION: Duration = Duration::from_secs(1);
 
 /// How long the old process may take to answer its requests and to close its images. Nobody else ends it: to the service manager it has
 /// ended already.
-const ENDING: Duration = Duration::from_secs(80);
+pub const ENDING: Duration = Duration::from_secs(80);
 
 /// The program that runs, whatever is installed in its place by now.
 const THIS: &str = "/proc/self/exe";
@@ -133,6 +134,8 @@ impl Handover {
                 store.thaw();
                 store.forget(NAME);
                 tracing::info!(reason = %error, "guests wait for the new process");
+                // The service manager may have taken the stand-in for this process all the same.
+                limit_end();
                 None
             }
         }
@@ -169,23 +172,24 @@ impl Handover {
         }
     }
 
-    /// From now on this process has a limited time: what it has not answered by then is done by the new one, as after a kill.
-    pub fn begin_end(&self) {
-        let limited = std::thread::Builder::new().name("vdiskd-end".into());
-        // (Not a task: one that waits for a stuck thread holds up all of them.)
-        let limited = limited.spawn(|| {
-            std::thread::sleep(ENDING);
-            tracing::error!("the end takes too long: what is in flight is left to the new process");
-            std::process::abort();
-        });
-        if let Err(error) = limited {
-            tracing::error!(%error, "the end has no limit");
-        }
-    }
-
     /// What is served is closed.
     pub fn end(self) -> Successor {
         Successor(self.successor.into_std().ok())
+    }
+}
+
+/// From now on this process has a limited time: what it has not answered by then is done by the new one, as after a kill.
+pub fn limit_end() {
+    let limited = std::thread::Builder::new().name("vdiskd-end".into());
+    // (Not a task: one that waits for a stuck thread holds up all of them.)
+    let limited = limited.spawn(|| {
+        std::thread::sleep(ENDING);
+        tracing::error!("the end takes too long: what is in flight is left to the new process");
+        // (Without a core: it would have guests' memory and keys, and take its time.)
+        let _ = kill(Pid::this(), Signal::SIGKILL);
+    });
+    if let Err(error) = limited {
+        tracing::error!(%error, "the end has no limit");
     }
 }
 

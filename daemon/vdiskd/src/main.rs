@@ -510,7 +510,7 @@ async fn run(
             _ = interrupt.recv() => {}
             () = successor.asked() => {}
         }
-        successor.begin_end();
+        handover::limit_end();
         if !is_activatable {
             front.release_name().await;
         }

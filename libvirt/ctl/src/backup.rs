@@ -188,6 +188,14 @@ pub async fn backup(cx: &Context) -> Result<()> {
         let usual = disks.is_empty() && !disk.is_read_only();
         if usual || disks.contains(&disk.target) {
             let target = &disk.target;
+            if *compress && disk.any_secret().is_some() {
+                return Err(Error::named(
+                    "NotSupported",
+                    format!(
+                        "disk '{target}' is encrypted, and its backup as well: what is encrypted is not compressed; leave out --compress"
+                    ),
+                ));
+            }
             parts.push(plan(
                 &objects, &running, target, &folder, &record, *full, now,
             )?);

@@ -163,8 +163,12 @@ impl Running {
 
 /// Refuses to write what is encrypted to where it would stand in the clear.
 pub fn stays_encrypted(disk: &Disk, from: &[Image], into: &Image) -> Result<()> {
-    let secret = |(_, file, _): &Image| disk.secret_of(file);
-    match (from.iter().find(|i| secret(i).is_some()), secret(into)) {
+    // Of what the metadata do not know it may be so.
+    let may_be = |(_, file, _): &&Image| match disk.has(file) {
+        true => disk.secret_of(file).is_some(),
+        false => disk.any_secret().is_some(),
+    };
+    match (from.iter().find(may_be), disk.secret_of(&into.1)) {
         (Some((_, from, _)), None) => Err(Error::named(
             "NotSupported",
             format!(

@@ -181,12 +181,23 @@ impl Disk {
         self.get("format").unwrap_or_default()
     }
 
+    /// Whether a file is one of its images.
+    pub fn has(&self, file: &str) -> bool {
+        self.file() == file || self.below(file).is_some()
+    }
+
     /// The secret of one of its images.
     pub fn secret_of(&self, file: &str) -> Option<&str> {
         if self.file() == file {
             return self.get("secret");
         }
         self.below(file)?.secret.as_deref()
+    }
+
+    /// How many of its images are encrypted.
+    pub fn secrets(&self) -> usize {
+        let below = self.backing.iter().filter(|b| b.secret.is_some());
+        below.count() + usize::from(self.get("secret").is_some())
     }
 
     /// The secret of the first of its images that is encrypted.
@@ -205,7 +216,7 @@ impl Disk {
     /// # Errors
     /// If a file or a format is none.
     pub fn set_chain(&mut self, chain: &[(String, String)], new: Option<&str>) -> Result<()> {
-        let secret = |file: &str| match self.file() == file || self.below(file).is_some() {
+        let secret = |file: &str| match self.has(file) {
             true => self.secret_of(file).map(str::to_owned),
             false => new.map(str::to_owned),
         };

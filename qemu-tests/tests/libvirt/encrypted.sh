@@ -50,6 +50,9 @@ verify vdb
 # What is encrypted does not go to where it would stand in the clear.
 refused 'in the clear' vdiskctl domain blockcopy vm vda $images/copy.raw --format raw
 [ ! -e $images/copy.raw ]
+refused 'leave out --memspec' vdiskctl domain snapshot create vm memory --memspec /var/tmp/memory
+refused 'leave out --quiesce' vdiskctl domain snapshot create vm frozen --quiesce
+refused 'leave out --compress' vdiskctl domain backup vm /var/lib/backup --disks vda --compress
 refused 'in the clear' vdiskctl domain blockcommit vm vdb --base $images/plain.raw
 vdiskctl domain snapshot delete vm one
 virsh dumpxml vm >/tmp/now
@@ -62,6 +65,7 @@ verify vda
 virsh destroy vm
 nothing_left
 
+refused 'bring it back first' vdiskctl domain release vm vda
 # It starts with what it is by now, and goes back to a snapshot.
 virsh start vm
 verify vda

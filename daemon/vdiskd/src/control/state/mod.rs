@@ -20,7 +20,7 @@ use vdisk_exports::Keeper;
 
 use super::{Control, Event};
 use crate::fd_store::FdStore;
-use crate::folders::PATIENCE;
+use crate::handover;
 
 mod restore;
 
@@ -269,7 +269,7 @@ impl StateFile {
                 Err(e)
                     if e.kind() == io::ErrorKind::ResourceBusy
                         && FdStore::is_there()
-                        && start.elapsed() < PATIENCE =>
+                        && start.elapsed() < handover::ENDING =>
                 {
                     std::thread::sleep(Duration::from_millis(5));
                 }
