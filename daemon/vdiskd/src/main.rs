@@ -123,6 +123,10 @@ fn main() -> ExitCode {
     }
     let config = match Config::load(args.config.as_deref(), args.instance.as_deref()) {
         Ok(config) => config,
+        Err(error) if args.check_config => {
+            eprintln!("error: {error}");
+            return ExitCode::FAILURE;
+        }
         Err(error) => {
             logging::start();
             tracing::error!(error, "the configuration cannot be used");

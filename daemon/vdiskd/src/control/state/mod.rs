@@ -40,9 +40,9 @@ struct StoredExport {
     /// It outlives the machine.
     #[serde(default)]
     persistent: bool,
-    /// The I/O threads that serve it.
+    /// The I/O threads that serve it, in the order of its queues.
     #[serde(default)]
-    threads: BTreeSet<String>,
+    threads: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -478,12 +478,17 @@ impl Control {
             let exports = world.exports.iter().map(|(id, e)| {
                 let mut options = e.given.clone();
                 options.insert("node-name".into(), e.node().into());
-                let threads = e.server.threads().iter().map(|t| t.name().to_owned());
+                let mut threads: Vec<String> = Vec::new();
+                for thread in e.server.threads() {
+                    if threads.iter().all(|t| t != thread.name()) {
+                        threads.push(thread.name().to_owned());
+                    }
+                }
                 StoredExport {
                     id: id.clone(),
                     options,
                     persistent: e.is_persistent(),
-                    threads: threads.collect(),
+                    threads,
                 }
             });
             let lost = &self.lost;
@@ -646,7 +651,7 @@ mod tests {
         ));
         state.throttle_groups.insert("silver".into(), Map::new());
         state.exports[0].persistent = true;
-        state.exports[0].threads.insert("io0".into());
+        state.exports[0].threads.push("io0".into());
         state.exports[0]
             .options
             .insert("node-name".into(), "limited".into());

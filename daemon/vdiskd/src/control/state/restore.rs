@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use vdisk_api::{
-    Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map, Result, Secret,
-    ThrottleLimits,
+    Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map, QueuePlacement,
+    Result, Secret, ThrottleLimits,
 };
 use vdisk_block::{Node, Opened, Plan, StoredNode};
 use vdisk_exports::Left;
@@ -155,7 +155,7 @@ impl Control {
             {
                 *name = other.clone().into();
             }
-            if let Err(e) = self.restore_export(options, mine) {
+            if let Err(e) = self.restore_export(options, &export.threads, mine) {
                 // Its front-end is to see that nobody is there.
                 for name in names {
                     if let Some(keeper) = &self.keeper {
@@ -321,12 +321,20 @@ impl Control {
         }
     }
 
-    fn restore_export(&mut self, options: Map, mut left: Left) -> Result<()> {
+    /// `threads` has its I/O threads of before: where nothing else is asked for, it stays with them.
+    fn restore_export(&mut self, options: Map, threads: &[String], mut left: Left) -> Result<()> {
         let listener = match options.contains_key("addr") {
             true => None,
             false => left.listener.take(),
         };
-        let options = ExportOptions::from_map(options, listener)?;
+        let mut options = ExportOptions::from_map(options, listener)?;
+        let are_there = {
+            let world = self.world();
+            threads.iter().all(|name| world.threads.contains_key(name))
+        };
+        if options.placement == QueuePlacement::default() && are_there {
+            options.placement.round_robin = threads.to_vec();
+        }
         self.add_export_with(options, left).map(|_| ())
     }
 
