@@ -30,8 +30,11 @@ use crate::fd_store::FdStore;
 /// What the new process finds its way to the old one by.
 pub const NAME: &str = "handover.process";
 
-/// How long to serve on for a new process that does not come, or does not know how to ask.
+/// How long to serve on for a new process that does not come.
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a process lives that is not one that fails, and takes to ask.
+const LONG: Duration = Duration::from_secs(1);
 
 /// How long the service manager and front-ends may take to get ready for it.
 const PREPARATION: Duration = Duration::from_secs(1);
@@ -91,6 +94,23 @@ impl Unit {
         let interface = format!("{MANAGER}.{interface}");
         let unit = zbus::Proxy::new(&self.manager, MANAGER, &self.path, interface).await?;
         unit.get_property(name).await
+    }
+
+    /// Returns when the service has had the same process for a while.
+    async fn main_process_stays(&self) {
+        let mut last = 0;
+        loop {
+            tokio::time::sleep(LONG).await;
+            let asked = self.property::<u32>("Service", "MainPID");
+            let now = match tokio::time::timeout(LONG, asked).await {
+                Ok(Ok(now)) => now,
+                _ => 0,
+            };
+            if now != 0 && now == last {
+                return;
+            }
+            last = now;
+        }
     }
 
     /// Has the service manager take another process for the service.
@@ -163,12 +183,19 @@ impl Handover {
 
     /// Returns when the new process wants to have what is served, when there will be none (the unit is stopped), and when none
     /// comes.
-    pub async fn asked(&mut self) {
-        let asked = tokio::time::timeout(LIMIT, self.successor.read(&mut [0])).await;
-        match asked {
-            Ok(Ok(1)) => {}
-            Ok(_) => tracing::info!("there will be no new process"),
-            Err(_) => tracing::warn!("no new process has asked for what is served"),
+    pub async fn asked(&mut self, unit: &Unit) {
+        let mut byte = [0];
+        tokio::select! {
+            read = self.successor.read(&mut byte) => match read {
+                Ok(1) => {}
+                _ => tracing::info!("there will be no new process"),
+            },
+            () = unit.main_process_stays() => {
+                tracing::info!("the new process does not ask: it is of a version that does not know how to");
+            }
+            () = tokio::time::sleep(LIMIT) => {
+                tracing::warn!("no new process has asked for what is served");
+            }
         }
     }
 

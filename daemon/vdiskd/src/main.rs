@@ -506,13 +506,13 @@ async fn run(
         (Some(unit), Some(store)) => Handover::begin(unit, &control, store).await,
         _ => None,
     };
-    if let Some(successor) = &mut successor {
+    if let (Some(successor), Some(unit)) = (&mut successor, &restarted) {
         // The service manager hears the new process only.
         watchdog.abort();
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            () = successor.asked() => {}
+            () = successor.asked(unit) => {}
         }
         handover::limit_end();
         if !is_activatable {
