@@ -145,7 +145,7 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
     }
     let secrets = domain
         .served()
-        .map(|(disk, _)| disk.secrets())
+        .map(|(disk, _)| disk.secrets().count())
         .sum::<usize>();
     let limit = LIMIT + UNLOCKING * secrets as u32;
     in_time(limit, serve(phase, &domain))?;

@@ -43,11 +43,11 @@ const PREPARATION: Duration = Duration::from_secs(1);
 /// ended already.
 pub const ENDING: Duration = Duration::from_secs(80);
 
-/// The program that runs, whatever is installed in its place by now.
-const THIS: &str = "/proc/self/exe";
-
 /// How much longer it is waited for.
 const MORE: Duration = Duration::from_secs(5);
+
+/// The program that runs, whatever is installed in its place by now.
+const THIS: &str = "/proc/self/exe";
 
 const MANAGER: &str = "org.freedesktop.systemd1";
 
@@ -134,13 +134,14 @@ impl Unit {
 
 /// The old process while it serves on.
 pub struct Handover {
+    unit: Unit,
     successor: UnixStream,
 }
 
 impl Handover {
     /// Has the service manager go on with the restart. `None` if it cannot, or if that would not be noticed: the daemon ends
     /// then as always.
-    pub async fn begin(unit: &Unit, control: &Handle, store: &FdStore) -> Option<Handover> {
+    pub async fn begin(unit: Unit, control: &Handle, store: &FdStore) -> Option<Handover> {
         let begun = tokio::time::timeout(PREPARATION, Handover::try_begin(unit, control, store));
         match begun
             .await
@@ -161,7 +162,7 @@ impl Handover {
         }
     }
 
-    async fn try_begin(unit: &Unit, control: &Handle, store: &FdStore) -> io::Result<Handover> {
+    async fn try_begin(unit: Unit, control: &Handle, store: &FdStore) -> io::Result<Handover> {
         if !control.hold().await {
             return Err(io::Error::other("a guest moves to another host"));
         }
@@ -177,20 +178,21 @@ impl Handover {
         // It ends here, and is the service's end.
         drop(stand_in);
         Ok(Handover {
+            unit,
             successor: ManuallyDrop::into_inner(ours),
         })
     }
 
     /// Returns when the new process wants to have what is served, when there will be none (the unit is stopped), and when none
     /// comes.
-    pub async fn asked(&mut self, unit: &Unit) {
+    pub async fn asked(&mut self) {
         let mut byte = [0];
         tokio::select! {
             read = self.successor.read(&mut byte) => match read {
                 Ok(1) => {}
                 _ => tracing::info!("there will be no new process"),
             },
-            () = unit.main_process_stays() => {
+            () = self.unit.main_process_stays() => {
                 tracing::info!("the new process does not ask: it is of a version that does not know how to");
             }
             () = tokio::time::sleep(LIMIT) => {

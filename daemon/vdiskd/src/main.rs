@@ -502,17 +502,17 @@ async fn run(
         _ = interrupt.recv() => terminated = true,
         () = front.answer() => {}
     }
-    let mut successor = match (&restarted, &store) {
+    let mut successor = match (restarted, &store) {
         (Some(unit), Some(store)) => Handover::begin(unit, &control, store).await,
         _ => None,
     };
-    if let (Some(successor), Some(unit)) = (&mut successor, &restarted) {
+    if let Some(successor) = &mut successor {
         // The service manager hears the new process only.
         watchdog.abort();
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
-            () = successor.asked(unit) => {}
+            () = successor.asked() => {}
         }
         handover::limit_end();
         if !is_activatable {

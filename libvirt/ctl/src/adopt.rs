@@ -117,7 +117,7 @@ pub async fn adopt(cx: &Context) -> Result<()> {
         for disk in &adopted {
             let chain = files::give_chain(&manager, disk.file(), disk.format(), &mut given).await?;
             if let Some(disk) = metadata.disk_mut(&disk.target) {
-                files::set_chain(disk, &chain)?;
+                files::adopt_chain(disk, &chain)?;
             }
             let owner = given
                 .iter()

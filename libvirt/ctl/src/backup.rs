@@ -151,7 +151,7 @@ fn plan(
         bitmap,
         can_keep: properties.get("Driver").and_then(Json::as_str) == Some("qcow2"),
         size: number(properties, "Size"),
-        secret: disk.any_secret().map(str::to_owned),
+        secret: disk.secrets().next().map(str::to_owned),
         node,
     })
 }
@@ -188,7 +188,7 @@ pub async fn backup(cx: &Context) -> Result<()> {
         let usual = disks.is_empty() && !disk.is_read_only();
         if usual || disks.contains(&disk.target) {
             let target = &disk.target;
-            if *compress && disk.any_secret().is_some() {
+            if *compress && disk.secrets().next().is_some() {
                 return Err(Error::named(
                     "NotSupported",
                     format!(

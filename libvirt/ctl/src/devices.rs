@@ -104,7 +104,7 @@ async fn attach_all(
     let daemon = cx.daemon(&guest.parsed(sides[0])?).await?;
     let manager = daemon.manager().await?;
     let chain = files::give_chain(&manager, disk.file(), disk.format(), given).await?;
-    files::set_chain(disk, &chain)?;
+    files::adopt_chain(disk, &chain)?;
     let mut done = Vec::new();
     for side in sides {
         if let Err(e) = attach_to(cx, guest, *side, disk).await {

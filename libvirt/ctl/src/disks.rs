@@ -137,7 +137,7 @@ impl Running {
             let disk = metadata.disk_mut(target);
             let same = |d: &&mut Disk| Some(d.file()) == was || d.file() == file;
             if let Some(disk) = disk.filter(same) {
-                let secret = disk.any_secret().map(str::to_owned);
+                let secret = disk.secrets().next().map(str::to_owned);
                 let secret = secret.as_deref().filter(|_| encrypted);
                 disk.set_chain(&files, secret).map_err(wrong)?;
             }
@@ -166,7 +166,7 @@ pub fn stays_encrypted(disk: &Disk, from: &[Image], into: &Image) -> Result<()> 
     // Of what the metadata do not know it may be so.
     let may_be = |(_, file, _): &&Image| match disk.has(file) {
         true => disk.secret_of(file).is_some(),
-        false => disk.any_secret().is_some(),
+        false => disk.secrets().next().is_some(),
     };
     match (from.iter().find(may_be), disk.secret_of(&into.1)) {
         (Some((_, from, _)), None) => Err(Error::named(

@@ -50,7 +50,7 @@ pub type Chain = Vec<Link>;
 ///
 /// # Errors
 /// If there is no secret for one that is, or nothing for it to open.
-pub fn set_chain(disk: &mut Disk, chain: &Chain) -> Result<()> {
+pub fn adopt_chain(disk: &mut Disk, chain: &Chain) -> Result<()> {
     let secret = disk.get("secret").map(str::to_owned);
     let encrypted = chain.iter().find(|l| l.encrypted);
     match (&secret, encrypted) {

@@ -141,7 +141,7 @@ pub async fn copy_disk(
     speed: Option<&str>,
 ) -> Result<()> {
     let (disk, served) = running.disk(target)?;
-    let secret = disk.any_secret();
+    let secret = disk.secrets().next();
     let manager = running.manager().await?;
     let (objects, node) = running.image(target).await?;
     let before = chain(&objects, &served.id)?;

@@ -104,8 +104,8 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
         if disk.is_read_only() || (!disks.is_empty() && !disks.contains(&disk.target)) {
             continue;
         }
-        if disk.any_secret().is_some() {
-            must_not_wait(&disk.target, memspec.is_some(), *quiesce)?;
+        if disk.secrets().next().is_some() {
+            refuse_encrypted(&disk.target, memspec.is_some(), *quiesce)?;
         }
         let (_, served) = running.disk(&disk.target)?;
         parts.push(part(&objects, disk, &served.id, &name)?);
@@ -169,7 +169,7 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
 }
 
 /// What cannot be had with a disk that is encrypted.
-fn must_not_wait(target: &str, memory: bool, quiesce: bool) -> Result<()> {
+fn refuse_encrypted(target: &str, memory: bool, quiesce: bool) -> Result<()> {
     let why = match (memory, quiesce) {
         (true, _) => "the guest's memory has its data in the clear: leave out --memspec",
         (_, true) => {

@@ -411,7 +411,7 @@ fn restored(disk: &Disk, original: &Original) -> Result<String> {
     let source = child(root, "source");
     let name = source.and_then(|s| s.attribute_node("file").or_else(|| s.attribute_node("dev")));
     if let Some(name) = name.filter(|n| n.value() != disk.file()) {
-        if disk.any_secret().is_some() {
+        if disk.backing.iter().any(|b| b.secret.is_some()) {
             return error(format!(
                 "disk '{}' was '{}' and is '{}' now, and libvirt would not find the secrets of all its images: bring it back first (vdiskctl domain snapshot delete or blockcommit)",
                 disk.target,

@@ -194,16 +194,10 @@ impl Disk {
         self.below(file)?.secret.as_deref()
     }
 
-    /// How many of its images are encrypted.
-    pub fn secrets(&self) -> usize {
-        let below = self.backing.iter().filter(|b| b.secret.is_some());
-        below.count() + usize::from(self.get("secret").is_some())
-    }
-
-    /// The secret of the first of its images that is encrypted.
-    pub fn any_secret(&self) -> Option<&str> {
-        let below = self.backing.iter().find_map(|b| b.secret.as_deref());
-        self.get("secret").or(below)
+    /// The secrets of its images that are encrypted, from the top down.
+    pub fn secrets(&self) -> impl Iterator<Item = &str> {
+        let below = self.backing.iter().filter_map(|b| b.secret.as_deref());
+        self.get("secret").into_iter().chain(below)
     }
 
     fn below(&self, file: &str) -> Option<&Backing> {

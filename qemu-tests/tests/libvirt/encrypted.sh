@@ -3,9 +3,9 @@
 . /usr/bin/vdisk-script-lib
 # One: QEMU 10's TCG has been seen to end itself with two (iotlb_to_section).
 cpus=1
-printf 'correct horse' >/root/key
-vdiskctl secret add key --file /root/key
-encrypted() { qemu-img create -q -f qcow2 --object secret,id=s,file=/root/key -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 "$@"; }
+printf 'correct horse' >/tmp/key
+vdiskctl secret add key --file /tmp/key
+encrypted() { qemu-img create -q -f qcow2 --object secret,id=s,file=/tmp/key -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 "$@"; }
 encrypted $images/a.qcow2 64M
 qemu-img create -q -f raw $images/plain.raw 64M
 encrypted -b plain.raw -F raw $images/b.qcow2
@@ -65,7 +65,6 @@ verify vda
 virsh destroy vm
 nothing_left
 
-refused 'bring it back first' vdiskctl domain release vm vda
 # It starts with what it is by now, and goes back to a snapshot.
 virsh start vm
 verify vda
@@ -73,6 +72,7 @@ verify vdb
 vdiskctl domain snapshot create vm three
 guest vm write disk=vda offset=0 len=4194304 generation=9
 virsh destroy vm
+refused 'bring it back first' vdiskctl domain release vm vda
 vdiskctl domain snapshot revert vm three
 virsh start vm
 verify vda
@@ -81,7 +81,7 @@ for image in $(virsh dumpxml --inactive vm | sed -n "s/.*<vdisk:\(disk\|backing\
 
 # A backup is restored with the same secret.
 newest=$(ls -t /var/lib/backup/*.qcow2 | head -1)
-qemu-img convert -q --object secret,id=s,file=/root/key --image-opts \
+qemu-img convert -q --object secret,id=s,file=/tmp/key --image-opts \
     "driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,file.filename=$newest,backing.driver=qcow2,backing.encrypt.format=luks,backing.encrypt.key-secret=s,backing.file.driver=file,backing.file.filename=$(ls -tr /var/lib/backup/*.qcow2 | head -1)" \
     -O raw $images/restored.raw
 define back "$(file raw $images/restored.raw vda)"
