@@ -53,6 +53,13 @@ impl Qmp {
         }
     }
 
+    /// Has the monitor for people say something.
+    pub fn info(&mut self, what: &str) -> String {
+        let line = json!({"command-line": format!("info {what}")});
+        let said = self.run("human-monitor-command", line);
+        said.as_str().unwrap_or_default().replace('\r', "")
+    }
+
     /// Waits for an event, or takes one that came.
     pub fn wait_event(&mut self, name: &str) -> Value {
         loop {
