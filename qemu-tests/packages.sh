@@ -3,7 +3,7 @@
 set -eu
 sudo=$1
 missing() {
-    for program in cc make curl qemu-system-x86_64 qemu-img qemu-io dbus-daemon busctl cpio modprobe depmod \
+    for program in cc make curl qemu-system-x86_64 qemu-img qemu-io qemu-nbd nbdinfo nbdcopy dbus-daemon busctl cpio modprobe depmod \
         mke2fs debugfs mkfs.xfs filefrag xz mmdebstrap fio unshare losetup python3 systemd-nspawn systemd-sysusers systemd-analyze pkaction; do
         PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null || echo "$program"
     done
@@ -15,7 +15,7 @@ lacking=$(missing | tr '\n' ' ')
 echo "== packages (missing: $lacking)"
 if command -v apt-get >/dev/null; then
     packages="build-essential ca-certificates curl cpio dbus e2fsprogs fio kmod libvirt-dev mmdebstrap pkg-config python3 python3-dbus
-        polkitd qemu-system-x86 qemu-utils systemd systemd-container util-linux xfsprogs xz-utils"
+        libnbd-bin polkitd qemu-system-x86 qemu-utils systemd systemd-container util-linux xfsprogs xz-utils"
     install() {
         # shellcheck disable=SC2086
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get -q "$@" install -y --no-install-recommends $packages
@@ -44,7 +44,7 @@ if command -v apt-get >/dev/null; then
     }
 elif command -v dnf >/dev/null; then
     $sudo dnf -q install -y --setopt=install_weak_deps=False \
-        gcc glibc-static make curl cpio dbus-daemon e2fsprogs fio kmod libvirt-devel mmdebstrap pkgconf-pkg-config polkit python3 python3-dbus \
+        gcc glibc-static make curl cpio dbus-daemon e2fsprogs fio kmod libnbd libvirt-devel mmdebstrap pkgconf-pkg-config polkit python3 python3-dbus \
         qemu-system-x86-core qemu-device-display-virtio-gpu qemu-img systemd systemd-container util-linux xfsprogs xz zstd
 else
     echo "neither apt-get nor dnf is here: install these by hand: $lacking" >&2

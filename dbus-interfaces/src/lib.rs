@@ -11,7 +11,8 @@ pub use path::{
     bitmap_path, domain_path, escape, export_path, iothread_path, job_path, node_path, unescape,
 };
 pub use proxies::{
-    BitmapProxy, ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NodeProxy, VhostUserBlkProxy,
+    BitmapProxy, ExportProxy, IoThreadProxy, JobProxy, ManagerProxy, NbdProxy, NodeProxy,
+    VhostUserBlkProxy,
 };
 
 /// The bus name.
@@ -54,7 +55,7 @@ pub const LIBVIRT_INTERFACES: [(&str, &str); 2] = [
 ];
 
 /// The XML of each interface of the daemon.
-pub const INTERFACES: [(&str, &str); 7] = [
+pub const INTERFACES: [(&str, &str); 8] = [
     (
         "org.vdisk1.Manager",
         include_str!("../org.vdisk1.Manager.xml"),
@@ -63,6 +64,10 @@ pub const INTERFACES: [(&str, &str); 7] = [
     (
         "org.vdisk1.Export",
         include_str!("../org.vdisk1.Export.xml"),
+    ),
+    (
+        "org.vdisk1.Export.Nbd",
+        include_str!("../org.vdisk1.Export.Nbd.xml"),
     ),
     (
         "org.vdisk1.Export.VhostUserBlk",

@@ -182,6 +182,22 @@ pub trait Export {
     fn path_reason(&self) -> zbus::Result<String>;
 }
 
+#[proxy(interface = "org.vdisk1.Export.Nbd", default_service = "org.vdisk1")]
+pub trait Nbd {
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn socket(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn description(&self) -> zbus::Result<String>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn logical_block_size(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn max_connections(&self) -> zbus::Result<u32>;
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn until_disconnect(&self) -> zbus::Result<bool>;
+}
+
 #[proxy(
     interface = "org.vdisk1.Export.VhostUserBlk",
     default_service = "org.vdisk1"

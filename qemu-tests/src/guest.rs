@@ -97,9 +97,9 @@ impl Guest {
     /// # Errors
     /// If QEMU has aborted, or has lost an interrupt.
     fn comes_up(&mut self) -> Result<(), &'static str> {
-        match self.lines.fill_buf() {
+        match self.lines.fill_buf().map(<[u8]>::is_empty) {
             // The end of QEMU.
-            Ok([]) => {
+            Ok(true) => {
                 let aborted = self.qemu.wait().is_ok_and(|s| {
                     s.signal() == Some(libc::SIGABRT) || s.code() == Some(128 + libc::SIGABRT)
                 });

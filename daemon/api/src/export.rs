@@ -55,17 +55,62 @@ pub struct VhostUserBlkOptions {
     pub fixed_buffers: bool,
 }
 
+/// Most clients of an NBD export at once, unless its options say otherwise.
+const NBD_CONNECTIONS: u64 = 16;
+
+/// An export over NBD (QAPI `BlockExportOptionsNbd` and `NbdServerOptions`: each export has a socket of its own).
+#[derive(Clone, Debug)]
+pub struct NbdExportOptions {
+    pub addr: SocketAddress,
+    /// Permissions and group of the socket file; the process' defaults if not given.
+    pub socket_mode: Option<u32>,
+    pub socket_group: Option<String>,
+    /// What clients call it; the export's id if not given.
+    pub name: Option<String>,
+    pub description: String,
+    /// Bytes, a power of two up to 4096; what the storage has, up to 512, if not given.
+    pub logical_block_size: Option<u32>,
+    pub max_connections: u32,
+    /// It ends, and its node with it, when the first client that has used it goes.
+    pub until_disconnect: bool,
+}
+
 #[derive(Clone, Debug)]
 pub enum ExportKind {
     VhostUserBlk(VhostUserBlkOptions),
+    Nbd(NbdExportOptions),
 }
 
 impl ExportKind {
-    pub const NAMES: [&'static str; 1] = ["vhost-user-blk"];
+    pub const NAMES: [&'static str; 2] = ["nbd", "vhost-user-blk"];
 
     pub fn name(&self) -> &'static str {
         match self {
             ExportKind::VhostUserBlk(_) => "vhost-user-blk",
+            ExportKind::Nbd(_) => "nbd",
+        }
+    }
+
+    /// How many queues it has; of NBD none, and any number of I/O threads.
+    pub fn num_queues(&self) -> Option<u16> {
+        match self {
+            ExportKind::VhostUserBlk(o) => Some(o.num_queues),
+            ExportKind::Nbd(_) => None,
+        }
+    }
+
+    pub fn addr(&self) -> &SocketAddress {
+        match self {
+            ExportKind::VhostUserBlk(o) => &o.addr,
+            ExportKind::Nbd(o) => &o.addr,
+        }
+    }
+
+    /// Address, mode and group of the socket.
+    pub fn socket_mut(&mut self) -> (&mut SocketAddress, &mut Option<u32>, &mut Option<String>) {
+        match self {
+            ExportKind::VhostUserBlk(o) => (&mut o.addr, &mut o.socket_mode, &mut o.socket_group),
+            ExportKind::Nbd(o) => (&mut o.addr, &mut o.socket_mode, &mut o.socket_group),
         }
     }
 }
@@ -94,22 +139,24 @@ impl ExportOptions {
         check_name("export id", &id)?;
         f.set_what(format!("export '{id}'"));
         let kind = f.required_string("type")?;
-        if kind != "vhost-user-blk" {
-            return Err(Error::new(
-                ErrorKind::NotSupported,
-                format!(
-                    "export '{id}': unknown type '{kind}': there is {}",
-                    ExportKind::NAMES.join(", ")
-                ),
-            ));
-        }
         let node_name = f.required_string("node-name")?;
         let writable = f.boolean("writable")?.unwrap_or(false);
         let writethrough = f.boolean("writethrough")?.unwrap_or(false);
         let share_rw = f.boolean("share-rw")?.unwrap_or(false);
-        let kind = ExportKind::VhostUserBlk(vhost_user_blk(&mut f, listener)?);
-        let ExportKind::VhostUserBlk(options) = &kind;
-        let placement = placement(&mut f, options.num_queues)?;
+        let kind = match kind.as_str() {
+            "vhost-user-blk" => ExportKind::VhostUserBlk(vhost_user_blk(&mut f, listener)?),
+            "nbd" => ExportKind::Nbd(nbd(&mut f, listener)?),
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::NotSupported,
+                    format!(
+                        "export '{id}': unknown type '{kind}': there are {}",
+                        ExportKind::NAMES.join(", ")
+                    ),
+                ));
+            }
+        };
+        let placement = placement(&mut f, kind.num_queues())?;
         f.finish()?;
         Ok(ExportOptions {
             id,
@@ -137,7 +184,7 @@ fn address(f: &mut Fields, listener: Option<OwnedFd>) -> Result<SocketAddress> {
             }
             if kind != "unix" {
                 return Err(Error::not_supported(format!(
-                    "{}: option 'type' is '{kind}': vhost-user needs a unix socket (unix, or fd with the name of one that systemd passed)",
+                    "{}: option 'type' is '{kind}': an export needs a unix socket (unix, or fd with the name of one that systemd passed)",
                     a.what()
                 )));
             }
@@ -164,22 +211,55 @@ fn address(f: &mut Fields, listener: Option<OwnedFd>) -> Result<SocketAddress> {
     }
 }
 
+fn nbd(f: &mut Fields, listener: Option<OwnedFd>) -> Result<NbdExportOptions> {
+    let addr = address(f, listener)?;
+    let text = |f: &mut Fields, key: &'static str| {
+        let text = f.string(key)?;
+        match text.as_ref().is_some_and(|t| t.len() > 4096) {
+            true => Err(f.error(key, "has more than 4096 bytes")),
+            false => Ok(text),
+        }
+    };
+    let block = f.size("logical-block-size")?;
+    if let Some(n) = block.filter(|n| !n.is_power_of_two() || *n > 4096) {
+        return Err(f.error(
+            "logical-block-size",
+            format_args!("is {n}: give a power of two up to 4096"),
+        ));
+    }
+    Ok(NbdExportOptions {
+        addr,
+        socket_mode: socket_mode(f)?,
+        socket_group: f.string("socket-group")?,
+        name: text(f, "name")?,
+        description: text(f, "description")?.unwrap_or_default(),
+        logical_block_size: block.map(|n| n as u32),
+        max_connections: f
+            .integer("max-connections", 1..=1000)?
+            .unwrap_or(NBD_CONNECTIONS) as u32,
+        until_disconnect: f.boolean("until-disconnect")?.unwrap_or(false),
+    })
+}
+
+fn socket_mode(f: &mut Fields) -> Result<Option<u32>> {
+    match f.string("socket-mode")? {
+        None => Ok(None),
+        Some(s) => u32::from_str_radix(&s, 8)
+            .ok()
+            .filter(|m| *m <= 0o777)
+            .map(Some)
+            .ok_or_else(|| {
+                f.error(
+                    "socket-mode",
+                    format_args!("is '{s}': give octal digits from 0 to 0777"),
+                )
+            }),
+    }
+}
+
 fn vhost_user_blk(f: &mut Fields, listener: Option<OwnedFd>) -> Result<VhostUserBlkOptions> {
     let addr = address(f, listener)?;
-    let socket_mode = match f.string("socket-mode")? {
-        None => None,
-        Some(s) => Some(
-            u32::from_str_radix(&s, 8)
-                .ok()
-                .filter(|m| *m <= 0o777)
-                .ok_or_else(|| {
-                    f.error(
-                        "socket-mode",
-                        format_args!("is '{s}': give octal digits from 0 to 0777"),
-                    )
-                })?,
-        ),
-    };
+    let socket_mode = socket_mode(f)?;
     let logical = block_size(f, "logical-block-size")?.unwrap_or(512);
     let physical = block_size(f, "physical-block-size")?.unwrap_or(logical);
     if physical < logical {
@@ -232,7 +312,7 @@ fn block_size(f: &mut Fields, key: &'static str) -> Result<Option<u32>> {
 
 /// `iothread`: a name or an array of names. `iothread-vq-mapping`: an array of
 /// `{iothread, vqs: [queue, …]}`, as QEMU's virtio-blk has it.
-fn placement(f: &mut Fields, num_queues: u16) -> Result<QueuePlacement> {
+fn placement(f: &mut Fields, num_queues: Option<u16>) -> Result<QueuePlacement> {
     let mut out = QueuePlacement::default();
     match f.value("iothread") {
         None => {}
@@ -257,6 +337,12 @@ fn placement(f: &mut Fields, num_queues: u16) -> Result<QueuePlacement> {
             format_args!("is {mapping}: give an array of {{iothread, vqs}} dictionaries"),
         )
     };
+    let num_queues = num_queues.ok_or_else(|| {
+        f.error(
+            "iothread-vq-mapping",
+            "is given for an export without virtqueues: give iothread",
+        )
+    })?;
     let entries = mapping.as_array().ok_or_else(|| malformed(f))?;
     for entry in entries {
         let Value::Object(entry) = entry else {
@@ -318,7 +404,9 @@ mod tests {
     fn defaults_and_options() {
         let o = with(json!({})).unwrap();
         assert!(!o.writable && !o.share_rw);
-        let ExportKind::VhostUserBlk(v) = &o.kind;
+        let ExportKind::VhostUserBlk(v) = &o.kind else {
+            panic!()
+        };
         assert_eq!(
             (v.num_queues, v.queue_size, v.logical_block_size),
             (64, 128, 512)
@@ -330,7 +418,9 @@ mod tests {
         .unwrap();
         assert_eq!(o.placement.pinned, [(0, "a".into()), (2, "a".into())]);
         assert_eq!(o.placement.round_robin, ["b"]);
-        let ExportKind::VhostUserBlk(v) = &o.kind;
+        let ExportKind::VhostUserBlk(v) = &o.kind else {
+            panic!()
+        };
         assert_eq!((v.socket_mode, v.physical_block_size), (Some(0o660), 4096));
     }
 
@@ -372,6 +462,22 @@ mod tests {
                 vec!["vqs", "64"],
             ),
             (json!({"frobnicate": 7}), vec!["'e'", "frobnicate"]),
+            (
+                json!({"type": "nbd", "num-queues": 4}),
+                vec!["'e'", "num-queues"],
+            ),
+            (
+                json!({"type": "nbd", "logical-block-size": 8192}),
+                vec!["logical-block-size", "8192"],
+            ),
+            (
+                json!({"type": "nbd", "iothread-vq-mapping": [{"iothread": "a"}]}),
+                vec!["virtqueues", "iothread"],
+            ),
+            (
+                json!({"type": "nbd", "name": "x".repeat(4097)}),
+                vec!["name", "4096"],
+            ),
         ] {
             let e = with(extra.clone()).unwrap_err();
             for part in parts {

@@ -22,8 +22,8 @@ pub use bitmap::{BitmapAction, BitmapOptions};
 pub use command::{Command, Reply, SnapshotAction};
 pub use error::{Error, ErrorKind, Result};
 pub use export::{
-    ExportKind, ExportOptions, MAX_QUEUE_SIZE, MAX_QUEUES, QueuePlacement, SocketAddress,
-    VhostUserBlkOptions,
+    ExportKind, ExportOptions, MAX_QUEUE_SIZE, MAX_QUEUES, NbdExportOptions, QueuePlacement,
+    SocketAddress, VhostUserBlkOptions,
 };
 pub use fields::{Map, Value, expand_dotted};
 pub use image::{
@@ -38,8 +38,8 @@ pub use job::{
 pub use node::{
     BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions, DRIVERS,
     DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions, InjectError, InjectWhen, Locking,
-    LuksOptions, NodeChange, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
-    SnapshotAccessOptions, SuspendRequest, ThrottleOptions, file_driver,
+    LuksOptions, NbdOptions, NbdServer, NodeChange, NodeOptions, NodeRef, NullOptions,
+    Qcow2Options, RawOptions, SnapshotAccessOptions, SuspendRequest, ThrottleOptions, file_driver,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

@@ -1,19 +1,22 @@
 //! Options of block nodes (QAPI `BlockdevOptions`).
 
 use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::fields::{Fields, Map, Value, expand_dotted};
 use crate::job::{COPY_ERRORS, CopyErrorPolicy};
 
 /// The drivers, by name.
-pub const DRIVERS: [&str; 11] = [
+pub const DRIVERS: [&str; 12] = [
     "blkdebug",
     "copy-before-write",
     "copy-on-read",
     "file",
     "host_device",
     "luks",
+    "nbd",
     "null-co",
     "qcow2",
     "raw",
@@ -199,6 +202,23 @@ pub struct BlkdebugOptions {
     pub suspend: Vec<SuspendRequest>,
 }
 
+/// Where an NBD server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NbdServer {
+    Unix(PathBuf),
+    /// At the other end of a connection that the caller passed (`/dev/fdset/N`), on which nothing was said yet.
+    Passed(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdOptions {
+    pub server: NbdServer,
+    /// The name of the server's export; often empty.
+    pub export: String,
+    /// How long requests wait for the server to come back.
+    pub reconnect_delay: Duration,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NullOptions {
     pub size: u64,
@@ -219,6 +239,7 @@ pub enum DriverOptions {
     CopyBeforeWrite(CopyBeforeWriteOptions),
     SnapshotAccess(SnapshotAccessOptions),
     Blkdebug(BlkdebugOptions),
+    Nbd(NbdOptions),
     NullCo(NullOptions),
 }
 
@@ -244,6 +265,7 @@ impl DriverOptions {
             DriverOptions::CopyBeforeWrite(_) => "copy-before-write",
             DriverOptions::SnapshotAccess(_) => "snapshot-access",
             DriverOptions::Blkdebug(_) => "blkdebug",
+            DriverOptions::Nbd(_) => "nbd",
             DriverOptions::NullCo(_) => "null-co",
         }
     }
@@ -544,6 +566,7 @@ impl NodeOptions {
                 suspend: suspensions(&mut f)?,
                 file: node_ref(&mut f, "file", &inherited)?,
             }),
+            "nbd" => DriverOptions::Nbd(nbd_options(&mut f)?),
             "null-co" => DriverOptions::NullCo(NullOptions {
                 size: f.size("size")?.unwrap_or(1 << 30),
                 latency_ns: f.integer("latency-ns", 0..=60_000_000_000)?.unwrap_or(0),
@@ -662,6 +685,64 @@ fn file_options(f: &mut Fields) -> Result<FileOptions> {
                 ],
             )?
             .unwrap_or_default(),
+    })
+}
+
+/// QAPI `BlockdevOptionsNbd`, for unix sockets; `filename` is a connection that the caller passed.
+fn nbd_options(f: &mut Fields) -> Result<NbdOptions> {
+    let passed = f.string("filename")?;
+    let server = match (f.object("server")?, passed) {
+        (Some(map), None) => {
+            let mut s = Fields::new(format!("{}, server", f.what()), map);
+            let kind = s.string("type")?.unwrap_or("unix".into());
+            if kind != "unix" {
+                return Err(Error::not_supported(format!(
+                    "{}: option 'type' is '{kind}': the daemon connects to unix sockets only; pass a connection over the network as a file descriptor (filename)",
+                    s.what()
+                )));
+            }
+            let path = s.required_string("path")?;
+            s.finish()?;
+            NbdServer::Unix(path.into())
+        }
+        (None, Some(name)) if name.starts_with("/dev/fdset/") => NbdServer::Passed(name),
+        (None, Some(name)) => {
+            return Err(f.error(
+                "filename",
+                format_args!(
+                    "is '{name}': it is for a connection that is passed as a file descriptor; give server.path for a socket"
+                ),
+            ));
+        }
+        (Some(_), Some(_)) => {
+            return Err(f.error(
+                "server",
+                "is given beside a passed connection: give one of them",
+            ));
+        }
+        (None, None) => {
+            return Err(f.error(
+                "server",
+                "is missing: give server.type=unix and server.path, or pass a connection (filename)",
+            ));
+        }
+    };
+    let export = f.string("export")?.unwrap_or_default();
+    if export.len() > 4096 {
+        return Err(f.error("export", "has more than 4096 bytes"));
+    }
+    let is_passed = matches!(server, NbdServer::Passed(_));
+    let delay = f.integer("reconnect-delay", 0..=86_400)?.unwrap_or(0);
+    if is_passed && delay > 0 {
+        return Err(f.error(
+            "reconnect-delay",
+            "is given for a connection that was passed, which cannot be made again: leave it out",
+        ));
+    }
+    Ok(NbdOptions {
+        server,
+        export,
+        reconnect_delay: Duration::from_secs(delay),
     })
 }
 

@@ -286,6 +286,7 @@ impl Graph {
             DriverOptions::Qcow2(_)
             | DriverOptions::File(_)
             | DriverOptions::HostDevice(_)
+            | DriverOptions::Nbd(_)
             | DriverOptions::NullCo(_) => None,
         };
         if let Some(file) = file {

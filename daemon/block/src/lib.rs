@@ -42,4 +42,5 @@ pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};
 pub use runtime::{LockPatience, Runtime, Secrets};
+pub use status::BlockStatus;
 pub use throttle::{ThrottleGroup, ThrottleGroups};

@@ -766,7 +766,7 @@ impl Node {
 
     /// What is known of the bytes at `offset`, of `len` (at least one) at most. What comes from `base` or from below it is
     /// not the node's own; without a base, what comes from a backing file is not.
-    pub(crate) async fn status(
+    pub async fn status(
         &self,
         offset: u64,
         len: u64,

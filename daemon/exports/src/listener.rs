@@ -1,4 +1,4 @@
-//! The socket file that front-ends connect to.
+//! The socket file that front-ends and clients connect to.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,6 +11,8 @@ use rustix::net::{
 };
 use tokio::net::UnixListener;
 use vdisk_api::{Error, Result, SocketAddress};
+
+use crate::keeper::{Keeper, listener_name};
 
 /// Front-ends that may wait for the one before them to leave.
 const BACKLOG: i32 = 16;
@@ -76,6 +78,34 @@ impl Listener {
             inode: meta.ino(),
         });
         Ok(Some(listener))
+    }
+
+    /// Goes on with what an earlier process has left, or opens the address and has the socket kept for the next.
+    pub fn take_or_open(
+        export: &str,
+        address: &SocketAddress,
+        mode: Option<u32>,
+        group: Option<&str>,
+        left: Option<OwnedFd>,
+        keeper: Option<&dyn Keeper>,
+    ) -> Result<Listener> {
+        let taken = left.map(|fd| Listener::take_over(export, address, fd));
+        if let Some(listener) = taken.transpose()?.flatten() {
+            return Ok(listener);
+        }
+        if let Some(keeper) = keeper {
+            keeper.forget(&listener_name(export));
+        }
+        let listener = Listener::open(export, address, mode, group)?;
+        // The next process gets one that has a name as this one did.
+        let is_passed_again = matches!(address, SocketAddress::Named(..));
+        if let Some(keeper) = keeper
+            && !is_passed_again
+            && let Err(error) = keeper.keep(&listener_name(export), listener.socket.as_fd())
+        {
+            tracing::warn!(export, %error, "the socket cannot be kept for a restart");
+        }
+        Ok(listener)
     }
 
     /// Opens the address of an export. Must be called within a tokio runtime.

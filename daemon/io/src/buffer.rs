@@ -39,7 +39,23 @@ impl AlignedBuf {
     pub fn is_empty(&self) -> bool {
         false
     }
+
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: `ptr` is valid for `len` initialised bytes, and whoever has the buffer has nobody else write to it: a list of
+        // segments takes it away.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len()) }
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_slice`.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len()) }
+    }
 }
+
+// SAFETY: the memory is the buffer's alone, and any thread may free it.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: what is shared only gives slices that cannot be written to, and pointers.
+unsafe impl Sync for AlignedBuf {}
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
@@ -80,6 +96,43 @@ impl IoVecs {
             vecs,
             len,
             keep: Rc::new(buf),
+        }
+    }
+
+    /// The first `len` bytes of a buffer, or all of it if it has no more.
+    pub fn from_buf(buf: AlignedBuf, len: usize) -> IoVecs {
+        let len = len.min(buf.len());
+        let vecs = vec![libc::iovec {
+            iov_base: buf.as_mut_ptr().cast(),
+            iov_len: len,
+        }];
+        IoVecs {
+            vecs,
+            len,
+            keep: Rc::new(buf),
+        }
+    }
+
+    /// The buffer that the list was made of, if it is one and nobody else has it; a copy if not.
+    pub fn into_buf(self) -> AlignedBuf {
+        let copy = |iov: &IoVecs| {
+            let mut buf = AlignedBuf::new(iov.len, 1);
+            iov.copy_to_slice(0, buf.as_mut_slice());
+            buf
+        };
+        let whole = |iov: &IoVecs, buf: &AlignedBuf| {
+            iov.vecs.len() == 1 && iov.vecs[0].iov_base.cast() == buf.as_mut_ptr()
+        };
+        match self.keep.clone().downcast::<AlignedBuf>() {
+            Ok(buf) if whole(&self, &buf) => {
+                let IoVecs { vecs, len, keep } = self;
+                drop(keep);
+                match Rc::try_unwrap(buf) {
+                    Ok(buf) => buf,
+                    Err(keep) => copy(&IoVecs { vecs, len, keep }),
+                }
+            }
+            _ => copy(&self),
         }
     }
 
@@ -256,6 +309,21 @@ pub fn segments_aligned(vecs: &[libc::iovec], align: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn buffers_come_back() {
+        let mut buf = AlignedBuf::new(8, 64);
+        buf.as_mut_slice().copy_from_slice(b"abcdefgh");
+        let at = buf.as_mut_ptr();
+        let iov = IoVecs::from_buf(buf, 6);
+        assert_eq!(iov.to_vec(), b"abcdef");
+        let other = iov.clone();
+        let copy = iov.into_buf();
+        assert_eq!(copy.as_slice(), b"abcdef");
+        assert_ne!(copy.as_mut_ptr(), at);
+        assert_eq!(other.slice(1, 2).into_buf().as_slice(), b"bc");
+        assert_eq!(other.into_buf().as_mut_ptr(), at);
+    }
 
     fn two_parts() -> IoVecs {
         let buf = Rc::new(AlignedBuf::new(64, 8));

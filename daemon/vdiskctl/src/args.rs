@@ -468,7 +468,7 @@ pub enum SnapshotCommand {
 /// Where something is copied to, and how.
 #[derive(Debug, ClapArgs)]
 pub struct Copy {
-    /// The image of the copy, which is made
+    /// The image of the copy, which is made; or a server's disk of the same size (nbd+unix:///EXPORT?socket=PATH)
     pub filename: String,
     /// Format of the copy
     #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw"])]

@@ -74,7 +74,10 @@ fn export_rows(objects: &Objects) -> Rows {
                 "read-only"
             }
             .into(),
-            number(p, "NumQueues").to_string(),
+            match p.get("NumQueues") {
+                Some(_) => number(p, "NumQueues").to_string(),
+                None => "-".to_owned(),
+            },
             number(p, "Clients").to_string(),
             text(p, "Path"),
             text(p, "Socket"),

@@ -12,7 +12,7 @@ use crate::args::{Convert, Copy, Discard, Job, JobCommand, Merge, Mirror};
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, name_of, properties};
-use crate::options::{Options, absolute, options};
+use crate::options::{NbdUri, Options, absolute, options};
 use crate::output::{Rows, names, number, print_json, print_pause, print_properties, text};
 
 /// How often a bar moves, at most and at last: short jobs are not waited for long.
@@ -273,6 +273,9 @@ impl Target {
         size: u64,
         node: String,
     ) -> Result<Target> {
+        if let Some(uri) = NbdUri::parse(&copy.filename) {
+            return Target::connect(daemon, manager, copy, uri?, node).await;
+        }
         let mut made = None;
         if !copy.existing {
             let options = Options::from([
@@ -294,6 +297,35 @@ impl Target {
         options.insert("node-name", Variant::from(node.clone()));
         options.insert("file.filename", absolute(&copy.filename));
         let target = Target { node, made };
+        match manager.add_node(options).await {
+            Ok(_) => Ok(target),
+            Err(e) => {
+                target.remove(daemon, false).await;
+                Err(e.into())
+            }
+        }
+    }
+
+    /// Adds a node for the disk of a server, which is there.
+    async fn connect(
+        daemon: &Daemon,
+        manager: &ManagerProxy<'_>,
+        copy: &Copy,
+        server: NbdUri,
+        node: String,
+    ) -> Result<Target> {
+        let mut options = options(&copy.target)?;
+        for (key, value) in [
+            ("driver", "nbd"),
+            ("server.type", "unix"),
+            ("server.path", &server.socket),
+            ("export", &server.export),
+            ("discard", "unmap"),
+            ("node-name", &node),
+        ] {
+            options.insert(key, Variant::from(value.to_owned()));
+        }
+        let target = Target { node, made: None };
         match manager.add_node(options).await {
             Ok(_) => Ok(target),
             Err(e) => {

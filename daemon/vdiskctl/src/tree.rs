@@ -19,12 +19,13 @@ fn export_line(p: &Properties) -> String {
         1 => "1 client".to_owned(),
         n => format!("{n} clients"),
     };
-    let queues = match number(p, "NumQueues") {
-        1 => "1 queue".to_owned(),
-        n => format!("{n} queues"),
+    let queues = match p.get("NumQueues").and_then(Json::as_u64) {
+        None => String::new(),
+        Some(1) => "1 queue, ".to_owned(),
+        Some(n) => format!("{n} queues, "),
     };
     let mut line = format!(
-        "{name}{}{name:#}  {}, {}, {queues}, {clients}, {path_style}{path} path{path_style:#}",
+        "{name}{}{name:#}  {}, {}, {queues}{clients}, {path_style}{path} path{path_style:#}",
         text(p, "Id"),
         text(p, "Kind"),
         if flag(p, "Writable") {

@@ -120,7 +120,7 @@ impl Everything {
                 id,
                 node: export.node(),
                 clients: export.server.clients(),
-                is_slow: export.server.slow_reason().is_some(),
+                is_slow: export.slow_reason().is_some(),
                 sum,
             }
         });

@@ -8,6 +8,7 @@ mod filter;
 mod inactive;
 mod locks;
 mod luks;
+mod nbd;
 mod null;
 pub(crate) mod qcow2;
 mod raw;
@@ -96,6 +97,8 @@ pub enum SlowReason {
     Discarded,
     /// The node is inactive.
     Inactive,
+    /// The storage is at the other end of a connection.
+    Network,
 }
 
 impl fmt::Display for SlowReason {
@@ -121,6 +124,7 @@ impl fmt::Display for SlowReason {
             SlowReason::Debugged => "blkdebug may make requests fail",
             SlowReason::Mirrored => "a mirror writes to its target, too",
             SlowReason::Inactive => "the node is inactive",
+            SlowReason::Network => "the storage is an NBD server's",
             SlowReason::Latency => "latency-ns delays requests",
         })
     }
@@ -388,6 +392,7 @@ pub(crate) fn open(
             copy_before_write::open_access(name, options, o, children)
         }
         DriverOptions::Blkdebug(o) => blkdebug::open(name, options, o, children),
+        DriverOptions::Nbd(o) => nbd::open(name, options, o, runtime),
         DriverOptions::NullCo(o) => Ok(null::open(options, o)),
     }
 }

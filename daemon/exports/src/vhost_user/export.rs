@@ -11,33 +11,19 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use vdisk_api::{Error, Result, SocketAddress, VhostUserBlkOptions};
-use vdisk_block::{Backend, Direction};
+use vdisk_api::{Error, Result, VhostUserBlkOptions};
+use vdisk_block::Backend;
 use vdisk_io::IoThread;
 
 use super::connection::Connection;
-use super::listener::Listener;
 use super::pace::Pace;
 use super::parcel;
 use super::state::{Descriptors, State};
 use crate::keeper::{Keeper, Left, connection_name, listener_name};
+use crate::listener::Listener;
+use crate::server::ExportEvent;
 use crate::statistics::{QueueCounters, QueueStats};
 use crate::virtio_blk::{Device, DeviceOptions};
-
-/// Something about an export changed by itself, or is to be changed.
-#[derive(Debug)]
-pub enum ExportEvent {
-    /// A front-end came or left.
-    ClientsChanged { id: String },
-    /// The guest is about to go on here, and the images of the node must be open; or it goes on elsewhere, and they are to be let
-    /// go of.
-    Activity {
-        node: String,
-        active: bool,
-        /// Whether it is so now; not if another guest uses the images.
-        done: oneshot::Sender<Result<bool>>,
-    },
-}
 
 /// What connections are told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -183,29 +169,14 @@ impl VhostUserBlk {
         if let Some(keeper) = &keeper {
             left.forget_superseded(&device.id, &**keeper);
         }
-        let taken = left
-            .listener
-            .map(|fd| Listener::take_over(&device.id, &options.addr, fd));
-        let listener = match taken.transpose()?.flatten() {
-            Some(listener) => listener,
-            None => {
-                if let Some(keeper) = &keeper {
-                    keeper.forget(&listener_name(&device.id));
-                }
-                let (mode, group) = (options.socket_mode, options.socket_group.as_deref());
-                let listener = Listener::open(&device.id, &options.addr, mode, group)?;
-                // The next process gets one that has a name as this one did.
-                let is_passed_again = matches!(options.addr, SocketAddress::Named(..));
-                if let Some(keeper) = &keeper
-                    && !is_passed_again
-                    && let Err(error) =
-                        keeper.keep(&listener_name(&device.id), listener.socket.as_fd())
-                {
-                    tracing::warn!(export = device.id, %error, "the socket cannot be kept for a restart");
-                }
-                listener
-            }
-        };
+        let listener = Listener::take_or_open(
+            &device.id,
+            &options.addr,
+            options.socket_mode,
+            options.socket_group.as_deref(),
+            left.listener,
+            keeper.as_deref(),
+        )?;
         backend
             .node()
             .announce_block_size(device.logical_block_size.into());
@@ -268,20 +239,6 @@ impl VhostUserBlk {
     /// What was counted on each queue.
     pub fn statistics(&self) -> Vec<QueueCounters> {
         self.shared.stats.iter().map(|s| s.counters()).collect()
-    }
-
-    /// Whether requests can take the fast path, and if not, why.
-    pub fn slow_reason(&self) -> Option<String> {
-        let node = self.shared.device.backend.node();
-        let read = node.slow_reason(Direction::Read);
-        let write = self
-            .shared
-            .device
-            .options
-            .writable
-            .then(|| node.slow_reason(Direction::Write))
-            .flatten();
-        Some(format!("node '{}': {}", node.name(), read.or(write)?))
     }
 
     /// The node's size changed: tell the guest.

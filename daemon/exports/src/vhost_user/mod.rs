@@ -6,7 +6,6 @@
 //! * [`state`]: what was negotiated, as one serialisable value;
 //! * `connection`: one front-end, from connect to close;
 //! * `parcel`: a connection in one file descriptor, for the next process;
-//! * `listener`: the socket file;
 //! * `export`: the whole.
 
 pub mod message;
@@ -15,9 +14,8 @@ pub mod state;
 mod channel;
 mod connection;
 mod export;
-mod listener;
 mod pace;
 mod parcel;
 
-pub use export::{ExportEvent, VhostUserBlk};
+pub use export::VhostUserBlk;
 pub use parcel::{unwrap, wrap};

@@ -219,9 +219,8 @@ impl Control {
         let world = self.world();
         let (_, above) = world.graph.above(name);
         let mut exports = world.exports.iter();
-        let busy = exports.find(|(_, e)| {
-            e.server.running_queues() > 0 && above.iter().any(|n| n.name() == e.node())
-        });
+        let busy = exports
+            .find(|(_, e)| e.server.running() > 0 && above.iter().any(|n| n.name() == e.node()));
         busy.map(|(id, _)| id.clone())
     }
 
@@ -267,12 +266,7 @@ impl Control {
         let exports = world.exports.iter();
         let exports = exports.filter(|(_, e)| above.iter().any(|n| n.name() == e.node()));
         exports
-            .map(|(id, e)| {
-                (
-                    id.clone(),
-                    e.server.device().options.logical_block_size.into(),
-                )
-            })
+            .map(|(id, e)| (id.clone(), e.server.logical_block_size().into()))
             .collect()
     }
 

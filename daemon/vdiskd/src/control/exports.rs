@@ -5,12 +5,12 @@ use std::sync::atomic::AtomicBool;
 
 use vdisk_api::{
     Error, ExportKind, ExportOptions, Map, QueuePlacement, Reply, Result, SocketAddress,
-    VhostUserBlkOptions,
 };
 use vdisk_block::{Backend, Parent, Permissions, Use};
-use vdisk_exports::Left;
+use vdisk_exports::nbd::{Nbd, NbdSetup};
 use vdisk_exports::vhost_user::VhostUserBlk;
 use vdisk_exports::virtio_blk::DeviceOptions;
+use vdisk_exports::{Left, Server};
 use vdisk_io::IoThread;
 
 use super::{Control, Event, Export, Sockets, World};
@@ -54,9 +54,8 @@ impl Control {
             .graph
             .node(&options.node_name)
             .map_err(|e| e.context(format_args!("export '{id}'")))?;
-        let ExportKind::VhostUserBlk(kind) = &options.kind;
-        let kind = &with_defaults(kind, &world.defaults.sockets);
-        if let SocketAddress::Named(name, _) = &kind.addr
+        let kind = &with_defaults(&options.kind, &world.defaults.sockets);
+        if let SocketAddress::Named(name, _) = kind.addr()
             && let Some((other, _)) = world
                 .exports
                 .iter()
@@ -67,7 +66,7 @@ impl Control {
             )));
         }
         let given = resolved(options.given, kind);
-        let threads = place_queues(&world, &id, &options.placement, kind.num_queues)?;
+        let threads = place_queues(&world, &id, &options.placement, kind.num_queues())?;
         let backend = Backend::new(id.clone(), node);
         let parent = Parent::Export(id.clone());
         world.graph.attach(
@@ -76,20 +75,40 @@ impl Control {
             guest_use(options.writable, options.share_rw),
             backend.clone(),
         )?;
-        let device = DeviceOptions {
-            id: id.clone(),
-            writable: options.writable,
-            writethrough: options.writethrough,
-            num_queues: kind.num_queues,
-            queue_size: kind.queue_size,
-            logical_block_size: kind.logical_block_size,
-            physical_block_size: kind.physical_block_size,
-            serial: kind.serial.clone(),
-        };
         let events = self.export_events.clone();
         let keeper = self.keeper.clone();
-        let started =
-            VhostUserBlk::start(device, kind, backend.clone(), threads, events, keeper, left);
+        let (writable, writethrough) = (options.writable, options.writethrough);
+        let started = match kind {
+            ExportKind::VhostUserBlk(kind) => {
+                let device = DeviceOptions {
+                    id: id.clone(),
+                    writable,
+                    writethrough,
+                    num_queues: kind.num_queues,
+                    queue_size: kind.queue_size,
+                    logical_block_size: kind.logical_block_size,
+                    physical_block_size: kind.physical_block_size,
+                    serial: kind.serial.clone(),
+                };
+                VhostUserBlk::start(device, kind, backend.clone(), threads, events, keeper, left)
+                    .map(Server::VhostUserBlk)
+            }
+            ExportKind::Nbd(kind) => {
+                let own = backend.node().storage_block_size().clamp(1, 512) as u32;
+                let setup = NbdSetup {
+                    id: id.clone(),
+                    writable,
+                    writethrough,
+                    name: kind.name.clone().unwrap_or_else(|| id.clone()),
+                    description: kind.description.clone(),
+                    logical_block_size: kind.logical_block_size.unwrap_or(own),
+                    max_connections: kind.max_connections,
+                    until_disconnect: kind.until_disconnect,
+                };
+                Nbd::start(setup, kind, backend.clone(), threads, events, keeper, left)
+                    .map(Server::Nbd)
+            }
+        };
         let server = match started {
             Ok(server) => server,
             Err(e) => {
@@ -109,7 +128,6 @@ impl Control {
             backend,
             writable: options.writable,
             kind: options.kind.name(),
-            queue_size: kind.queue_size,
             server,
             given,
             persistent: AtomicBool::new(false),
@@ -165,6 +183,25 @@ impl Control {
         Ok(Reply::Done)
     }
 
+    /// The client has gone for which an export was there.
+    pub(super) async fn finish_export(&mut self, id: &str) {
+        let Ok(export) = self.world().export(id) else {
+            return;
+        };
+        let node = export.node();
+        tracing::info!(
+            export = id,
+            node,
+            "its client has gone, and so do the export and its node"
+        );
+        if let Err(error) = self.remove_export(id).await {
+            tracing::error!(export = id, %error, "it cannot be removed");
+        }
+        if let Err(error) = self.remove_node(&node).await {
+            tracing::warn!(node, %error, "it stays");
+        }
+    }
+
     pub(super) async fn remove_export(&mut self, id: &str) -> Result<Reply> {
         let export = self.world().export(id)?;
         export.server.stop().await;
@@ -195,23 +232,26 @@ impl Control {
 }
 
 /// The options with what vdiskd.toml says of sockets.
-fn with_defaults(options: &VhostUserBlkOptions, sockets: &Sockets) -> VhostUserBlkOptions {
-    let mut options = options.clone();
-    options.socket_mode = options.socket_mode.or(sockets.mode);
-    options.socket_group = options.socket_group.or_else(|| sockets.group.clone());
-    if let SocketAddress::Named(name, socket) = &mut options.addr {
+fn with_defaults(kind: &ExportKind, sockets: &Sockets) -> ExportKind {
+    let mut kind = kind.clone();
+    let (addr, mode, group) = kind.socket_mut();
+    *mode = mode.or(sockets.mode);
+    *group = group.take().or_else(|| sockets.group.clone());
+    if let SocketAddress::Named(name, socket) = addr {
         *socket = sockets.passed.get(name).cloned();
     }
-    if let (SocketAddress::Unix(path), Some(directory)) = (&mut options.addr, &sockets.directory) {
+    if let (SocketAddress::Unix(path), Some(directory)) = (addr, &sockets.directory) {
         // An absolute path stays what it is.
         *path = directory.join(&*path);
     }
-    options
+    kind
 }
 
 /// The options as they were given, with what was found for the socket: that stays, whatever vdiskd.toml says later.
-fn resolved(mut given: Map, options: &VhostUserBlkOptions) -> Map {
-    let SocketAddress::Unix(path) = &options.addr else {
+fn resolved(mut given: Map, kind: &ExportKind) -> Map {
+    let mut kind = kind.clone();
+    let (addr, mode, group) = kind.socket_mut();
+    let SocketAddress::Unix(path) = addr else {
         return given;
     };
     let addr = [
@@ -219,10 +259,10 @@ fn resolved(mut given: Map, options: &VhostUserBlkOptions) -> Map {
         ("path".to_owned(), path.to_string_lossy().into()),
     ];
     given.insert("addr".into(), Map::from_iter(addr).into());
-    if let Some(mode) = options.socket_mode {
+    if let Some(mode) = mode {
         given.insert("socket-mode".into(), format!("{mode:o}").into());
     }
-    if let Some(group) = &options.socket_group {
+    if let Some(group) = group {
         given.insert("socket-group".into(), group.clone().into());
     }
     given
@@ -251,12 +291,12 @@ fn others_below(world: &World, id: &str) -> Others {
     }
 }
 
-/// The I/O thread of each queue.
+/// The I/O thread of each queue; all threads in turn of an export that has none.
 fn place_queues(
     world: &World,
     id: &str,
     placement: &QueuePlacement,
-    num_queues: u16,
+    num_queues: Option<u16>,
 ) -> Result<Vec<IoThread>> {
     let find = |name: &String| {
         world
@@ -279,6 +319,9 @@ fn place_queues(
             .iter()
             .map(find)
             .collect::<Result<_>>()?
+    };
+    let Some(num_queues) = num_queues else {
+        return Ok(in_turn);
     };
     let mut in_turn = in_turn.iter().cycle();
     (0..num_queues)

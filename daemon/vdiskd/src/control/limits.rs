@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vdisk_api::{Command, Error, ExportKind, ExportOptions, Result, format_size};
+use vdisk_api::{Command, Error, ExportOptions, Result, format_size};
 
 use super::Control;
 
@@ -91,8 +91,7 @@ impl Control {
                 "export '{id}': there are {there} already, the limit of vdiskd.toml (limits.exports): remove one, or raise it"
             )));
         }
-        let ExportKind::VhostUserBlk(kind) = &options.kind;
-        let (queues, most) = (kind.num_queues, limits.queues);
+        let (queues, most) = (options.kind.num_queues().unwrap_or(0), limits.queues);
         if queues > most {
             return Err(Error::invalid(format!(
                 "export '{id}': option 'num-queues' is {queues}, and vdiskd.toml (limits.queues) allows {most}"

@@ -28,7 +28,8 @@ use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use vdisk_api::{Command, Error, Reply, Result};
 use vdisk_block::Pending;
-use vdisk_exports::vhost_user::{ExportEvent, wrap};
+use vdisk_exports::ExportEvent;
+use vdisk_exports::vhost_user::wrap;
 
 use jobs::JobEvent;
 pub use limits::{Limits, MemoryLimit};
@@ -280,6 +281,12 @@ impl Control {
                     ExportEvent::ClientsChanged { id } => {
                         self.events.push(Event::ExportChanged(id));
                         self.publish().await;
+                    }
+                    ExportEvent::Finished { id, done } => {
+                        self.finish_export(&id).await;
+                        self.save();
+                        self.publish().await;
+                        let _ = done.send(());
                     }
                     ExportEvent::Activity { node, active, done } => {
                         // Nobody waits any more: what they do now would be undone.

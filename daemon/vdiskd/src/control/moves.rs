@@ -228,7 +228,7 @@ impl Control {
             if let (Some(writer), true) = (writer, new.is_read_only()) {
                 return Err(Error::invalid(format!(
                     "{what}: it is read-only, and export '{}' writes: add it without read-only",
-                    writer.server.device().options.id
+                    writer.backend.name()
                 )));
             }
             (node, new)
@@ -298,7 +298,7 @@ impl Control {
         let (_, above) = world.graph.above(node.name());
         let exports = world.exports.values();
         let exports = exports.filter(|e| above.iter().any(|n| n.name() == e.node()));
-        let blocks = exports.map(|e| e.server.device().options.logical_block_size);
+        let blocks = exports.map(|e| e.server.logical_block_size());
         if let Some(block) = blocks.min() {
             new.announce_block_size(block.into());
         }

@@ -183,7 +183,7 @@ impl Control {
                 .exports
                 .values()
                 .filter(|e| above.1.iter().any(|n| n.name() == e.node()))
-                .map(|e| u64::from(e.server.device().options.logical_block_size))
+                .map(|e| u64::from(e.server.logical_block_size()))
                 .max();
             (node, above, block.unwrap_or(1))
         };

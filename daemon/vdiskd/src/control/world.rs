@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use vdisk_api::{Error, Map, Result};
 
 use vdisk_block::{Backend, Graph, Runtime};
-use vdisk_exports::vhost_user::VhostUserBlk;
+use vdisk_exports::Server;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
 
 use super::Limits;
@@ -46,8 +46,7 @@ pub struct Export {
     pub backend: Arc<Backend>,
     pub writable: bool,
     pub kind: &'static str,
-    pub server: VhostUserBlk,
-    pub queue_size: u16,
+    pub server: Server,
     /// The options as they were given.
     pub given: Map,
     pub persistent: AtomicBool,
@@ -62,6 +61,11 @@ impl Export {
     /// The name of the socket that systemd passed for it.
     pub fn socket_name(&self) -> Option<&str> {
         self.given.get("addr")?.get("str")?.as_str()
+    }
+
+    /// Why its requests take the slow path, if they do.
+    pub fn slow_reason(&self) -> Option<String> {
+        self.server.slow_reason(&self.backend, self.writable)
     }
 
     /// It outlives the machine.

@@ -1,9 +1,12 @@
-//! org.vdisk1.Export and org.vdisk1.Export.VhostUserBlk
+//! org.vdisk1.Export and the interfaces of its kinds
 
 use std::sync::Arc;
 
 use vdisk_api::Command;
 use vdisk_dbus::{iothread_path, node_path};
+use vdisk_exports::Server;
+use vdisk_exports::nbd::NbdSetup;
+use vdisk_exports::virtio_blk::DeviceOptions;
 use zbus::OwnedObjectPath;
 use zbus::interface;
 
@@ -87,7 +90,7 @@ impl ExportObject {
     #[zbus(property)]
     fn path(&self) -> zbus::fdo::Result<String> {
         let export = find(&self.control, &self.id)?;
-        let path = match export.server.slow_reason() {
+        let path = match export.slow_reason() {
             None => "fast",
             Some(_) => "slow",
         };
@@ -97,7 +100,61 @@ impl ExportObject {
     #[zbus(property)]
     fn path_reason(&self) -> zbus::fdo::Result<String> {
         let export = find(&self.control, &self.id)?;
-        Ok(export.server.slow_reason().unwrap_or_default())
+        Ok(export.slow_reason().unwrap_or_default())
+    }
+}
+
+/// The path that front-ends or clients connect to; empty if a socket was passed.
+fn socket(control: &Handle, id: &str) -> zbus::fdo::Result<String> {
+    let export = find(control, id)?;
+    let socket = export.server.socket();
+    Ok(socket.map_or(String::new(), |p| p.display().to_string()))
+}
+
+pub struct NbdObject {
+    pub control: Handle,
+    pub id: String,
+}
+
+impl NbdObject {
+    fn setup(&self) -> zbus::fdo::Result<NbdSetup> {
+        match &find(&self.control, &self.id)?.server {
+            Server::Nbd(e) => Ok(e.setup().clone()),
+            _ => Err(zbus::fdo::Error::UnknownInterface(self.id.clone())),
+        }
+    }
+}
+
+#[interface(name = "org.vdisk1.Export.Nbd", introspection_docs = false)]
+impl NbdObject {
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn socket(&self) -> zbus::fdo::Result<String> {
+        socket(&self.control, &self.id)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn name(&self) -> zbus::fdo::Result<String> {
+        Ok(self.setup()?.name)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn description(&self) -> zbus::fdo::Result<String> {
+        Ok(self.setup()?.description)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn logical_block_size(&self) -> zbus::fdo::Result<u32> {
+        Ok(self.setup()?.logical_block_size)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn max_connections(&self) -> zbus::fdo::Result<u32> {
+        Ok(self.setup()?.max_connections)
+    }
+
+    #[zbus(property(emits_changed_signal = "const"))]
+    fn until_disconnect(&self) -> zbus::fdo::Result<bool> {
+        Ok(self.setup()?.until_disconnect)
     }
 }
 
@@ -106,13 +163,20 @@ pub struct VhostUserBlkObject {
     pub id: String,
 }
 
+impl VhostUserBlkObject {
+    fn device(&self) -> zbus::fdo::Result<DeviceOptions> {
+        match &find(&self.control, &self.id)?.server {
+            Server::VhostUserBlk(e) => Ok(e.device().options.clone()),
+            _ => Err(zbus::fdo::Error::UnknownInterface(self.id.clone())),
+        }
+    }
+}
+
 #[interface(name = "org.vdisk1.Export.VhostUserBlk", introspection_docs = false)]
 impl VhostUserBlkObject {
     #[zbus(property(emits_changed_signal = "const"))]
     fn socket(&self) -> zbus::fdo::Result<String> {
-        let export = find(&self.control, &self.id)?;
-        let socket = export.server.socket();
-        Ok(socket.map_or(String::new(), |p| p.display().to_string()))
+        socket(&self.control, &self.id)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
@@ -122,24 +186,21 @@ impl VhostUserBlkObject {
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn queue_size(&self) -> zbus::fdo::Result<u16> {
-        Ok(find(&self.control, &self.id)?.queue_size)
+        Ok(self.device()?.queue_size)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn logical_block_size(&self) -> zbus::fdo::Result<u32> {
-        let export = find(&self.control, &self.id)?;
-        Ok(export.server.device().options.logical_block_size)
+        Ok(self.device()?.logical_block_size)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn physical_block_size(&self) -> zbus::fdo::Result<u32> {
-        let export = find(&self.control, &self.id)?;
-        Ok(export.server.device().options.physical_block_size)
+        Ok(self.device()?.physical_block_size)
     }
 
     #[zbus(property(emits_changed_signal = "const"))]
     fn serial(&self) -> zbus::fdo::Result<String> {
-        let export = find(&self.control, &self.id)?;
-        Ok(export.server.device().options.serial.clone())
+        Ok(self.device()?.serial)
     }
 }

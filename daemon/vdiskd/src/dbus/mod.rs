@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use vdisk_dbus::{ROOT_PATH, bitmap_path, export_path, iothread_path, job_path, node_path};
+use vdisk_exports::Server;
 use zbus::connection::Builder;
 use zbus::{Connection, MessageStream};
 
@@ -26,7 +27,7 @@ pub use access::Trusted;
 use access::{Access, Guarded, SocketFolders};
 use bitmap::BitmapObject;
 use error::Failure;
-use export::{ExportObject, VhostUserBlkObject};
+use export::{ExportObject, NbdObject, VhostUserBlkObject};
 use iothread::IoThreadObject;
 use job::JobObject;
 use manager::ManagerObject;
@@ -268,22 +269,42 @@ async fn apply(
         }
         Event::ExportAdded(id) => {
             let path = export_path(&id);
-            let special = VhostUserBlkObject {
-                control: control.clone(),
-                id: id.clone(),
+            // It may be gone again.
+            let Ok(export) = control.world().export(&id) else {
+                return Ok(());
             };
-            server
-                .at(path.clone(), Guarded::new(special, access))
-                .await?;
+            let (own, name) = (control.clone(), id.clone());
+            match export.server {
+                Server::VhostUserBlk(_) => {
+                    let special = VhostUserBlkObject {
+                        control: own,
+                        id: name,
+                    };
+                    server
+                        .at(path.clone(), Guarded::new(special, access))
+                        .await?;
+                }
+                Server::Nbd(_) => {
+                    let special = NbdObject {
+                        control: own,
+                        id: name,
+                    };
+                    server
+                        .at(path.clone(), Guarded::new(special, access))
+                        .await?;
+                }
+            }
             server
                 .at(path, Guarded::new(ExportObject { control, id }, access))
                 .await?;
         }
         Event::ExportRemoved(id) => {
             let path = export_path(&id);
-            server
+            // Of what kind it was is not known any more.
+            let _ = server
                 .remove::<Guarded<VhostUserBlkObject>, _>(path.clone())
-                .await?;
+                .await;
+            let _ = server.remove::<Guarded<NbdObject>, _>(path.clone()).await;
             server.remove::<Guarded<ExportObject>, _>(path).await?;
         }
         Event::ExportChanged(id) => {

@@ -415,7 +415,7 @@ impl Control {
         let (_, above) = world.graph.above(parts.source.name());
         let exports = world.exports.values();
         let exports = exports.filter(|e| above.iter().any(|n| n.name() == e.node()));
-        let blocks = exports.map(|e| e.server.device().options.logical_block_size);
+        let blocks = exports.map(|e| e.server.logical_block_size());
         if let Some(block) = blocks.min() {
             parts.target.announce_block_size(block.into());
         }
