@@ -33,6 +33,12 @@ fn a_guest_moves_to_another_host() {
     in_container("libvirt/migrate.sh", Some("libvirt"));
 }
 
+/// The same with its disks, to a host that has none of the storage here; whatever breaks on the way, the guest stays where it was.
+#[test]
+fn a_guest_moves_with_its_disks() {
+    in_container("libvirt/mirrored.sh", Some("libvirt"));
+}
+
 /// What no hook is told of: disks that virsh unplugs, guests whose end libvirt did not see, names that change.
 #[test]
 fn what_libvirt_tells_by_events_only() {

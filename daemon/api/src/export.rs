@@ -71,7 +71,7 @@ pub struct NbdExportOptions {
     /// Bytes, a power of two up to 4096; what the storage has, up to 512, if not given.
     pub logical_block_size: Option<u32>,
     pub max_connections: u32,
-    /// It ends, and its node with it, when the first client that has used it goes.
+    /// It ends, and its node with it, when a client that has used it says goodbye. One that goes without a word may come back.
     pub until_disconnect: bool,
 }
 

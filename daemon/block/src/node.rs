@@ -830,6 +830,12 @@ impl Node {
         self.driver.drain(on);
     }
 
+    /// Somebody has still to write to it before it is what it is to be: a server that offers it is not told that all is done when it
+    /// is closed.
+    pub fn set_unfinished(&self, on: bool) {
+        self.driver.set_unfinished(on);
+    }
+
     /// The node is part of the graph now: what it suspends can be told to go on.
     pub(crate) fn enter(&self) {
         self.driver.enter();
@@ -851,7 +857,7 @@ impl Node {
     }
 
     /// The node and everything below it.
-    pub(crate) fn with_all_below(self: &Arc<Self>) -> Vec<Arc<Node>> {
+    pub fn with_all_below(self: &Arc<Self>) -> Vec<Arc<Node>> {
         let (mut all, mut todo): (Vec<Arc<Node>>, _) = (Vec::new(), vec![self.clone()]);
         while let Some(node) = todo.pop() {
             if !all.iter().any(|n| Arc::ptr_eq(n, &node)) {

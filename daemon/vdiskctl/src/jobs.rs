@@ -347,7 +347,8 @@ impl Target {
     }
 }
 
-fn set_speed(options: &mut Options<'_>, speed: Option<&str>) -> Result<()> {
+/// Adds "speed", if there is one.
+pub fn set_speed(options: &mut Options<'_>, speed: Option<&str>) -> Result<()> {
     if let Some(speed) = speed {
         options.insert("speed", Variant::from(bytes_per_second(speed)?));
     }
@@ -494,6 +495,29 @@ pub async fn mirror(
         target.remove(daemon, !failed).await;
     }
     result
+}
+
+/// Starts a mirror, and shows its progress until it is ready; its id. Nothing stays of one that fails.
+pub async fn mirror_until_ready(
+    daemon: &Daemon,
+    node: &str,
+    mut options: Options<'_>,
+) -> Result<String> {
+    options.insert("auto-dismiss", Variant::from(false));
+    let path = daemon.node(node).await?.mirror(options).await?;
+    let id = name_of(path.as_str());
+    let p = watch(daemon, &id, &[End::Concluded, End::Ready], true).await?;
+    if text(&p, "State") == "ready" {
+        return Ok(id);
+    }
+    daemon.job(&id).await?.dismiss(Options::new()).await?;
+    check_success(&p)?;
+    Err(Error::failed(format!("job '{id}' has ended too early")))
+}
+
+/// Waits until a job is over.
+pub async fn until_over(daemon: &Daemon, id: &str) -> Result<()> {
+    watch(daemon, id, &[End::Concluded], false).await.map(drop)
 }
 
 /// Commits an overlay, or streams into it.

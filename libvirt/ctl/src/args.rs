@@ -209,6 +209,9 @@ pub enum Command {
     },
     /// Show what the guest has done to its disks
     Stats { domain: String },
+    /// Offer a new image to another host
+    #[command(hide = true)]
+    Receive(Receive),
     /// Print the man page
     #[command(hide = true)]
     Man,
@@ -261,9 +264,37 @@ pub struct Migrate {
     /// First bring the disks into this folder, which both hosts have
     #[arg(long, value_name = "FOLDER")]
     pub copy_storage: Option<String>,
-    /// Bytes per second at most for that (50M)
-    #[arg(long, requires = "copy_storage")]
+    /// Copy the disks to the other host while the guest runs, into new images under the same names, as one image each. They
+    /// follow the guest until it goes on there; the ones here stay as it has left them
+    #[arg(long, conflicts_with = "copy_storage")]
+    pub copy_storage_all: bool,
+    /// How commands are run on the other host: a program whose last argument is a command line for a shell there [default: ssh to
+    /// the host of a qemu+ssh:// URI]
+    #[arg(long, value_name = "COMMAND", requires = "copy_storage_all")]
+    pub remote_shell: Option<String>,
+    /// Bytes per second at most for copies (50M)
+    #[arg(long)]
     pub speed: Option<String>,
+}
+
+/// The other end of a disk that is copied: what `migrate --copy-storage-all` runs on the other host.
+#[derive(Debug, ClapArgs)]
+pub struct Receive {
+    /// What the node and its export are called
+    pub name: String,
+    /// The image, which is made
+    pub file: String,
+    #[arg(long, default_value = "qcow2")]
+    pub format: String,
+    /// Bytes
+    #[arg(long, default_value_t = 0)]
+    pub size: u64,
+    /// The daemon's secret for it
+    #[arg(long)]
+    pub secret: Option<String>,
+    /// Take all of it away again
+    #[arg(long)]
+    pub abort: bool,
 }
 
 /// What of a domain is changed.

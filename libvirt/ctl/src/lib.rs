@@ -10,6 +10,7 @@ pub mod libvirt;
 pub mod list;
 mod live;
 mod migrate;
+mod mirrored;
 mod snapshots;
 
 use std::cell::RefCell;
@@ -128,6 +129,8 @@ async fn run(args: Args) -> Result<()> {
             print(&script);
             return Ok(());
         }
+        // (No domain has anything to do with it.)
+        Command::Receive(command) => return mirrored::receive(&args, command).await,
         _ => {}
     }
     let libvirt = Libvirt::open(&args.connect)?;
@@ -174,7 +177,7 @@ async fn command(cx: &Context) -> Result<()> {
         Command::Throttle { .. } => live::throttle(cx).await,
         Command::Threshold { .. } => live::threshold(cx).await,
         Command::Stats { domain } => list::stats(cx, domain).await,
-        Command::Man | Command::Completion { .. } => Ok(()),
+        Command::Receive(_) | Command::Man | Command::Completion { .. } => Ok(()),
     }
 }
 

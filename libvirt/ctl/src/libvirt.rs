@@ -322,7 +322,13 @@ impl Guest {
     }
 
     /// Brings the guest to another host.
-    pub fn migrate(&self, to: &Libvirt, how: &Migrate) -> Result<()> {
+    /// Moves the guest. `definitions` is what it is there, now and at its next start, if that is not what it is here.
+    pub fn migrate(
+        &self,
+        to: &Libvirt,
+        how: &Migrate,
+        definitions: Option<(String, String)>,
+    ) -> Result<()> {
         let mut flags = sys::VIR_MIGRATE_LIVE;
         for (on, flag) in [
             (how.persistent, sys::VIR_MIGRATE_PERSIST_DEST),
@@ -333,8 +339,11 @@ impl Guest {
                 flags |= flag;
             }
         }
+        let (dest_xml, persist_xml) = definitions.unzip();
         let parameters = MigrateParameters {
             uri: how.migrateuri.clone(),
+            dest_xml,
+            persist_xml: persist_xml.filter(|_| how.persistent),
             ..MigrateParameters::default()
         };
         let moved = match how.p2p {
@@ -348,6 +357,21 @@ impl Guest {
                 .map(drop),
         };
         moved.map_err(self.failed(&format!("cannot be moved to {}", how.desturi)))
+    }
+
+    /// Has libvirt give up what it does with the domain at the moment.
+    pub fn abort(&self, uri: &str) -> Result<()> {
+        // (Crate virt does not have this call.)
+        let done = std::process::Command::new("virsh")
+            .args(["-q", "-c", uri, "domjobabort", &self.name])
+            .status();
+        match done.is_ok_and(|s| s.success()) {
+            true => Ok(()),
+            false => Err(Error::failed(format!(
+                "the move of domain '{}' cannot be aborted",
+                self.name
+            ))),
+        }
     }
 
     pub fn resume(&self) -> Result<()> {

@@ -12,8 +12,9 @@ use vdiskctl::output::{names, print_json};
 use crate::Context;
 use crate::args::Migrate;
 use crate::disks::Running;
-use crate::libvirt::Libvirt;
+use crate::libvirt::{Libvirt, Side};
 use crate::live::copy_disk;
+use crate::mirrored::{Copies, Shell};
 
 /// Where the copy of a disk goes: under the name of its file, with what the copy is at its end.
 fn copy_of(disk: &Disk, folder: &Path) -> Result<String> {
@@ -99,14 +100,22 @@ pub async fn migrate(cx: &Context, command: &Migrate) -> Result<()> {
             })?;
         }
     }
+    if command.copy_storage_all {
+        return with_storage(cx, command, running, &destination).await;
+    }
     let since = Instant::now();
-    let moved = running.guest.migrate(&destination, command);
+    let moved = running.guest.migrate(&destination, command, None);
     if let (Err(e), false) = (&moved, copied.is_empty()) {
         return Err(Error::failed(format!(
             "{e}; the guest goes on here, with its disks where they were copied to"
         )));
     }
     moved?;
+    done(cx, command, &name, since);
+    Ok(())
+}
+
+fn done(cx: &Context, command: &Migrate, name: &str, since: Instant) {
     let seconds = since.elapsed().as_secs_f64();
     match cx.args.json {
         true => print_json(&json!({"domain": name, "to": command.desturi, "seconds": seconds})),
@@ -115,5 +124,46 @@ pub async fn migrate(cx: &Context, command: &Migrate) -> Result<()> {
             command.desturi
         ),
     }
-    Ok(())
+}
+
+/// To a host that has none of the storage here.
+async fn with_storage(
+    cx: &Context,
+    command: &Migrate,
+    running: Running,
+    destination: &Libvirt,
+) -> Result<()> {
+    let name = running.domain.name.clone();
+    if !running.domain.metadata.snapshots.is_empty() {
+        return Err(Error::failed(format!(
+            "domain '{name}' has snapshots, whose images would stay here: delete them first (vdiskctl domain snapshot delete)"
+        )));
+    }
+    let shell = Shell::new(command.remote_shell.as_deref(), &command.desturi)?;
+    let copies = Copies::start(&running, shell, command.speed.as_deref()).await?;
+    let since = Instant::now();
+    let moved = async {
+        let live = copies.definition(&running, Side::Live)?;
+        let config = match running.guest.is_persistent()? {
+            true => copies.definition(&running, Side::Config)?,
+            false => live.clone(),
+        };
+        let run = || {
+            running
+                .guest
+                .migrate(destination, command, Some((live, config)))
+        };
+        copies.guard(&cx.args, &running, run)
+    };
+    match moved.await {
+        Ok(()) => {
+            copies.finish(&running).await?;
+            done(cx, command, &name, since);
+            Ok(())
+        }
+        Err(e) => {
+            copies.give_up(&running).await;
+            Err(Error::failed(format!("{e}; the guest goes on here")))
+        }
+    }
 }

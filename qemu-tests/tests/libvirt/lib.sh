@@ -120,6 +120,65 @@ nothing_left() {
 }
 until_gone() { until [ "$(virsh -q domstate "$1")" = 'shut off' ]; do sleep 0.05; done; }
 
+# The load of guest vm goes on, without an error.
+goes_on() {
+    local before after
+    before=$("$@" guest vm load-status)
+    until after=$("$@" guest vm load-status) && [ "$before" != "$after" ]; do sleep 0.02; done
+    if grep -q '"failed": true' <<<"$after"; then echo "the load failed"; false; fi
+}
+
+# The other host, with a vdiskd and a libvirt of its own: what is in /run, /etc/libvirt and /var of libvirt's is its own there; the
+# images are not if it is to be `shared`. `on2 COMMAND` runs something there; its libvirt is at $there, the one here at $back.
+other_host() {
+    mkdir -p /tmp/host2
+    cat >/tmp/host2.sh <<'SH'
+#!/bin/bash
+set -eu
+hostname host2
+mkdir -p /tmp/host2/run
+mount -n -t tmpfs none /tmp/host2/run
+for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
+    mkdir -p "/tmp/host2/run/own/$folder"
+done
+cp -a /etc/libvirt/*.conf /etc/libvirt/hooks /tmp/host2/run/own/etc/libvirt/
+install -d -o libvirt-qemu -g libvirt-qemu /tmp/host2/run/own/var/lib/libvirt/qemu
+mkdir -p /tmp/host2/run/own/var/lib/libvirt/images
+[ "$1" != shared ] || mount -n --bind /var/lib/libvirt/images /tmp/host2/run/own/var/lib/libvirt/images
+for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
+    mount -n --rbind "/tmp/host2/run/own/$folder" "/$folder"
+done
+mount -n --move /tmp/host2/run /run
+mkdir -p /run/dbus /run/lock
+install -d -m 755 -o vdiskd -g kvm /run/vdiskd
+sed -i '/host_uuid/d; /unix_sock_dir/d; /auth_unix/d' /etc/libvirt/libvirtd.conf
+printf 'host_uuid = "11111111-2222-3333-4444-555555555555"\nauth_unix_rw = "none"\n' >>/etc/libvirt/libvirtd.conf
+dbus-daemon --system --nofork --nopidfile &
+until [ -S /run/dbus/system_bus_socket ]; do sleep 0.02; done
+cat >/tmp/vdiskd2.sh <<'VDISKD'
+umask 0007
+RUNTIME_DIRECTORY=/run/vdiskd setpriv --reuid vdiskd --regid kvm --clear-groups /usr/libexec/vdiskd >>/tmp/vdiskd2.log 2>&1 &
+until busctl status org.vdisk1 >/dev/null 2>&1; do sleep 0.02; done
+VDISKD
+bash /tmp/vdiskd2.sh
+virtlogd &
+libvirtd >/tmp/libvirtd2.log 2>&1 &
+until [ -S /run/libvirt/libvirt-sock ]; do sleep 0.02; done
+touch /tmp/host2-is-up
+wait
+SH
+    chmod +x /tmp/host2.sh
+    unshare --mount --uts --propagation private /tmp/host2.sh "$1" >/tmp/host2.log 2>&1 &
+    other=$!
+    until [ -e /tmp/host2-is-up ]; do
+        kill -0 $other || { cat /tmp/host2.log; false; }
+        sleep 0.05
+    done
+    there='qemu+unix:///system?socket=/proc/'$other'/root/run/libvirt/libvirt-sock'
+    back='qemu+unix:///system?socket=/proc/1/root/run/libvirt/libvirt-sock'
+}
+on2() { nsenter -t "$other" --mount --uts "$@"; }
+
 cp /lab/kernel/vmlinuz /lab/initramfs /boot/
 chmod 644 /boot/vmlinuz /boot/initramfs
 mkdir -p $images

@@ -4,51 +4,7 @@
 # One: QEMU 10's TCG has been seen to end itself with two (iotlb_to_section).
 cpus=1
 
-# The other host: what is in /run, /etc/libvirt and /var of libvirt's is its own there, the images are not.
-mkdir -p /tmp/host2
-cat >/tmp/host2.sh <<'SH'
-#!/bin/bash
-set -eu
-hostname host2
-mkdir -p /tmp/host2/run
-mount -n -t tmpfs none /tmp/host2/run
-for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
-    mkdir -p "/tmp/host2/run/own/$folder"
-done
-cp -a /etc/libvirt/*.conf /etc/libvirt/hooks /tmp/host2/run/own/etc/libvirt/
-install -d -o libvirt-qemu -g libvirt-qemu /tmp/host2/run/own/var/lib/libvirt/qemu
-mkdir -p /tmp/host2/run/own/var/lib/libvirt/images
-mount -n --bind /var/lib/libvirt/images /tmp/host2/run/own/var/lib/libvirt/images
-for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
-    mount -n --rbind "/tmp/host2/run/own/$folder" "/$folder"
-done
-mount -n --move /tmp/host2/run /run
-mkdir -p /run/dbus /run/lock
-install -d -m 755 -o vdiskd -g kvm /run/vdiskd
-sed -i '/host_uuid/d; /unix_sock_dir/d; /auth_unix/d' /etc/libvirt/libvirtd.conf
-printf 'host_uuid = "11111111-2222-3333-4444-555555555555"\nauth_unix_rw = "none"\n' >>/etc/libvirt/libvirtd.conf
-dbus-daemon --system --nofork --nopidfile &
-until [ -S /run/dbus/system_bus_socket ]; do sleep 0.02; done
-cat >/tmp/vdiskd2.sh <<'VDISKD'
-umask 0007
-RUNTIME_DIRECTORY=/run/vdiskd setpriv --reuid vdiskd --regid kvm --clear-groups /usr/libexec/vdiskd >>/tmp/vdiskd2.log 2>&1 &
-until busctl status org.vdisk1 >/dev/null 2>&1; do sleep 0.02; done
-VDISKD
-bash /tmp/vdiskd2.sh
-virtlogd &
-libvirtd >/tmp/libvirtd2.log 2>&1 &
-until [ -S /run/libvirt/libvirt-sock ]; do sleep 0.02; done
-touch /tmp/host2-is-up
-wait
-SH
-chmod +x /tmp/host2.sh
-unshare --mount --uts --propagation private /tmp/host2.sh >/tmp/host2.log 2>&1 &
-other=$!
-until [ -e /tmp/host2-is-up ]; do
-    kill -0 $other || { cat /tmp/host2.log; false; }
-    sleep 0.05
-done
-on2() { nsenter -t $other --mount --uts "$@"; }
+other_host shared
 on2 virsh list --all
 
 qemu-img create -q -f qcow2 $images/base.qcow2 64M
@@ -60,16 +16,7 @@ virsh start vm
 guest vm wait-disk disk=vdb
 guest vm write disk=vdb offset=0 len=1048576 generation=1
 guest vm load-start disk=vda offset=0 len=33554432 threads=4
-there='qemu+unix:///system?socket=/proc/'$other'/root/run/libvirt/libvirt-sock'
-back='qemu+unix:///system?socket=/proc/1/root/run/libvirt/libvirt-sock'
 to() { vdiskctl domain migrate vm "$there" unix:///tmp/there.sock --persistent "$@"; }
-goes_on() {
-    local before after
-    before=$("$@" guest vm load-status)
-    until after=$("$@" guest vm load-status) && [ "$before" != "$after" ]; do sleep 0.02; done
-    if grep -q '"failed": true' <<<"$after"; then echo "the load failed"; false; fi
-}
-
 # Nobody there who could serve it; a job; a user who thinks better of it: the guest stays.
 kill "$(on2 busctl status org.vdisk1 | sed -n s/^PID=//p)"
 refused 'vdiskd is not running' to

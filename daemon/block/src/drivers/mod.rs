@@ -269,6 +269,9 @@ pub trait Driver: Send + Sync {
     /// Each driver for itself.
     fn drain(&self, _on: bool) {}
 
+    /// Somebody has still to write to it before it is what it is to be: closing it says that to whoever has it, if they can be told.
+    fn set_unfinished(&self, _on: bool) {}
+
     /// The node is part of the graph now.
     fn enter(&self) {}
 

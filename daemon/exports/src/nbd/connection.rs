@@ -63,7 +63,7 @@ pub enum Error {
     Stopped,
 }
 
-/// Serves a client. True if it has used the export.
+/// Serves a client. True if it has used the export, and has said goodbye.
 pub async fn serve(
     shared: &Arc<Shared>,
     stream: &mut UnixStream,
@@ -92,7 +92,7 @@ pub async fn serve(
         }
     });
     closed.await.map_err(|_| Error::Stopped)?;
-    result.map(|()| true)
+    result
 }
 
 async fn converse(
@@ -102,7 +102,7 @@ async fn converse(
     thread: &IoThread,
     lane: Kept<Lane>,
     stop: &mut watch::Receiver<bool>,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let (from, mut to) = stream.split();
     let (tx, mut rx) = mpsc::unbounded_channel();
     let mut ending = stop.clone();
@@ -111,7 +111,7 @@ async fn converse(
         let tx = tx;
         tokio::select! {
             read = take_requests(shared, from, agreed, thread, lane, &tx) => read,
-            _ = stop.wait_for(|stop| *stop) => Ok(()),
+            _ = stop.wait_for(|stop| *stop) => Ok(false),
         }
     };
     let replies = async {
@@ -144,7 +144,7 @@ async fn converse(
     let (mut requests, mut replies) = (std::pin::pin!(requests), std::pin::pin!(replies));
     tokio::select! {
         // Nothing can be told any more.
-        failed = &mut replies => failed,
+        failed = &mut replies => failed.map(|()| false),
         read = &mut requests => {
             replies.await?;
             read
@@ -159,20 +159,20 @@ async fn take_requests(
     thread: &IoThread,
     lane: Kept<Lane>,
     replies: &mpsc::UnboundedSender<Reply>,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let mut from = BufReader::with_capacity(TOGETHER, from);
     let memory = Arc::new(Semaphore::new(BUDGET));
     loop {
         let mut header = [0; Request::SIZE];
         // Between requests a client may go without a word.
         match from.read_exact(&mut header[..1]).await {
-            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(false),
             other => other?,
         };
         from.read_exact(&mut header[1..]).await?;
         let request = Request::parse(&header).ok_or(Error::NoRequest)?;
         if request.kind == command::DISCONNECT {
-            return Ok(());
+            return Ok(true);
         }
         let has_data = matches!(request.kind, command::READ | command::WRITE);
         if request.kind == command::WRITE && request.len > MAX_PAYLOAD {

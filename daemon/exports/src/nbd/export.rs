@@ -34,7 +34,7 @@ pub struct NbdSetup {
     pub logical_block_size: u32,
     /// Clients that may be connected at once; others wait.
     pub max_connections: u32,
-    /// It ends with the first client that has used it.
+    /// It ends with the first client that has used it, and says goodbye.
     pub until_disconnect: bool,
 }
 
@@ -266,17 +266,17 @@ fn client(
         let ended = connection::serve(&shared, &mut stream, thread, stop.clone()).await;
         shared.clients.fetch_sub(1, Relaxed);
         shared.changed();
-        let used = match ended {
-            Ok(used) => {
+        let is_done = match ended {
+            Ok(is_done) => {
                 tracing::info!(export = shared.setup.id, "client disconnected");
-                used
+                is_done
             }
             Err(error) => {
                 tracing::error!(export = shared.setup.id, %error, "the client is disconnected");
                 false
             }
         };
-        if used && shared.setup.until_disconnect && !*stop.borrow() {
+        if is_done && shared.setup.until_disconnect && !*stop.borrow() {
             // Whoever ends the export waits for this one to end.
             tokio::spawn(async move {
                 end_with_client(&shared).await;

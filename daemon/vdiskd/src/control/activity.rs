@@ -78,6 +78,19 @@ impl Control {
         }
     }
 
+    /// Lets go of what mirrors were in the way of, when they have ended.
+    pub(super) async fn let_go_of_waiting(&mut self) {
+        for (node, done) in std::mem::take(&mut self.waiting) {
+            if self.has_ending_jobs() {
+                self.waiting.push((node, done));
+            } else if !done.is_closed() {
+                let is_wanted = || !done.is_closed();
+                let result = self.change_activity(&node, false, is_wanted).await;
+                let _ = done.send(result);
+            }
+        }
+    }
+
     async fn activate_node(&mut self, name: &str) -> Result<()> {
         let plan = self.world().graph.plan_activation(name)?;
         if plan.is_empty() {

@@ -76,6 +76,8 @@ struct Shared {
     idle: Notify,
     /// The connection broke, and the server had acknowledged something that was not flushed.
     lost: AtomicBool,
+    /// The connection ends without a goodbye.
+    unfinished: AtomicBool,
 }
 
 #[derive(Default)]
@@ -193,6 +195,11 @@ impl Link {
         }
     }
 
+    /// Has the connection end without a goodbye, or with one again.
+    pub fn set_unfinished(&self, on: bool) {
+        self.shared.unfinished.store(on, SeqCst);
+    }
+
     /// Says goodbye when all is answered, and waits until the server has let go of everything, too.
     pub async fn close(&self) {
         locked(&self.asks).take();
@@ -250,6 +257,9 @@ impl Task {
                 }
                 idle.await;
             }
+            if shared.unfinished.load(SeqCst) {
+                return Ok(());
+            }
             let goodbye = Request {
                 kind: command::DISCONNECT,
                 flags: 0,
@@ -262,6 +272,9 @@ impl Task {
         tokio::select! {
             error = &mut replies => return error.map(|never| match never {}),
             sent = requests => sent?,
+        }
+        if self.shared.unfinished.load(SeqCst) {
+            return Ok(());
         }
         // The server ends the connection when it has let go of what it serves.
         let _ = tokio::time::timeout(GOODBYE, replies).await;

@@ -332,6 +332,10 @@ impl Driver for Nbd {
         Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
     }
 
+    fn set_unfinished(&self, on: bool) {
+        self.link.set_unfinished(on);
+    }
+
     fn filename(&self) -> Option<String> {
         Some(self.filename.clone())
     }

@@ -73,6 +73,7 @@ impl Control {
                     Ok(()) => self.work_done(&job).await,
                     Err(stop) => self.abort(&job, stop).await,
                 }
+                self.let_go_of_waiting().await;
             }
         }
     }
@@ -132,8 +133,15 @@ impl Control {
         match result {
             Ok(()) => {
                 self.end(job, true).await;
+                let closes = job.options.close_target && job.state.ending() != Some(Ending::Pivot);
+                if closes {
+                    parts.target.set_unfinished(false);
+                }
                 self.after(job, parts).await;
                 self.conclude(job, None);
+                if closes && let Err(error) = self.remove_node(&job.target).await {
+                    tracing::warn!(node = job.target, %error, "it stays");
+                }
             }
             Err(stop) => {
                 drop(parts);
@@ -408,6 +416,34 @@ impl Control {
         }
         self.let_go(job);
         parts
+    }
+
+    /// Has mirrors end that are ready, as the source of each is to be let go of: what they have not copied yet is copied then. False
+    /// if there is none.
+    pub(in crate::control) fn end_mirrors(&mut self, node: &str) -> bool {
+        let world = self.world();
+        let Ok(top) = world.graph.node(node) else {
+            return false;
+        };
+        let nodes = top.with_all_below();
+        let is_ours = |name: &str| nodes.iter().any(|n| n.name() == name);
+        let mut found = false;
+        for job in world.jobs.values().filter(|j| is_ours(&j.source)) {
+            let is_mirror = matches!(
+                job.life().parts.as_ref().map(|p| &p.task),
+                Some(Task::Mirror(..))
+            );
+            if is_mirror && job.options.close_target && job.status() == Status::Ready {
+                tracing::info!(
+                    job = job.id(),
+                    node,
+                    "its source is to be let go of: it ends"
+                );
+                job.state.end(Ending::Copy);
+                found = true;
+            }
+        }
+        found
     }
 
     /// A job is over.

@@ -96,6 +96,9 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             let granularity = granularity.unwrap_or(cluster).max(block);
             bitmaps::check_memory("its bits", source.size(), granularity)?;
             let blocking = copy_mode == CopyMode::WriteBlocking;
+            if o.close_target {
+                target.set_unfinished(true);
+            }
             let mirror = Mirror::new(source, target, sync, granularity, blocking, sharing);
             Task::Mirror(mirror, increment)
         }
