@@ -637,9 +637,10 @@ pub enum JobCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum Export {
-    /// Offer a node to a guest
+    /// Offer a node to a guest, or (nbd) to programs
     ///
-    /// Example: vdiskctl export add vm1-vda --node disk0 --socket /run/vdiskd/vm1-vda.sock --writable
+    /// Examples: vdiskctl export add vm1-vda --node disk0 --socket /run/vdiskd/vm1-vda.sock --writable;
+    /// vdiskctl export add disk0-nbd --type nbd --node disk0 --socket /run/vdiskd/disk0-nbd.sock
     Add(AddExport),
     /// Change an export: persistent=on has it come back when the machine starts, with everything that it stands on
     ///
@@ -661,7 +662,7 @@ pub enum Export {
 pub struct AddExport {
     /// The new export's id
     pub id: String,
-    /// Kind of export
+    /// Kind of export: vhost-user-blk, nbd
     #[arg(long = "type", default_value = "vhost-user-blk")]
     pub kind: String,
     /// The node to offer
