@@ -76,6 +76,9 @@ fn the_daemon_introspects_to_the_documented_xml() {
     let slow = ["--speed", "1", "--detach", "job-id=j0"];
     daemon.ctl(&[&["backup", "n0", copy.to_str().unwrap()][..], &slow].concat());
     daemon.ctl(&["bitmap", "add", "d0", "b0"]);
+    let socket = daemon.path("e0");
+    let nbd = ["--type", "nbd", "--socket", socket.to_str().unwrap()];
+    daemon.ctl(&[&["export", "add", "e0", "--node", "n0"][..], &nbd].concat());
     for (interface, xml) in vdisk_dbus::INTERFACES {
         let path = match interface {
             "org.vdisk1.Manager" => "/org/vdisk1",
@@ -83,6 +86,7 @@ fn the_daemon_introspects_to_the_documented_xml() {
             "org.vdisk1.Bitmap" => "/org/vdisk1/bitmap/d0/b0",
             "org.vdisk1.Node" => "/org/vdisk1/node/d0",
             "org.vdisk1.IoThread" => "/org/vdisk1/iothread/io0",
+            "org.vdisk1.Export.Nbd" => "/org/vdisk1/export/e0",
             _ => "/org/vdisk1/export/d0",
         };
         let said = busctl(

@@ -327,6 +327,75 @@ fn jobs_go_over_nbd() {
     assert!(sequence.last_write(&backup, "the backup") >= 200);
 }
 
+/// A copy that is not finished is nobody's: not of a job that failed, not of a daemon that ends; one that is finished is free.
+#[test]
+fn an_unfinished_copy_stays_locked() {
+    let mut daemon = Daemon::managed(&[]);
+    let there = Daemon::start(&[]);
+    file(&daemon, "d", SIZE, &[]);
+    file(&there, "c", SIZE, &[]);
+    let image = there.path("c.img");
+    let nbd = serve(&there, "e", "c", &["--writable", "until-disconnect=on"]);
+    let server = format!("server.path={nbd}");
+    let begin = |daemon: &Daemon| {
+        daemon.ctl(&["node", "add", "c", "driver=nbd", &server]);
+        let options = ["target=s:c", "close-target=b:true", "job-id=s:m"];
+        let mirror = [
+            "org.vdisk1",
+            "/org/vdisk1/node/d",
+            "org.vdisk1.Node",
+            "Mirror",
+        ];
+        let bus = format!("--address={}", daemon.bus_address());
+        let mut call = vec![bus.as_str(), "call"];
+        call.extend(mirror);
+        call.extend(["a{sv}", "3"]);
+        let words: Vec<&str> = options.iter().flat_map(|o| o.split(['=', ':'])).collect();
+        call.extend(words);
+        tool("busctl", &call);
+        let state = || daemon.ctl_json(&["job", "show", "m"])["State"].clone();
+        wait_for("the mirror", || (state() == "ready").then_some(()));
+    };
+    let is_locked = || {
+        let opened = Command::new("qemu-io")
+            .args(["-f", "raw", "-c", "quit", text(&image)])
+            .output();
+        !opened.unwrap().status.success()
+    };
+    let clients = || there.ctl_json(&["export", "show", "e"])["Clients"].clone();
+    let gone = || wait_for("the end of the client", || (clients() == 0).then_some(()));
+    begin(&daemon);
+    daemon.ctl(&["job", "cancel", "m", "--force"]);
+    wait_for("the job's end", || {
+        daemon
+            .try_ctl(&["node", "remove", "c"])
+            .status
+            .success()
+            .then_some(())
+    });
+    gone();
+    assert!(is_locked());
+    begin(&daemon);
+    assert_eq!(daemon.terminate(), Some(0));
+    gone();
+    assert!(is_locked());
+    daemon.start_again();
+    daemon.ctl(&[
+        "node",
+        "add",
+        "d",
+        "driver=file",
+        &format!("filename={}", text(&daemon.path("d.img"))),
+    ]);
+    begin(&daemon);
+    daemon.ctl(&["job", "cancel", "m"]);
+    wait_for("the export's end", || (!is_locked()).then_some(()));
+    assert_ne!(
+        daemon.try_ctl(&["node", "show", "c"]).status.code(),
+        Some(0)
+    );
+}
+
 /// Whatever a client says, the others are served, and the daemon goes on.
 #[test]
 fn a_bad_client_ends_its_own_connection() {
@@ -494,6 +563,12 @@ fn an_export_ends_with_its_client() {
         daemon.ctl_json(&["export", "show", "e"])["UntilDisconnect"],
         true
     );
+    // Nor does who goes without a word: it may come back.
+    let mut killed = Daemon::start(&[]);
+    connect(&killed, "n", &socket, &[]);
+    killed.kill();
+    let clients = || daemon.ctl_json(&["export", "show", "e"])["Clients"].clone();
+    wait_for("the end of the client", || (clients() == 0).then_some(()));
     let mut client = Daemon::start(&[]);
     connect(&client, "n", &socket, &[]);
     let mut disk = Client::connect(&client.socket("n"), 1, 1, 1 << 20);
