@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use vdisk_qemu_tests::frontend::{BASE, DATA, FEATURES, Frontend, LEN, request, words};
-use vdisk_qemu_tests::qemu_tools::{assert_sound, text};
+use vdisk_qemu_tests::qemu_tools::{assert_sound, text, tool};
 use vdisk_qemu_tests::{Daemon, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -254,4 +254,149 @@ fn a_daemon_that_ends_lets_go_of_what_it_owes() {
     destination.ctl(&["node", "deactivate", "limited"]);
     let mut here = Frontend::start(&source.socket("vm"));
     assert_eq!(read(&mut here, 2048), [1; 4096]);
+}
+
+/// A source whose disk is mirrored to a destination with storage of its own, where a guest may come.
+fn copied_pair() -> (Daemon, Daemon) {
+    let (source, destination) = (Daemon::managed(&[]), Daemon::start(&[]));
+    let (here, there) = (
+        source.image("d.img", 16 * MIB),
+        destination.image("c.img", 16 * MIB),
+    );
+    let file = |image: &Path| format!("filename={}", image.display());
+    source.ctl(&["node", "add", "disk", "driver=file", &file(&here)]);
+    source.export_node("vm", "disk", &[]);
+    destination.ctl(&["node", "add", "copy", "driver=file", &file(&there)]);
+    let nbd = destination.path("copy.nbd").display().to_string();
+    destination.ctl(&[
+        "export",
+        "add",
+        "copy",
+        "--type",
+        "nbd",
+        "--node",
+        "copy",
+        "--socket",
+        &nbd,
+        "--writable",
+        "until-disconnect=on",
+    ]);
+    destination.ctl(&[
+        "node",
+        "add",
+        "disk",
+        "driver=file",
+        &file(&there),
+        "active=off",
+    ]);
+    destination.export_node("vm", "disk", &[]);
+    let server = format!("server.path={nbd}");
+    source.ctl(&["node", "add", "copy", "driver=nbd", &server]);
+    mirror(&source);
+    (source, destination)
+}
+
+fn mirror(source: &Daemon) {
+    let bus = format!("--address={}", source.bus_address());
+    tool(
+        "busctl",
+        &[
+            &bus,
+            "call",
+            "org.vdisk1",
+            "/org/vdisk1/node/disk",
+            "org.vdisk1.Node",
+            "Mirror",
+            "a{sv}",
+            "4",
+            "target",
+            "s",
+            "copy",
+            "hand-over",
+            "b",
+            "true",
+            "job-id",
+            "s",
+            "m",
+            "auto-dismiss",
+            "b",
+            "false",
+        ],
+    );
+    let state = || source.ctl_json(&["job", "show", "m"])["State"].clone();
+    wait_for("the mirror", || (state() == "ready").then_some(()));
+}
+
+fn is_locked(destination: &Daemon) {
+    let (code, message) = destination.ctl_error(&["node", "activate", "disk"]);
+    assert!(code == 4 && message.contains("is locked"), "{message}");
+}
+
+/// A disk that moves with its guest is used there when all is there that the guest has written: not before it has stopped, and not
+/// when it goes on here after all, as guests do that are reset.
+#[test]
+fn a_copy_is_used_when_all_is_there() {
+    let (source, destination) = copied_pair();
+    let mut here = Frontend::start(&source.socket("vm"));
+    write(&mut here, 8, 1);
+    let mut there = Frontend::connect(&destination.socket("vm"));
+    give_memory(&mut there);
+    is_locked(&destination);
+    log_changes(&mut here);
+    for round in 2..5 {
+        write(&mut here, 8 * u64::from(round), round);
+        here.stop_queue();
+        assert!(is_active(&source, "disk"));
+        here.start_queue();
+        write(&mut here, 8 * u64::from(round) + 256, round);
+        is_locked(&destination);
+    }
+    here.stop_queue();
+    there.start_queue();
+    assert!(is_active(&destination, "disk"));
+    assert_ne!(
+        destination
+            .try_ctl(&["export", "show", "copy"])
+            .status
+            .code(),
+        Some(0)
+    );
+    assert_eq!(read(&mut there, 8), [1; 4096]);
+    for round in 2..5 {
+        assert_eq!(read(&mut there, 8 * u64::from(round)), [round; 4096]);
+        assert_eq!(read(&mut there, 8 * u64::from(round) + 256), [round; 4096]);
+    }
+    write(&mut there, 8, 9);
+}
+
+/// A copy that is not finished is nobody's: not of a job that failed, not of a daemon that ends, not when its guest has gone.
+#[test]
+fn an_unfinished_copy_stays_locked() {
+    let (mut source, destination) = copied_pair();
+    let mut here = Frontend::start(&source.socket("vm"));
+    write(&mut here, 8, 1);
+    log_changes(&mut here);
+    source.ctl(&["job", "cancel", "m", "--force"]);
+    let gone = || {
+        source
+            .try_ctl(&["node", "remove", "copy"])
+            .status
+            .success()
+            .then_some(())
+    };
+    wait_for("the job's end", gone);
+    let clients = || destination.ctl_json(&["export", "show", "copy"])["Clients"].clone();
+    wait_for("the end of the client", || (clients() == 0).then_some(()));
+    is_locked(&destination);
+    // Nor is the source let go of without it: whoever moves the guest is to see that.
+    here.stop_queue();
+    assert!(is_active(&source, "disk"));
+    is_locked(&destination);
+    source.ctl(&["job", "dismiss", "m"]);
+    let nbd = format!("server.path={}", destination.path("copy.nbd").display());
+    source.ctl(&["node", "add", "copy", "driver=nbd", &nbd]);
+    mirror(&source);
+    assert_eq!(source.terminate(), Some(0));
+    wait_for("the end of the client", || (clients() == 0).then_some(()));
+    is_locked(&destination);
 }

@@ -155,9 +155,9 @@ pub struct JobOptions {
     pub iothread: Option<String>,
     /// Whether source and target share blocks where the file system can do that, instead of having copies.
     pub use_copy_range: bool,
-    /// A mirror's target is closed when the job has ended well, and everything is in it. Until then a server that offers it is
-    /// told that it is not finished.
-    pub close_target: bool,
+    /// A mirror's target is another host's, to which the guest goes: it is told that all is written when the source is let go of, and
+    /// nobody can use the target before.
+    pub hand_over: bool,
     /// The options as they were given.
     pub given: Map,
 }
@@ -318,12 +318,12 @@ impl JobOptions {
                 "does not fit 'compress': leave out one of them",
             ));
         }
-        let close_target = match kind {
-            JobKind::Mirror { .. } => f.boolean("close-target")?.unwrap_or(false),
+        let hand_over = match kind {
+            JobKind::Mirror { .. } => f.boolean("hand-over")?.unwrap_or(false),
             _ => false,
         };
         let options = JobOptions {
-            close_target,
+            hand_over,
             use_copy_range: copy_range.unwrap_or(usually),
             id,
             kind,
@@ -359,7 +359,7 @@ impl JobOptions {
             auto_dismiss,
             iothread: None,
             use_copy_range: false,
-            close_target: false,
+            hand_over: false,
             given: Map::new(),
         }
     }

@@ -702,6 +702,9 @@ fn nbd_options(f: &mut Fields) -> Result<NbdOptions> {
                 )));
             }
             let path = s.required_string("path")?;
+            if !path.starts_with('/') {
+                return Err(s.error("path", format_args!("is '{path}': give a whole path")));
+            }
             s.finish()?;
             NbdServer::Unix(path.into())
         }

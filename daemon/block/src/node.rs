@@ -830,10 +830,10 @@ impl Node {
         self.driver.drain(on);
     }
 
-    /// Somebody has still to write to it before it is what it is to be: a server that offers it is not told that all is done when it
-    /// is closed.
-    pub fn set_unfinished(&self, on: bool) {
-        self.driver.set_unfinished(on);
+    /// Says to whoever has the storage whether all is written that is to be: nobody is to use it before. What is written afterwards
+    /// takes that back.
+    pub async fn set_finished(&self, on: bool) -> io::Result<()> {
+        self.driver.set_finished(on).await
     }
 
     /// The node is part of the graph now: what it suspends can be told to go on.

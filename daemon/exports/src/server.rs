@@ -24,7 +24,7 @@ pub enum ExportEvent {
         /// Whether it is so now; not if another guest uses the images.
         done: oneshot::Sender<Result<bool>>,
     },
-    /// The client for which the export was there has gone: the export and its node are to end.
+    /// All is written that the export was there for: it and its node are to end.
     Finished {
         id: String,
         done: oneshot::Sender<()>,

@@ -87,16 +87,7 @@ impl IoVecs {
 
     /// A new zeroed buffer of `len` bytes aligned to `align`.
     pub fn zeroed(len: usize, align: usize) -> IoVecs {
-        let buf = AlignedBuf::new(len, align);
-        let vecs = vec![libc::iovec {
-            iov_base: buf.as_mut_ptr().cast(),
-            iov_len: len,
-        }];
-        IoVecs {
-            vecs,
-            len,
-            keep: Rc::new(buf),
-        }
+        IoVecs::from_buf(AlignedBuf::new(len, align), len)
     }
 
     /// The first `len` bytes of a buffer, or all of it if it has no more.

@@ -3,10 +3,13 @@
 use std::io::{Read, Write};
 
 use crate::wire::{self, Reader, handshake, info, option, option_reply};
-use crate::{BASE_ALLOCATION, HandshakeError, MAX_NAME, MAX_PAYLOAD};
+use crate::{BASE_ALLOCATION, FINISHED, HandshakeError, MAX_NAME, MAX_PAYLOAD};
 
 /// Longest reply to an option, in bytes.
 const MAX_REPLY: u32 = 64 << 10;
+
+/// The largest block that is taken for efficient, in bytes: buffers and bitmaps are made after it.
+const MAX_PREFERRED: u32 = 2 << 20;
 
 /// Most replies to one option.
 const MAX_REPLIES: u32 = 1000;
@@ -28,6 +31,8 @@ pub struct Offered {
     pub structured: bool,
     /// The number of the context `base:allocation`, if it can be asked for.
     pub allocation: Option<u32>,
+    /// That of [`FINISHED`], if the server knows it.
+    pub finished: Option<u32>,
 }
 
 /// Agrees with a server on the use of an export.
@@ -66,10 +71,11 @@ pub fn greet(stream: &mut (impl Read + Write), export: &str) -> Result<Offered, 
         max_payload: MAX_PAYLOAD,
         structured: false,
         allocation: None,
+        finished: None,
     };
     offered.structured = ask(stream, option::STRUCTURED_REPLY, &[], |_, _| Ok(()))?.is_ok();
     if offered.structured {
-        offered.allocation = ask_for_allocation(stream, export)?;
+        ask_for_contexts(stream, export, &mut offered)?;
     }
     let mut data = Vec::new();
     wire::put_string(&mut data, export);
@@ -113,27 +119,34 @@ fn name_export(
     check(offered)
 }
 
-fn ask_for_allocation(
+fn ask_for_contexts(
     stream: &mut (impl Read + Write),
     export: &str,
-) -> Result<Option<u32>, HandshakeError> {
+    offered: &mut Offered,
+) -> Result<(), HandshakeError> {
     let mut data = Vec::new();
     wire::put_string(&mut data, export);
-    data.extend(1u32.to_be_bytes());
+    data.extend(2u32.to_be_bytes());
     wire::put_string(&mut data, BASE_ALLOCATION);
-    let mut id = None;
+    wire::put_string(&mut data, FINISHED);
+    let (mut allocation, mut finished) = (None, None);
     let answer = ask(stream, option::SET_META_CONTEXT, &data, |kind, data| {
         if kind == option_reply::META_CONTEXT {
             let mut r = Reader(data);
             let number = r.u32();
             if r.0 == BASE_ALLOCATION.as_bytes() {
-                id = number;
+                allocation = number;
+            } else if r.0 == FINISHED.as_bytes() {
+                finished = number;
             }
         }
         Ok(())
     })?;
-    // A server without it can be used all the same.
-    Ok(answer.ok().and(id))
+    // A server without them can be used all the same.
+    if answer.is_ok() {
+        (offered.allocation, offered.finished) = (allocation, finished);
+    }
+    Ok(())
 }
 
 /// True for the size.
@@ -175,6 +188,7 @@ fn check(mut offered: Offered) -> Result<Offered, HandshakeError> {
             offered.size
         )));
     }
+    offered.preferred_block = preferred.min(MAX_PREFERRED);
     offered.max_payload = offered.max_payload.min(MAX_PAYLOAD) & !(min - 1);
     if offered.flags & wire::transmission::HAS_FLAGS == 0 {
         offered.flags = 0;

@@ -19,6 +19,10 @@ pub const MAX_PAYLOAD: u32 = 32 << 20;
 /// The context that tells where there is data.
 pub const BASE_ALLOCATION: &str = "base:allocation";
 
+/// A context of ours (the protocol leaves namespaces to whoever has a use for them): who has asked for it may say with
+/// [`wire::command::FINISHED`] that what it writes is, or is not, all that is to be written.
+pub const FINISHED: &str = "vdiskd:finished";
+
 /// The other side said something that it may not say, or nothing at all.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {

@@ -3,7 +3,7 @@
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use crate::wire::{self, Reader, handshake, info, option, option_reply};
-use crate::{BASE_ALLOCATION, HandshakeError, MAX_NAME, MAX_PAYLOAD};
+use crate::{BASE_ALLOCATION, FINISHED, HandshakeError, MAX_NAME, MAX_PAYLOAD};
 
 /// Longest option, in bytes: a name, and some contexts.
 const MAX_OPTION: u32 = 64 << 10;
@@ -13,6 +13,14 @@ const MAX_OPTIONS: u32 = 1000;
 
 /// The number of the context `base:allocation` on every connection.
 pub const ALLOCATION_CONTEXT: u32 = 1;
+
+/// That of [`FINISHED`].
+pub const FINISHED_CONTEXT: u32 = 2;
+
+const CONTEXTS: [(&str, u32); 2] = [
+    (BASE_ALLOCATION, ALLOCATION_CONTEXT),
+    (FINISHED, FINISHED_CONTEXT),
+];
 
 /// What is offered.
 #[derive(Clone, Debug)]
@@ -35,6 +43,8 @@ pub struct Agreed {
     pub structured: bool,
     /// It may ask for [`ALLOCATION_CONTEXT`].
     pub allocation: bool,
+    /// It may say whether all is written.
+    pub finished: bool,
 }
 
 /// Answers a client's options until it uses the export. None if it has looked only, and goes.
@@ -80,7 +90,7 @@ pub async fn greet(
                 )));
             }
             let mut reply = offer.size.to_be_bytes().to_vec();
-            reply.extend(offer.flags.to_be_bytes());
+            reply.extend(offer.flags_for(&agreed).to_be_bytes());
             if zeroes {
                 reply.extend([0; 124]);
             }
@@ -124,6 +134,14 @@ impl Replies {
 }
 
 impl Offer {
+    /// Without structured replies none can be asked to be in one piece.
+    fn flags_for(&self, agreed: &Agreed) -> u16 {
+        match agreed.structured {
+            true => self.flags,
+            false => self.flags & !wire::transmission::SEND_DF,
+        }
+    }
+
     fn has_name(&self, name: &[u8]) -> bool {
         name.is_empty() || name == self.name.as_bytes()
     }
@@ -142,7 +160,7 @@ impl Offer {
                 replies.add(option_reply::SERVER, &server);
                 replies.add(option_reply::ACK, &[]);
             }
-            option::INFO | option::GO => match self.information(data) {
+            option::INFO | option::GO => match self.information(data, agreed) {
                 Ok(all) => {
                     all.iter()
                         .for_each(|data| replies.add(option_reply::INFO, data));
@@ -161,21 +179,22 @@ impl Offer {
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
                 let sets = option == option::SET_META_CONTEXT;
                 if sets {
-                    agreed.allocation = false;
+                    (agreed.allocation, agreed.finished) = (false, false);
                 }
                 let found = match agreed.structured {
                     true => self.contexts(data, sets),
                     false => Err(option_reply::INVALID),
                 };
                 match found {
-                    Ok(allocation) => {
-                        if allocation {
-                            let id = if sets { ALLOCATION_CONTEXT } else { 0 };
-                            let mut context = id.to_be_bytes().to_vec();
-                            context.extend(BASE_ALLOCATION.as_bytes());
+                    Ok(found) => {
+                        for (name, id) in found {
+                            let told = if sets { id } else { 0 };
+                            let mut context = told.to_be_bytes().to_vec();
+                            context.extend(name.as_bytes());
                             replies.add(option_reply::META_CONTEXT, &context);
+                            agreed.allocation |= sets && id == ALLOCATION_CONTEXT;
+                            agreed.finished |= sets && id == FINISHED_CONTEXT;
                         }
-                        agreed.allocation |= sets && allocation;
                         replies.add(option_reply::ACK, &[]);
                     }
                     Err(kind) => replies.add(kind, &[]),
@@ -187,7 +206,7 @@ impl Offer {
     }
 
     /// What INFO and GO tell.
-    fn information(&self, data: &[u8]) -> Result<Vec<Vec<u8>>, u32> {
+    fn information(&self, data: &[u8], agreed: &Agreed) -> Result<Vec<Vec<u8>>, u32> {
         let parse = || {
             let mut r = Reader(data);
             let name = r.string()?;
@@ -201,7 +220,7 @@ impl Offer {
         }
         let mut export = info::EXPORT.to_be_bytes().to_vec();
         export.extend(self.size.to_be_bytes());
-        export.extend(self.flags.to_be_bytes());
+        export.extend(self.flags_for(agreed).to_be_bytes());
         let mut blocks = info::BLOCK_SIZE.to_be_bytes().to_vec();
         for n in [self.min_block, self.preferred_block, MAX_PAYLOAD] {
             blocks.extend(n.to_be_bytes());
@@ -221,18 +240,27 @@ impl Offer {
         Ok(all)
     }
 
-    /// Whether `base:allocation` is among the contexts that are asked for: all of them if none is, and it is only asked what there
-    /// is.
-    fn contexts(&self, data: &[u8], sets: bool) -> Result<bool, u32> {
+    /// The contexts that are asked for, with their numbers: all of them if none is, and it is only asked what there is.
+    fn contexts(&self, data: &[u8], sets: bool) -> Result<Vec<(&'static str, u32)>, u32> {
         let parse = || {
             let mut r = Reader(data);
             let name = r.string()?;
             let count = r.u32()?;
-            let mut found = count == 0 && !sets;
+            let mut found: Vec<(&str, u32)> = match count == 0 && !sets {
+                true => CONTEXTS.to_vec(),
+                false => Vec::new(),
+            };
             for _ in 0..count {
                 let query = r.string()?;
                 // A namespace alone asks for all that is in it.
-                found |= query == BASE_ALLOCATION || (!sets && query == "base:");
+                let is_wanted = |name: &str| {
+                    name == query || !sets && query.ends_with(':') && name.starts_with(query)
+                };
+                for context in CONTEXTS {
+                    if is_wanted(context.0) && !found.contains(&context) {
+                        found.push(context);
+                    }
+                }
             }
             (name.len() <= MAX_NAME && r.is_empty()).then_some((name, found))
         };
@@ -293,9 +321,11 @@ mod tests {
             assert_eq!((offered.size, offered.flags), (1 << 20, offer().flags));
             assert_eq!((offered.min_block, offered.max_payload), (512, MAX_PAYLOAD));
             assert_eq!(offered.allocation, Some(ALLOCATION_CONTEXT));
+            assert_eq!(offered.finished, Some(FINISHED_CONTEXT));
             let both = Agreed {
                 structured: true,
                 allocation: true,
+                finished: true,
             };
             assert_eq!(agreed.unwrap(), Some(both));
         }

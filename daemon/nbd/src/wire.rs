@@ -65,6 +65,8 @@ pub mod command {
     pub const TRIM: u16 = 4;
     pub const WRITE_ZEROES: u16 = 6;
     pub const BLOCK_STATUS: u16 = 7;
+    /// Ours, see [`crate::FINISHED`]. The offset is 1 if all is written, and 0 if not; the length is 0.
+    pub const FINISHED: u16 = 0x7664;
 }
 
 pub mod command_flag {

@@ -7,7 +7,7 @@ use serde_json::json;
 use vdisk_domain::Disk;
 use vdiskctl::error::{Error, Result};
 use vdiskctl::objects::{Objects, name_of};
-use vdiskctl::output::{names, print_json};
+use vdiskctl::output::{names, print_json, text};
 
 use crate::Context;
 use crate::args::Migrate;
@@ -53,6 +53,18 @@ async fn must_be_free(running: &Running) -> Result<()> {
     let objects = running.look().await?;
     for served in &running.served {
         let nodes = with_all_below(&objects, &served.node);
+        for (_, export) in objects.of("export") {
+            let (id, of) = (text(export, "Id"), names(export, "Node").join(""));
+            if id != served.id && nodes.contains(&of) {
+                return Err(Error::named(
+                    "InUse",
+                    format!(
+                        "export '{id}' offers disk '{}' of domain '{}', too: remove it (vdiskctl export remove {id})",
+                        served.target, running.domain.name
+                    ),
+                ));
+            }
+        }
         for (path, job) in objects.of("job") {
             let name = name_of(path);
             if names(job, "Objects").iter().any(|n| nodes.contains(n)) {

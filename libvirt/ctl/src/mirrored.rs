@@ -1,16 +1,17 @@
 //! Disks that move with their guest to a host that has none of this one's storage.
 //!
 //! Each disk is mirrored into a new image there, over NBD: the other host's vdiskd offers that image on a socket of its own, and a
-//! remote shell carries the bytes (`vdiskctl domain receive` at its other end). When the guest stops here, vdiskd copies the rest,
-//! and closes the copy; only then does the other host's vdiskd let go of the image, for the guest that goes on there. Whatever breaks
-//! before, the image there stays locked, and no guest can go on with a copy that is not finished.
+//! remote shell carries the bytes (`vdiskctl domain receive` at its other end). When the guest stops here, vdiskd copies the rest, and
+//! tells the other one that all is there (job option `hand-over`); that one opens the image for the guest when it begins there, and not
+//! before. A guest that goes on here after all (it was reset, or the move failed) takes that back with its next write. Whatever breaks,
+//! the image there stays locked, and no guest can go on with a copy that lacks something.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command as Process, Stdio};
+use std::process::{Child, Command as Process, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
 use vdiskctl::objects::{Objects, Properties};
 use vdiskctl::options::Options;
-use vdiskctl::output::number;
+use vdiskctl::output::{number, text};
 use zbus::Variant;
 
 use crate::args::{Args, Receive};
@@ -29,8 +30,14 @@ use crate::disks::Running;
 use crate::libvirt::{Libvirt, Side};
 use crate::{files, wrong};
 
+/// What is added to the name of a disk for its copy.
+const SUFFIX: &str = "-copy";
+
 /// How long the other host may take until it offers an image.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long what is left to do may take when the guest has gone, or stays.
+const LAST_STEPS: Duration = Duration::from_secs(15);
 
 /// How often it is looked whether all copies go on.
 const LOOK: Duration = Duration::from_millis(200);
@@ -116,7 +123,7 @@ impl Copies {
         let (_, served) = running.disk(&disk.target)?;
         let (objects, node) = running.image(&disk.target).await?;
         let size = number(objects.find("node", &node)?, "Size").to_string();
-        let name = format!("{}-copy", served.id);
+        let name = format!("{}{SUFFIX}", served.id);
         let (file, format) = (disk.file(), disk.format());
         let mut words = vec![
             "vdiskctl", "domain", "receive", &name, file, "--format", format,
@@ -143,19 +150,18 @@ impl Copies {
             .spawn();
         let mut remote =
             remote.map_err(|e| Error::failed(format!("'{}': {e}", self.shell.0[0])))?;
-        if !speaks(&here, &mut remote)? {
-            let _ = remote.kill();
-            let _ = remote.wait();
-            return Err(Error::failed(
-                "the other host does not offer an image for it: what was said above says why",
-            ));
-        }
+        let speaks = speaks(&here, &mut remote);
         self.all.push(Copy {
             target: disk.target.clone(),
             file: file.to_owned(),
             name: name.clone(),
             remote,
         });
+        if !speaks? {
+            return Err(Error::failed(
+                "the other host does not offer an image for it: what was said above says why",
+            ));
+        }
         let manager = running.manager().await?;
         manager
             .add_node(Options::from([
@@ -171,7 +177,7 @@ impl Copies {
         let mut options = Options::from([
             ("target", Variant::from(name.clone())),
             ("job-id", Variant::from(name.clone())),
-            ("close-target", Variant::from(true)),
+            ("hand-over", Variant::from(true)),
         ]);
         jobs::set_speed(&mut options, speed)?;
         let id = jobs::mirror_until_ready(&running.daemon, &node, options).await?;
@@ -205,7 +211,11 @@ impl Copies {
         run: impl FnOnce() -> Result<R>,
     ) -> Result<R> {
         let over = AtomicBool::new(false);
-        let jobs: Vec<&str> = self.all.iter().map(|c| c.name.as_str()).collect();
+        let jobs = self.all.iter().map(|c| {
+            let export = c.name.strip_suffix(SUFFIX).unwrap_or(&c.name);
+            (c.name.as_str(), export)
+        });
+        let jobs: Vec<(&str, &str)> = jobs.collect();
         let mut to = args.daemon.clone();
         to.instance.clone_from(&running.domain.metadata.instance);
         let name = running.guest.name.as_str();
@@ -226,18 +236,19 @@ impl Copies {
         })
     }
 
-    /// The guest has gone: says which copy is not finished, if one is not, and forgets the jobs.
+    /// The guest has gone: takes away what there is of the copies here, and says which one is not whole, if one is not.
     pub async fn finish(self, running: &Running) -> Result<()> {
         let mut unfinished = Ok(());
         for mut copy in self.all {
-            // (libvirt's hook may have forgotten it.)
-            if let Ok(job) = running.daemon.job(&copy.name).await {
-                let _ = job.dismiss(Options::new()).await;
-            }
-            if !copy.remote.wait().is_ok_and(|s| s.success()) {
+            copy.end_here(running).await;
+            // It ends when the other host has the image for itself.
+            let ended = copy.wait(LAST_STEPS).await;
+            if !ended.is_some_and(|s| s.success()) {
+                let _ = copy.remote.kill();
+                let _ = copy.remote.wait();
                 unfinished = Err(Error::failed(format!(
-                    "the copy of disk '{0}' is not finished, and the guest waits for it on the other host: destroy it there, and start it here, where the disk is as the guest left it",
-                    copy.target
+                    "the copy of disk '{0}' is not whole, and the guest waits for it on the other host: destroy it there, have 'vdiskctl domain receive {1} {2} --abort' remove the image there, and start the domain here, where the disk is as the guest left it",
+                    copy.target, copy.name, copy.file
                 )));
             }
         }
@@ -247,29 +258,51 @@ impl Copies {
     /// The guest stays: nothing of the copies is left, here or there.
     pub async fn give_up(self, running: &Running) {
         for mut copy in self.all {
-            let id = copy.name.as_str();
-            if let Ok(job) = running.daemon.job(id).await {
-                let force = Options::from([("force", Variant::from(true))]);
-                let _ = job.cancel(force).await;
-                let _ = jobs::until_over(&running.daemon, id).await;
-                let _ = job.dismiss(Options::new()).await;
-            }
-            if let Ok(node) = running.daemon.node(&copy.name).await {
-                let _ = node.remove(Options::new()).await;
-            }
+            // First, so that nothing waits for the other host.
             let _ = copy.remote.kill();
             let _ = copy.remote.wait();
+            copy.end_here(running).await;
             let mut words = vec!["vdiskctl", "domain", "receive", &copy.name, &copy.file];
-            words.extend(["--abort"]);
+            words.push("--abort");
             if let Some(instance) = running.domain.metadata.instance.as_deref() {
                 words.extend(["--instance", instance]);
             }
             let gone = self.shell.command(&words).stdin(Stdio::null()).status();
             if !gone.is_ok_and(|s| s.success()) {
                 anstream::eprintln!(
-                    "'{}' could not be removed on the other host: remove it there",
+                    "'{}' was not removed on the other host: see whether it is needed there",
                     copy.file
                 );
+            }
+        }
+    }
+}
+
+impl Copy {
+    /// Ends the job, and closes the node.
+    async fn end_here(&self, running: &Running) {
+        if let Ok(job) = running.daemon.job(&self.name).await {
+            let force = Options::from([("force", Variant::from(true))]);
+            let _ = job.cancel(force).await;
+            let over = jobs::until_over(&running.daemon, &self.name);
+            let _ = tokio::time::timeout(LAST_STEPS, over).await;
+            // (libvirt's hook may have forgotten it.)
+            let _ = job.dismiss(Options::new()).await;
+        }
+        if let Ok(node) = running.daemon.node(&self.name).await {
+            let _ = node.remove(Options::new()).await;
+        }
+    }
+
+    /// How the other end has ended; None if it has not.
+    async fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let until = Instant::now() + limit;
+        loop {
+            match self.remote.try_wait() {
+                Ok(None) if Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => return other.ok().flatten(),
             }
         }
     }
@@ -285,7 +318,10 @@ fn speaks(stream: &UnixStream, remote: &mut Child) -> Result<bool> {
             tv_sec: 0,
             tv_nsec: 100_000_000,
         };
-        poll(&mut fds, Some(&step)).map_err(failed)?;
+        match poll(&mut fds, Some(&step)) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other.map_err(failed)?,
+        };
         let seen = fds[0].revents();
         if seen.contains(PollFlags::IN) {
             let mut byte = [0; 1];
@@ -306,8 +342,12 @@ fn error_of(job: &Properties) -> String {
     said.unwrap_or_default().to_owned()
 }
 
-/// Returns the first job that has ended in another way than it should, or None when all is over.
-fn watch(to: &vdiskctl::args::Connection, jobs: &[&str], over: &AtomicBool) -> Option<String> {
+/// Returns the first job (with the export of its disk) that has ended in another way than it should, or None when all is over.
+fn watch(
+    to: &vdiskctl::args::Connection,
+    jobs: &[(&str, &str)],
+    over: &AtomicBool,
+) -> Option<String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -319,12 +359,12 @@ fn watch(to: &vdiskctl::args::Connection, jobs: &[&str], over: &AtomicBool) -> O
             let Ok(objects) = Objects::load(&daemon).await else {
                 continue;
             };
-            let fails = |id: &&&str| match objects.find("job", id) {
-                Ok(p) => !error_of(p).is_empty(),
-                // All is well, and the hook has forgotten it.
-                Err(_) => false,
+            let fails = |(id, export): &&(&str, &str)| match objects.find("job", id) {
+                Ok(p) => !error_of(p).is_empty() || text(p, "State") == "concluded",
+                // The hook has forgotten it with all that there was of the disk; or the daemon was restarted.
+                Err(_) => objects.find("export", export).is_ok(),
             };
-            if let Some(id) = jobs.iter().find(fails) {
+            if let Some((id, _)) = jobs.iter().find(fails) {
                 return Some((*id).to_owned());
             }
         }
@@ -338,18 +378,21 @@ pub async fn receive(args: &Args, command: &Receive) -> Result<()> {
     let manager = daemon.manager().await?;
     let name = &command.name;
     if command.abort {
-        if let Ok(export) = daemon.export(name).await {
-            let _ = export.remove(Options::new()).await;
+        // What is not offered any more may be a guest's by now, or was never made.
+        let objects = Objects::load(&daemon).await?;
+        if objects.find("export", name).is_err() {
+            return match Path::new(&command.file).exists() {
+                true => Err(Error::failed(format!(
+                    "'{}' is nobody's copy (any more): it stays",
+                    command.file
+                ))),
+                false => Ok(()),
+            };
         }
-        if let Ok(node) = daemon.node(name).await {
-            let _ = node.remove(Options::new()).await;
-        }
-        return match std::fs::remove_file(&command.file) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::failed(format!("'{}': {e}", command.file)))
-            }
-            _ => Ok(()),
-        };
+        daemon.export(name).await?.remove(Options::new()).await?;
+        daemon.node(name).await?.remove(Options::new()).await?;
+        return std::fs::remove_file(&command.file)
+            .map_err(|e| Error::failed(format!("'{}': {e}", command.file)));
     }
     let (format, secret) = (command.format.as_str(), command.secret.as_deref());
     let mut options = Options::from([("size", Variant::from(command.size))]);
@@ -371,14 +414,18 @@ pub async fn receive(args: &Args, command: &Receive) -> Result<()> {
         let _ = socket.shutdown(Shutdown::Write);
     });
     carry(from, std::io::stdout().lock()).map_err(|e| Error::failed(e.to_string()))?;
-    // It has gone before the client's connection, if the client was through with it.
-    match Objects::load(&daemon).await?.find("export", name) {
-        Err(_) => Ok(()),
-        Ok(_) => Err(Error::failed(format!(
-            "the other host's copy into '{}' is not finished",
-            command.file
-        ))),
+    // It goes with the client's connection, or a moment later, if all is there.
+    let until = Instant::now() + Duration::from_secs(3);
+    while Objects::load(&daemon).await?.find("export", name).is_ok() {
+        if Instant::now() > until {
+            return Err(Error::failed(format!(
+                "the other host's copy into '{}' is not finished",
+                command.file
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    Ok(())
 }
 
 fn carry(mut from: impl Read, mut to: impl Write) -> std::io::Result<()> {

@@ -6,6 +6,7 @@ failed() {
     vdiskctl domain list --all
     vdiskctl tree
     journalctl -u vdiskd -u libvirtd -u vdiskd-libvirt --no-pager | tail -40
+    [ ! -e /tmp/vdiskd2.log ] || tail -n 40 /tmp/vdiskd2.log
     tail -n 20 /var/log/libvirt/qemu/*.log
     vdiskctl stats
     for vm in $(virsh list --name); do

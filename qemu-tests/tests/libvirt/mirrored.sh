@@ -39,6 +39,9 @@ refused 'does not offer' vdiskctl domain migrate vm "$there" --copy-storage-all 
 stays
 on2 touch $images/b.raw
 refused "disk 'vdb'" to
+vdiskctl export add other --type nbd --node vm-vdb --socket /run/vdiskd/other.sock
+refused "export 'other'" to
+vdiskctl export remove other
 on2 rm $images/b.raw
 stays
 to --speed 1M >/tmp/broken 2>&1 &
@@ -66,11 +69,19 @@ breaks
 ! wait $moving
 grep -q 'goes on here' /tmp/broken
 stays
+guest vm load-stop | grep -q '"verified": [1-9]'
+# A guest that is reset on the way stops its disks as one does that moves; it writes on, and what it writes goes along.
+to &
+moving=$!
+until virsh domjobinfo vm | grep -q 'Memory remaining'; do sleep 0.05; done
+timeout 2 guest vm reboot || true
+guest vm write disk=vdb offset=2097152 len=1048576 generation=2
+guest vm load-start disk=vda offset=0 len=33554432 threads=4
 virsh migrate-setspeed vm 1000
-
 # There: each disk is one image.
-to
+wait $moving
 goes_on on2
+on2 guest vm verify disk=vdb offset=2097152 len=1048576 generation=2
 nothing_left
 [ -z "$(on2 vdiskctl node list --json | grep copy || true)" ]
 on2 guest vm verify disk=vdb offset=0 len=1048576 generation=1

@@ -269,8 +269,10 @@ pub trait Driver: Send + Sync {
     /// Each driver for itself.
     fn drain(&self, _on: bool) {}
 
-    /// Somebody has still to write to it before it is what it is to be: closing it says that to whoever has it, if they can be told.
-    fn set_unfinished(&self, _on: bool) {}
+    /// Says to whoever has the storage whether all is written that is to be: `Unsupported` if they cannot be told.
+    fn set_finished(&self, _on: bool) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    }
 
     /// The node is part of the graph now.
     fn enter(&self) {}

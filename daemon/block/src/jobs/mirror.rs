@@ -10,11 +10,12 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures_util::future::join;
+use tokio::sync::oneshot;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way, quiesce};
 
 use super::Work;
@@ -68,6 +69,8 @@ pub struct Mirror {
     stays: bool,
     compress: bool,
     sharing: Sharing,
+    /// Who is to be told that the target's owner knows that all is written.
+    to_hand_over: Mutex<Option<oneshot::Sender<io::Result<()>>>>,
 }
 
 impl Mirror {
@@ -92,6 +95,7 @@ impl Mirror {
             stays: true,
             compress: false,
             sharing,
+            to_hand_over: Mutex::default(),
         })
     }
 
@@ -116,6 +120,7 @@ impl Mirror {
             stays: false,
             compress,
             sharing,
+            to_hand_over: Mutex::default(),
         })
     }
 
@@ -149,6 +154,34 @@ impl Mirror {
 
     pub fn is_blocking(&self) -> bool {
         self.blocking.load(SeqCst)
+    }
+
+    /// Has the target's owner be told that all is written, as soon as that is so: nobody writes to the source any more. The answer is
+    /// an error if the target cannot be told, and does not come if the job ends before. Writes are blocking from now on: one that comes
+    /// after all is not answered before the target's owner has it, and knows so that this was not all.
+    pub fn hand_over(&self, state: &JobState) -> oneshot::Receiver<io::Result<()>> {
+        self.set_blocking();
+        let (tell, told) = oneshot::channel();
+        *self.to_hand_over() = Some(tell);
+        state.look_up();
+        told
+    }
+
+    fn to_hand_over(&self) -> MutexGuard<'_, Option<oneshot::Sender<io::Result<()>>>> {
+        self.to_hand_over.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Carries out what [`Mirror::hand_over`] asks for, if it can be.
+    async fn try_hand_over(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+        let tell = match self.dirty.count() {
+            0 => self.to_hand_over().take(),
+            _ => None,
+        };
+        if let Some(tell) = tell.filter(|t| !t.is_closed()) {
+            self.flush(state, roots).await?;
+            let _ = tell.send(self.target.set_finished(true).await);
+        }
+        Ok(())
     }
 
     /// There is more to copy than guests should wait for.
@@ -315,13 +348,14 @@ impl Mirror {
                 continue;
             }
             state.set_ready();
+            self.try_hand_over(state, roots).await?;
             if ending {
                 rounds += 1;
                 if counted <= LAST || rounds >= MAX_ROUNDS {
                     // What is in the target's memory is not to be stored while guests wait.
                     return self.flush(state, roots).await;
                 }
-            } else if left < LAST {
+            } else if left < LAST && self.to_hand_over().is_none() {
                 state.idle(LOOK).await;
             }
         }

@@ -158,6 +158,11 @@ impl JobState {
         self.wake.notify_waiters();
     }
 
+    /// Has a job that waits for a while look at what is asked of it.
+    pub fn look_up(&self) {
+        self.wake.notify_waiters();
+    }
+
     pub fn ending(&self) -> Option<Ending> {
         match self.ending.load(SeqCst) {
             1 => Some(Ending::Pivot),

@@ -14,11 +14,11 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use vdisk_io::{IoThread, Kept};
-use vdisk_nbd::server::{ALLOCATION_CONTEXT, Agreed, greet};
+use vdisk_nbd::server::{ALLOCATION_CONTEXT, Agreed, FINISHED_CONTEXT, greet};
 use vdisk_nbd::wire::{self, Chunk, Request, chunk, command, command_flag};
 use vdisk_nbd::{HandshakeError, MAX_PAYLOAD};
 
-use super::export::Shared;
+use super::export::{Progress, Shared};
 use super::lane::{self, Done, Lane, Work};
 
 /// Memory for the data of a client's requests, in units of [`UNIT`] bytes: two of the largest.
@@ -92,6 +92,10 @@ pub async fn serve(
         }
     });
     closed.await.map_err(|_| Error::Stopped)?;
+    if !matches!(result, Ok(true)) {
+        // Who goes without a word may have had more to write.
+        shared.set_progress(Some(Progress::Finished), Progress::Unfinished);
+    }
     result
 }
 
@@ -208,6 +212,18 @@ async fn take_requests(
             let _ = replies.send(reply(Err(error)));
             continue;
         }
+        if request.kind == command::FINISHED {
+            let progress = match request.offset {
+                0 => Progress::Unfinished,
+                _ => Progress::Finished,
+            };
+            shared.set_progress(None, progress);
+            let _ = replies.send(reply(Ok(Done::Nothing)));
+            continue;
+        }
+        if is_write(request.kind) {
+            shared.set_progress(Some(Progress::Finished), Progress::Unfinished);
+        }
         let replies = replies.clone();
         let finish = move |result| {
             let _ = replies.send(reply(result));
@@ -233,15 +249,18 @@ fn errno(error: &std::io::Error) -> i32 {
     }
 }
 
+fn is_write(kind: u16) -> bool {
+    matches!(kind, command::WRITE | command::TRIM | command::WRITE_ZEROES)
+}
+
 /// Refuses what cannot be done, with an error of the protocol.
 fn check(shared: &Shared, request: &Request, agreed: Agreed) -> Result<(), u32> {
     let invalid = Err(libc::EINVAL as u32);
-    let writes = matches!(
-        request.kind,
-        command::WRITE | command::TRIM | command::WRITE_ZEROES
-    );
+    let writes = is_write(request.kind);
     let known = match request.kind {
-        command::READ => command_flag::DF | command_flag::FUA,
+        command::READ if agreed.structured => command_flag::DF | command_flag::FUA,
+        command::READ => command_flag::FUA,
+        command::FINISHED if agreed.finished => 0,
         command::WRITE | command::TRIM | command::FLUSH => command_flag::FUA,
         command::WRITE_ZEROES => command_flag::FUA | command_flag::NO_HOLE,
         command::BLOCK_STATUS if agreed.allocation => command_flag::REQ_ONE | command_flag::FUA,
@@ -249,6 +268,12 @@ fn check(shared: &Shared, request: &Request, agreed: Agreed) -> Result<(), u32> 
     };
     if request.flags & !known != 0 {
         return invalid;
+    }
+    if request.kind == command::FINISHED {
+        return match (request.offset, request.len) {
+            (0 | 1, 0) => Ok(()),
+            _ => invalid,
+        };
     }
     if request.kind == command::FLUSH {
         return match (request.offset, request.len) {
@@ -310,9 +335,9 @@ fn encode<'a>(reply: &'a Reply, agreed: Agreed, out: &mut Vec<u8>) -> &'a [u8] {
         out.extend(wire::simple_reply(error, cookie));
         return data;
     }
-    let mut last = |kind: u16, len: usize| {
+    let mut add = |flags: u16, kind: u16, len: usize| {
         let head = Chunk {
-            flags: chunk::DONE,
+            flags,
             kind,
             cookie,
             len: len as u32,
@@ -322,20 +347,35 @@ fn encode<'a>(reply: &'a Reply, agreed: Agreed, out: &mut Vec<u8>) -> &'a [u8] {
     match &reply.result {
         // An empty piece may not be sent.
         Ok(Done::Data(_)) if len > 0 => {
-            last(chunk::OFFSET_DATA, 8 + data.len());
+            add(chunk::DONE, chunk::OFFSET_DATA, 8 + data.len());
             out.extend(reply.request.offset.to_be_bytes());
         }
-        Ok(Done::Data(_) | Done::Nothing) => last(chunk::NONE, 0),
+        Ok(Done::Data(_) | Done::Nothing) => add(chunk::DONE, chunk::NONE, 0),
         Ok(Done::Extents(extents)) => {
-            last(chunk::BLOCK_STATUS, 4 + 8 * extents.len());
+            // Each context that was asked for has its chunk; of whether all is written nobody has asked here.
+            let flags = if agreed.finished { 0 } else { chunk::DONE };
+            add(flags, chunk::BLOCK_STATUS, 4 + 8 * extents.len());
             out.extend(ALLOCATION_CONTEXT.to_be_bytes());
             for (len, state) in extents {
                 out.extend(len.to_be_bytes());
                 out.extend(state.to_be_bytes());
             }
+            if agreed.finished {
+                let known: u32 = extents.iter().map(|(len, _)| len).sum();
+                let head = Chunk {
+                    flags: chunk::DONE,
+                    kind: chunk::BLOCK_STATUS,
+                    cookie,
+                    len: 12,
+                };
+                out.extend(head.to_bytes());
+                for word in [FINISHED_CONTEXT, known, 0] {
+                    out.extend(word.to_be_bytes());
+                }
+            }
         }
         Err(error) => {
-            last(chunk::ERROR, 6);
+            add(chunk::DONE, chunk::ERROR, 6);
             out.extend(error.to_be_bytes());
             out.extend(0u16.to_be_bytes());
         }

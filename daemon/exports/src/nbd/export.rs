@@ -1,7 +1,7 @@
 //! An NBD export: its socket, and the clients that are connected.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -38,6 +38,18 @@ pub struct NbdSetup {
     pub until_disconnect: bool,
 }
 
+/// What a client has said about what it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Progress {
+    /// Nothing.
+    Untold,
+    /// There is more to come: what is there is nobody's yet.
+    Unfinished,
+    /// All is written.
+    Finished,
+}
+
 /// What an export shares with its connections.
 pub(super) struct Shared {
     pub setup: NbdSetup,
@@ -48,6 +60,8 @@ pub(super) struct Shared {
     pub stats: Vec<Arc<QueueStats>>,
     next_thread: AtomicUsize,
     clients: AtomicU32,
+    /// A [`Progress`].
+    progress: AtomicU8,
     events: mpsc::UnboundedSender<ExportEvent>,
 }
 
@@ -74,6 +88,20 @@ impl Shared {
             min_block: block,
             preferred_block: (node.limits().zero_alignment).clamp(4096, 64 << 10) as u32,
         }
+    }
+
+    /// Notes what a client has said, or what follows from what it does; only if it is `from` by now, if that is said.
+    pub fn set_progress(&self, from: Option<Progress>, to: Progress) {
+        let _ = match from {
+            None => Ok(self.progress.swap(to as u8, SeqCst)),
+            Some(from) => self
+                .progress
+                .compare_exchange(from as u8, to as u8, SeqCst, SeqCst),
+        };
+    }
+
+    fn has(&self, progress: Progress) -> bool {
+        self.progress.load(SeqCst) == progress as u8
     }
 
     fn changed(&self) {
@@ -131,6 +159,7 @@ impl Nbd {
             backend,
             next_thread: AtomicUsize::new(0),
             clients: AtomicU32::new(0),
+            progress: AtomicU8::new(Progress::Untold as u8),
             events,
         });
         let socket = listener.path().map(Path::to_owned);
@@ -147,6 +176,11 @@ impl Nbd {
 
     pub fn setup(&self) -> &NbdSetup {
         &self.shared.setup
+    }
+
+    /// Its client has said that all is written: whoever needs the node's storage may end the export.
+    pub fn is_finished(&self) -> bool {
+        self.shared.setup.until_disconnect && self.shared.has(Progress::Finished)
     }
 
     /// The socket file, unless a descriptor was passed.
@@ -276,7 +310,8 @@ fn client(
                 false
             }
         };
-        if is_done && shared.setup.until_disconnect && !*stop.borrow() {
+        let is_whole = is_done && !shared.has(Progress::Unfinished);
+        if is_whole && shared.setup.until_disconnect && !*stop.borrow() {
             // Whoever ends the export waits for this one to end.
             tokio::spawn(async move {
                 end_with_client(&shared).await;

@@ -1,18 +1,22 @@
 //! A client's requests on their I/O thread.
 
+use std::cell::Cell;
 use std::io;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use tokio::sync::Notify;
 use vdisk_block::{Backend, Client, Node, WriteFlags, ZeroFlags};
-use vdisk_io::{AlignedBuf, IoThread, IoVecs, Kept, Reactor};
+use vdisk_io::{AlignedBuf, IoThread, IoVecs, Kept, Reactor, give_way};
 use vdisk_nbd::wire::{command, command_flag, state};
 
 use crate::statistics::{QueueStats, RequestClass};
 
 /// Most pieces in an answer to a question for the status.
 const MAX_EXTENTS: usize = 2048;
+
+/// Most looks at a node for one answer: it may have many pieces that are alike.
+const MAX_LOOKS: usize = 4 * MAX_EXTENTS;
 
 /// Memory of data is aligned to this many bytes: what storage wants for O_DIRECT.
 const ALIGNMENT: usize = 4096;
@@ -47,6 +51,8 @@ pub struct Lane {
     writethrough: bool,
     stats: Arc<QueueStats>,
     reactor: Rc<Reactor>,
+    /// The client has gone: what waits is not carried out any more.
+    closed: Cell<bool>,
     /// A drain is over.
     resumed: Notify,
     idle: Notify,
@@ -80,6 +86,7 @@ impl Lane {
                 writethrough,
                 stats,
                 reactor: reactor.clone(),
+                closed: Cell::new(false),
                 resumed: Notify::new(),
                 idle: Notify::new(),
                 kept,
@@ -96,6 +103,9 @@ impl Lane {
                 break;
             }
             resumed.await;
+        }
+        if self.closed.get() {
+            return Err(io::Error::from_raw_os_error(libc::ESHUTDOWN));
         }
         let generation = self.client.begin();
         let node = self.client.with_node(Arc::clone);
@@ -154,6 +164,7 @@ impl Lane {
 
     /// Waits for the requests in flight; none follows.
     pub async fn close(&self) {
+        self.closed.set(true);
         let _let_go = self.client.let_go();
         loop {
             let idle = self.idle.notified();
@@ -183,8 +194,12 @@ async fn extents(
     most: usize,
 ) -> io::Result<Vec<(u32, u32)>> {
     let mut out: Vec<(u32, u32)> = Vec::new();
-    let mut at = 0;
-    while at < len {
+    let (mut at, mut looks) = (0, 0);
+    while at < len && looks < MAX_LOOKS {
+        if looks > 0 {
+            give_way().await;
+        }
+        looks += 1;
         let status = node.status(offset + at, len - at, None).await?;
         let state = match status.zero {
             true => state::HOLE | state::ZERO,

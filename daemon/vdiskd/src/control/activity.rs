@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
 use vdisk_api::{Action, Command, Error, Reply, Result};
 use vdisk_block::{DrainGuard, Node, Opened, StoredNode};
+use vdisk_exports::Server;
 
-use super::{Control, Event};
+use super::{Control, Event, Export};
 
 /// Node and name of each bitmap.
 fn bitmaps_of(nodes: &[Arc<Node>]) -> Vec<(String, String)> {
@@ -78,24 +80,78 @@ impl Control {
         }
     }
 
-    /// Lets go of what mirrors were in the way of, when they have ended.
-    pub(super) async fn let_go_of_waiting(&mut self) {
-        for (node, done) in std::mem::take(&mut self.waiting) {
-            if self.has_ending_jobs() {
-                self.waiting.push((node, done));
-            } else if !done.is_closed() {
+    /// A guest that is about to move: its images are let go of, or those that were copied for the other host handed over.
+    pub(super) async fn let_images_go(
+        &mut self,
+        node: String,
+        done: oneshot::Sender<Result<bool>>,
+    ) {
+        let told = match self.hand_over(&node) {
+            None => {
                 let is_wanted = || !done.is_closed();
                 let result = self.change_activity(&node, false, is_wanted).await;
+                self.publish().await;
                 let _ = done.send(result);
+                return;
             }
+            Some(Err(e)) => {
+                let _ = done.send(Err(e));
+                return;
+            }
+            Some(Ok(told)) => told,
+        };
+        self.publish().await;
+        // It takes as long as the last copies do; the source stays open, for a guest that goes on here after all.
+        tokio::spawn(async move {
+            let mut result = Ok(true);
+            for (job, told) in told {
+                result = match told.await {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(e)) => Err(Error::io(format_args!("job '{job}': its target"), &e)),
+                    Err(_) => Err(Error::failed(format!("job '{job}' has ended"))),
+                };
+                break;
+            }
+            if result.is_ok() {
+                tracing::info!(node, "all is copied, and the other host may have it");
+            }
+            let _ = done.send(result);
+        });
+    }
+
+    /// Ends exports for copies from another host that are finished, as their images are needed: the guest is here.
+    async fn take_copies(&mut self, name: &str) {
+        let exports: Vec<String> = {
+            let world = self.world();
+            let Ok(node) = world.graph.node(name) else {
+                return;
+            };
+            let files_of = |node: &Arc<Node>| -> Vec<String> {
+                let nodes = node.with_all_below();
+                nodes.iter().filter_map(|n| n.filename()).collect()
+            };
+            let wanted = files_of(&node);
+            let has = |e: &Export| {
+                let finished = matches!(&e.server, Server::Nbd(nbd) if nbd.is_finished());
+                finished
+                    && files_of(&e.backend.node())
+                        .iter()
+                        .any(|f| wanted.contains(f))
+            };
+            let exports = world.exports.iter().filter(|(_, e)| has(e));
+            exports.map(|(id, _)| id.clone()).collect()
+        };
+        for id in exports {
+            self.finish_export(&id).await;
         }
     }
 
     async fn activate_node(&mut self, name: &str) -> Result<()> {
-        let plan = self.world().graph.plan_activation(name)?;
-        if plan.is_empty() {
+        if self.world().graph.plan_activation(name)?.is_empty() {
             return Ok(());
         }
+        self.take_copies(name).await;
+        let plan = self.world().graph.plan_activation(name)?;
         self.reserve_state()?;
         let opened = self.open_ready(plan).await?;
         let blocks = self.block_sizes(name);
@@ -137,8 +193,8 @@ impl Control {
         if names.is_empty() {
             return Ok(true);
         }
-        if self.user(name).is_some() {
-            return Ok(false);
+        if let Some(user) = self.user(name) {
+            return self.is_let_go_with(name, &user);
         }
         self.reserve_state()?;
         let planned = self.world().graph.plan_deactivation(&names)?;
@@ -155,8 +211,8 @@ impl Control {
         if !is_wanted() {
             return Err(Error::failed("nobody waits for it any more"));
         }
-        if self.user(name).is_some() {
-            return Ok(false);
+        if let Some(user) = self.user(name) {
+            return self.is_let_go_with(name, &user);
         }
         self.flush(&node).await.map_err(|e| cannot(&node, &e))?;
         let nodes = names.iter().map(|n| self.world().graph.node(n));
@@ -237,10 +293,23 @@ impl Control {
         busy.map(|(id, _)| id.clone())
     }
 
+    /// False if an export uses a node whose guest lets go of it in its turn. Clients of NBD do not.
+    fn is_let_go_with(&self, name: &str, user: &str) -> Result<bool> {
+        let export = self.world().export(user)?;
+        match export.server {
+            Server::VhostUserBlk(_) => Ok(false),
+            Server::Nbd(_) => Err(self.busy(name)),
+        }
+    }
+
     fn busy(&self, name: &str) -> Error {
         let user = self.user(name).unwrap_or_default();
+        let who = match self.world().export(&user).map(|e| e.kind) {
+            Ok("nbd") => "a client",
+            _ => "the guest",
+        };
         Error::in_use(format!(
-            "node '{name}' cannot be let go of: the guest of export '{user}' uses it: stop that first"
+            "node '{name}' cannot be let go of: {who} of export '{user}' uses it: stop that first"
         ))
     }
 

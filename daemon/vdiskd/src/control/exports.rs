@@ -183,7 +183,7 @@ impl Control {
         Ok(Reply::Done)
     }
 
-    /// The client has gone for which an export was there.
+    /// All is there that an export was made for: it ends, and its node with it.
     pub(super) async fn finish_export(&mut self, id: &str) {
         let Ok(export) = self.world().export(id) else {
             return;
@@ -192,7 +192,7 @@ impl Control {
         tracing::info!(
             export = id,
             node,
-            "its client has gone, and so do the export and its node"
+            "all is written: the export ends, and its node with it"
         );
         if let Err(error) = self.remove_export(id).await {
             tracing::error!(export = id, %error, "it cannot be removed");

@@ -187,8 +187,6 @@ struct Control {
     persistent: StateFile,
     keeper: SharedKeeper,
     lost: Lost,
-    /// Nodes that are to be let go of when mirrors of them have ended, and who waits for that.
-    waiting: Vec<(String, oneshot::Sender<Result<bool>>)>,
     /// See [`Handle::hold`].
     held: Arc<AtomicBool>,
 }
@@ -219,7 +217,6 @@ pub async fn start(
         persistent,
         keeper: keeper.clone(),
         lost: Lost::default(),
-        waiting: Vec::new(),
         held: Arc::default(),
     };
     let held = control.held.clone();
@@ -291,20 +288,15 @@ impl Control {
                         self.publish().await;
                         let _ = done.send(());
                     }
-                    ExportEvent::Activity { node, active, done }
-                        if !active && !done.is_closed() && self.end_mirrors(&node) =>
-                    {
-                        self.waiting.push((node, done));
+                    ExportEvent::Activity { node, active: true, done } => {
+                        let result = self.change_activity(&node, true, || true).await;
+                        self.publish().await;
+                        let _ = done.send(result);
                     }
-                    ExportEvent::Activity { node, active, done } => {
-                        // Nobody waits any more: what they do now would be undone.
-                        let is_wanted = || active || !done.is_closed();
-                        if is_wanted() {
-                            let result = self.change_activity(&node, active, is_wanted).await;
-                            self.publish().await;
-                            let _ = done.send(result);
-                        }
-                    }
+                    // If nobody waits any more: what they do now would be undone.
+                    ExportEvent::Activity { node, done, .. } => if !done.is_closed() {
+                        self.let_images_go(node, done).await;
+                    },
                 },
                 Some(event) = nodes.recv() => {
                     tracing::info!(
@@ -395,18 +387,8 @@ impl Control {
         for node in self.world().graph.levels().iter().flatten() {
             node.leave();
         }
-        let owed = self.world().exports.clone();
-        let owed: Vec<_> = owed.values().filter(|e| e.server.owes()).collect();
-        if !owed.is_empty() {
-            // What keeps their images open ends first, and copies of them for other hosts get the rest.
-            for export in owed {
-                self.end_mirrors(&export.node());
-            }
-            while self.has_ending_jobs()
-                && let Some(event) = jobs.recv().await
-            {
-                self.job_event(event).await;
-            }
+        if self.world().exports.values().any(|e| e.server.owes()) {
+            // What keeps their images open ends first.
             self.end_jobs(jobs).await;
             self.let_go_of_owed().await;
         }

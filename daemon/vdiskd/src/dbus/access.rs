@@ -111,7 +111,9 @@ fn names_file(member: &str, key: &str, value: &Variant<'_>, sockets: &SocketFold
         }
         Variant::ObjectPath(_) => true,
         Variant::Str(text) => {
-            text.contains('/') || last == "filename" || (member == "AddSecret" && last == "file")
+            text.contains('/')
+                || matches!(last, "filename" | "path")
+                || (member == "AddSecret" && last == "file")
         }
         Variant::Variant(inner) => names_file(member, key, inner, sockets),
         Variant::Array(items) => items

@@ -3,13 +3,15 @@
 //! Invariants:
 //! * A request that was taken is answered exactly once, whatever becomes of the connection.
 //! * What the server has acknowledged and was not flushed may be lost with a connection, if the server ends with it: the first flush
-//!   after that fails, and so does whoever relies on it.
+//!   that is sent after that fails, and so do those that were under way.
+//! * Nobody waits for ever: a server that does not answer when the driver is closed is left, and one that breaks the connection again and
+//!   again is given up.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -24,6 +26,9 @@ use vdisk_nbd::{HandshakeError, MAX_PAYLOAD};
 
 /// How long the first words of a server may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long requests may take to be answered when the driver is closed.
+const LAST_ANSWERS: Duration = Duration::from_secs(10);
 
 /// How long a server has to end the connection after a client has said goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -65,7 +70,6 @@ pub struct Ask {
 /// What the connection's task shares with the driver.
 pub struct Link {
     asks: Mutex<Option<mpsc::UnboundedSender<Ask>>>,
-    shared: Arc<Shared>,
     ended: watch::Receiver<bool>,
 }
 
@@ -74,10 +78,8 @@ struct Shared {
     pending: Mutex<Pending>,
     /// Nothing waits for an answer any more.
     idle: Notify,
-    /// The connection broke, and the server had acknowledged something that was not flushed.
-    lost: AtomicBool,
-    /// The connection ends without a goodbye.
-    unfinished: AtomicBool,
+    /// Answers so far.
+    answers: AtomicU64,
 }
 
 #[derive(Default)]
@@ -87,6 +89,8 @@ struct Pending {
     /// Writes that the server has acknowledged without making them durable, and how many of them it has made durable since.
     acknowledged: u64,
     flushed: u64,
+    /// The connection broke, and the server had acknowledged something that was not flushed.
+    lost: bool,
 }
 
 struct Waiting {
@@ -139,17 +143,55 @@ pub fn connect(path: &Path, export: &str) -> Result<(StdStream, Offered), Handsh
 /// Agrees with the server at the other end of a connection; may block.
 pub fn agree(mut stream: StdStream, export: &str) -> Result<(StdStream, Offered), HandshakeError> {
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let offered = greet(&mut stream, export).map_err(|e| match e {
+    let mut first = FirstWords {
+        stream: &mut stream,
+        until: std::time::Instant::now() + PATIENCE,
+    };
+    let offered = greet(&mut first, export).map_err(|e| match e {
         HandshakeError::Io(e) if e.kind() == io::ErrorKind::WouldBlock => {
-            let why = format!("it says nothing for {} s", PATIENCE.as_secs());
+            let why = format!("its first words take more than {} s", PATIENCE.as_secs());
             HandshakeError::Io(io::Error::new(io::ErrorKind::TimedOut, why))
         }
         e => e,
     })?;
     stream.set_nonblocking(true)?;
     Ok((stream, offered))
+}
+
+/// A stream for so long, in all.
+struct FirstWords<'a> {
+    stream: &'a mut StdStream,
+    until: std::time::Instant,
+}
+
+impl FirstWords<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self
+            .until
+            .saturating_duration_since(std::time::Instant::now());
+        match left.is_zero() {
+            true => Err(io::ErrorKind::WouldBlock.into()),
+            false => Ok(Some(left)),
+        }
+    }
+}
+
+impl io::Read for FirstWords<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buf)
+    }
+}
+
+impl io::Write for FirstWords<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Link {
@@ -165,7 +207,7 @@ impl Link {
         let (ended, watch) = watch::channel(false);
         let task = Task {
             node: node.to_owned(),
-            shared: shared.clone(),
+            shared,
             server,
             offered,
             asks: rx,
@@ -176,16 +218,12 @@ impl Link {
         });
         Ok(Link {
             asks: Mutex::new(Some(tx)),
-            shared,
             ended: watch,
         })
     }
 
     /// Sends a request; it is told of the answer on the thread of connections.
     pub fn ask(&self, ask: Ask) {
-        if ask.kind == command::FLUSH && self.shared.lost.swap(false, SeqCst) {
-            return (ask.tell)(Err(broken()));
-        }
         let unsent = match &*locked(&self.asks) {
             Some(asks) => asks.send(ask).err().map(|e| e.0),
             None => Some(ask),
@@ -193,11 +231,6 @@ impl Link {
         if let Some(ask) = unsent {
             (ask.tell)(Err(broken()));
         }
-    }
-
-    /// Has the connection end without a goodbye, or with one again.
-    pub fn set_unfinished(&self, on: bool) {
-        self.shared.unfinished.store(on, SeqCst);
     }
 
     /// Says goodbye when all is answered, and waits until the server has let go of everything, too.
@@ -219,14 +252,23 @@ struct Task {
 impl Task {
     async fn run(mut self, stream: StdStream) {
         let mut stream = UnixStream::from_std(stream).ok();
+        // When requests began to wait for the server, which has answered nothing since.
+        let mut since = None;
         while let Some(open) = stream.take() {
+            let answers = self.shared.answers.load(Relaxed);
             let error = match self.converse(open).await {
-                Ok(()) => return,
+                Ok(()) => break,
                 Err(e) => e,
             };
             tracing::error!(node = self.node, %error, "the connection to the NBD server broke");
             self.lose();
-            stream = self.come_back().await;
+            if self.shared.answers.load(Relaxed) != answers {
+                since = None;
+            } else {
+                tokio::time::sleep(RETRY).await;
+            }
+            let since = *since.get_or_insert_with(Instant::now);
+            stream = self.come_back(since).await;
         }
         self.fail_all();
         // Nobody will come back.
@@ -248,16 +290,21 @@ impl Task {
                 send(&mut to, message).await?;
             }
             while let Some(ask) = asks.recv().await {
-                send(&mut to, shared.enter(ask)).await?;
-            }
-            loop {
-                let idle = shared.idle.notified();
-                if shared.is_idle() {
-                    break;
+                if let Some(message) = shared.enter(ask) {
+                    send(&mut to, message).await?;
                 }
-                idle.await;
             }
-            if shared.unfinished.load(SeqCst) {
+            let answered = async {
+                loop {
+                    let idle = shared.idle.notified();
+                    if shared.is_idle() {
+                        break;
+                    }
+                    idle.await;
+                }
+            };
+            if tokio::time::timeout(LAST_ANSWERS, answered).await.is_err() {
+                // The rest is told so by whoever is next.
                 return Ok(());
             }
             let goodbye = Request {
@@ -273,9 +320,6 @@ impl Task {
             error = &mut replies => return error.map(|never| match never {}),
             sent = requests => sent?,
         }
-        if self.shared.unfinished.load(SeqCst) {
-            return Ok(());
-        }
         // The server ends the connection when it has let go of what it serves.
         let _ = tokio::time::timeout(GOODBYE, replies).await;
         Ok(())
@@ -287,17 +331,13 @@ impl Task {
             .server
             .as_ref()
             .is_some_and(|s| !s.reconnect_delay.is_zero());
-        let mut lost = self.shared.forget_unflushed();
-        for ask in self
+        // Before anybody is told: who flushes then must see it.
+        self.shared.note_lost();
+        let gone = self
             .shared
-            .take_unless(|ask| goes_on && ask.kind != command::FLUSH)
-        {
-            // A flush that fails tells of it.
-            lost &= ask.kind != command::FLUSH;
+            .take_unless(|ask| goes_on && ask.kind != command::FLUSH);
+        for ask in gone {
             (ask.tell)(Err(broken()));
-        }
-        if lost {
-            self.shared.lost.store(true, SeqCst);
         }
     }
 
@@ -308,17 +348,19 @@ impl Task {
     }
 
     /// Connects again. None if there is nothing to connect to, or the driver is closed.
-    async fn come_back(&mut self) -> Option<UnixStream> {
+    async fn come_back(&mut self, since: Instant) -> Option<UnixStream> {
         let server = self.server.clone()?;
-        let until = Instant::now() + server.reconnect_delay;
+        let until = since + server.reconnect_delay;
+        if Instant::now() >= until {
+            self.fail_all();
+        }
         let mut waiting = Vec::new();
         loop {
             let (path, export) = (server.path.clone(), server.export.clone());
             let connected = tokio::task::spawn_blocking(move || connect(&path, &export)).await;
             match connected {
-                Ok(Ok((stream, offered))) if offered.size == self.offered.size => {
+                Ok(Ok((stream, offered))) if offered == self.offered => {
                     tracing::info!(node = self.node, "connected to the NBD server again");
-                    self.offered = offered;
                     for ask in waiting {
                         self.shared.enter(ask);
                     }
@@ -328,7 +370,7 @@ impl Task {
                     tracing::error!(
                         node = self.node,
                         size = offered.size,
-                        "the NBD server has another size now: it is not used"
+                        "the NBD server offers something else now (size, blocks, or what it can do): it is not used"
                     );
                 }
                 _ => {}
@@ -364,9 +406,14 @@ impl Task {
 }
 
 impl Shared {
-    /// The request as it is sent.
-    fn enter(&self, ask: Ask) -> Message {
+    /// The request as it is sent. None if it has failed at once.
+    fn enter(&self, ask: Ask) -> Option<Message> {
         let mut pending = locked(&self.pending);
+        if ask.kind == command::FLUSH && std::mem::take(&mut pending.lost) {
+            drop(pending);
+            (ask.tell)(Err(broken()));
+            return None;
+        }
         let cookie = pending.next;
         pending.next += 1;
         let message = message(&ask, cookie);
@@ -376,7 +423,7 @@ impl Shared {
             reply: Partial::default(),
         };
         pending.all.insert(cookie, waiting);
-        message
+        Some(message)
     }
 
     /// Those that wait, to be sent again.
@@ -396,12 +443,11 @@ impl Shared {
         gone.map(|(_, w)| w.ask).collect()
     }
 
-    /// Whether something is acknowledged and not durable; not any more, as far as this is concerned.
-    fn forget_unflushed(&self) -> bool {
+    /// The connection broke: notes it if something is acknowledged and not durable.
+    fn note_lost(&self) {
         let mut pending = locked(&self.pending);
-        let unflushed = pending.flushed < pending.acknowledged;
+        pending.lost |= pending.flushed < pending.acknowledged;
         pending.flushed = pending.acknowledged;
-        unflushed
     }
 
     fn is_idle(&self) -> bool {
@@ -412,6 +458,7 @@ impl Shared {
         let mut pending = locked(&self.pending);
         let waiting = pending.all.remove(&cookie);
         let Waiting { ask, before, .. } = waiting.ok_or_else(|| malformed("nobody has asked"))?;
+        self.answers.fetch_add(1, Relaxed);
         match ask.kind {
             _ if result.is_err() => {}
             command::WRITE | command::WRITE_ZEROES if ask.flags & command_flag::FUA == 0 => {
@@ -558,8 +605,10 @@ impl Shared {
                 self.filled(cookie, data, len as usize);
             }
             chunk::BLOCK_STATUS if asked == command::BLOCK_STATUS => {
-                if r.u32() != offered.allocation {
-                    return Err(malformed("it is of another context"));
+                match r.u32() {
+                    id if id == offered.allocation => {}
+                    id if id.is_some() && id == offered.finished => return Ok(()),
+                    _ => return Err(malformed("it is of another context")),
                 }
                 let (mut extents, mut sum) = (Vec::new(), 0u64);
                 while let (Some(len), Some(state)) = (r.u32(), r.u32()) {

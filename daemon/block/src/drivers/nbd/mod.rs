@@ -332,8 +332,15 @@ impl Driver for Nbd {
         Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
     }
 
-    fn set_unfinished(&self, on: bool) {
-        self.link.set_unfinished(on);
+    fn set_finished(&self, on: bool) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            if self.offered.finished.is_none() {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            self.ask(command::FINISHED, 0, on.into(), 0, Vec::new())
+                .await
+                .map(drop)
+        })
     }
 
     fn filename(&self) -> Option<String> {

@@ -114,13 +114,6 @@ impl Control {
         }
     }
 
-    /// Whether jobs were asked to end, and have not.
-    pub(in crate::control) fn has_ending_jobs(&self) -> bool {
-        let world = self.world();
-        let mut jobs = world.jobs.values();
-        jobs.any(|j| j.state.ending().is_some() && !j.is_over())
-    }
-
     /// Whether jobs have still to end.
     pub(in crate::control) fn has_jobs(&self) -> bool {
         self.world().jobs.values().any(|j| !j.is_over())

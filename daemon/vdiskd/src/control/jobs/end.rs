@@ -9,7 +9,7 @@ use vdisk_block::jobs::{Ending, Mirror, Side, Stop, Work};
 use vdisk_block::{Node, image_failed};
 use vdisk_io::IoThread;
 
-use super::{Base, Commit, Group, Job, JobEvent, Parts, Status, Task};
+use super::{Base, Commit, Group, HandOver, Job, JobEvent, Parts, Status, Task};
 use crate::control::{Control, Event, World};
 
 /// Whether the target of a mirror may take the place of its source.
@@ -73,7 +73,6 @@ impl Control {
                     Ok(()) => self.work_done(&job).await,
                     Err(stop) => self.abort(&job, stop).await,
                 }
-                self.let_go_of_waiting().await;
             }
         }
     }
@@ -133,15 +132,8 @@ impl Control {
         match result {
             Ok(()) => {
                 self.end(job, true).await;
-                let closes = job.options.close_target && job.state.ending() != Some(Ending::Pivot);
-                if closes {
-                    parts.target.set_unfinished(false);
-                }
                 self.after(job, parts).await;
                 self.conclude(job, None);
-                if closes && let Err(error) = self.remove_node(&job.target).await {
-                    tracing::warn!(node = job.target, %error, "it stays");
-                }
             }
             Err(stop) => {
                 drop(parts);
@@ -418,32 +410,37 @@ impl Control {
         parts
     }
 
-    /// Has mirrors end that are ready, as the source of each is to be let go of: what they have not copied yet is copied then. False
-    /// if there is none.
-    pub(in crate::control) fn end_mirrors(&mut self, node: &str) -> bool {
-        let world = self.world();
-        let Ok(top) = world.graph.node(node) else {
-            return false;
+    /// Has the other host be told that it may have what mirrors of a node have copied for it, as the node is to be let go of: what is
+    /// to be waited for. None if there are no such mirrors.
+    ///
+    /// # Errors
+    /// If one of them is not ready: a guest must not go on with what it has.
+    pub(in crate::control) fn hand_over(&mut self, node: &str) -> Option<Result<Vec<HandOver>>> {
+        let jobs: Vec<Arc<Job>> = {
+            let world = self.world();
+            let nodes = world.graph.node(node).ok()?.with_all_below();
+            let is_ours = |job: &&Arc<Job>| {
+                job.options.hand_over && nodes.iter().any(|n| n.name() == job.source)
+            };
+            world.jobs.values().filter(is_ours).cloned().collect()
         };
-        let nodes = top.with_all_below();
-        let is_ours = |name: &str| nodes.iter().any(|n| n.name() == name);
-        let mut found = false;
-        for job in world.jobs.values().filter(|j| is_ours(&j.source)) {
-            let is_mirror = matches!(
-                job.life().parts.as_ref().map(|p| &p.task),
-                Some(Task::Mirror(..))
-            );
-            if is_mirror && job.options.close_target && job.status() == Status::Ready {
-                tracing::info!(
-                    job = job.id(),
-                    node,
-                    "its source is to be let go of: it ends"
-                );
-                job.state.end(Ending::Copy);
-                found = true;
-            }
+        let mut told = Vec::new();
+        for job in &jobs {
+            let life = job.life();
+            let mirror = life.parts.as_ref().and_then(|p| p.task.mirror()).cloned();
+            let is_ready = job.state.is_ready() && life.status == Status::Running;
+            drop(life);
+            let Some(mirror) = mirror.filter(|_| is_ready) else {
+                return Some(Err(Error::failed(format!(
+                    "the copy of node '{}' for another host is not finished: job '{}'",
+                    job.source,
+                    job.id()
+                ))));
+            };
+            told.push((job.id().to_owned(), mirror.hand_over(&job.state)));
+            self.nodes_changed(job);
         }
-        found
+        (!told.is_empty()).then_some(Ok(told))
     }
 
     /// A job is over.

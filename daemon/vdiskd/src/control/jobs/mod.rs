@@ -15,6 +15,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
+use tokio::sync::oneshot;
 use vdisk_api::{BitmapMode, CopyMode, Error, JobOptions, Map, Result};
 use vdisk_block::jobs::{Backup, Discard, JobState, Mirror, Stop, Stream, Work};
 use vdisk_block::{Backend, Bitmap, Node, Parent};
@@ -126,6 +127,9 @@ struct Commit {
     active: bool,
     base: Base,
 }
+
+/// A job, and what says that the other host knows that all is there.
+pub(in crate::control) type HandOver = (String, oneshot::Receiver<std::io::Result<()>>);
 
 /// What is to be behind an image.
 #[derive(Clone)]

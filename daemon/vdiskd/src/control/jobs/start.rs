@@ -96,9 +96,6 @@ fn copy_task(o: &JobOptions, source: &Arc<Node>, target: &Arc<Node>) -> Result<T
             let granularity = granularity.unwrap_or(cluster).max(block);
             bitmaps::check_memory("its bits", source.size(), granularity)?;
             let blocking = copy_mode == CopyMode::WriteBlocking;
-            if o.close_target {
-                target.set_unfinished(true);
-            }
             let mirror = Mirror::new(source, target, sync, granularity, blocking, sharing);
             Task::Mirror(mirror, increment)
         }
@@ -377,11 +374,31 @@ impl Control {
         Ok(())
     }
 
+    /// Nobody is to use what a job has only begun to write.
+    async fn set_unfinished(&self, job: &str, target: &Arc<Node>) -> Result<()> {
+        let thread = self.world().any_thread()?;
+        let there = target.clone();
+        let done = thread.run_async(move |_| async move { there.set_finished(false).await });
+        done.await
+            .map_err(std::io::Error::other)
+            .flatten()
+            .map_err(|e| match e.kind() {
+                std::io::ErrorKind::Unsupported => Error::not_supported(format!(
+                    "job '{job}': hand-over needs a target that can be told whether all is written, and node '{}' cannot: give one with driver nbd, of an export of vdiskd's",
+                    target.name()
+                )),
+                _ => Error::io(format_args!("job '{job}': node '{}'", target.name()), &e),
+            })
+    }
+
     /// What a job needs before it runs.
     async fn begin(&self, prepared: &PreparedJob) -> Result<()> {
         let PreparedJob { job, parts, .. } = prepared;
         match &parts.task {
             Task::Mirror(m, None) => {
+                if job.options.hand_over {
+                    self.set_unfinished(job.id(), &parts.target).await?;
+                }
                 self.announce(parts);
                 m.start();
             }

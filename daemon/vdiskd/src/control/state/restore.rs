@@ -112,6 +112,21 @@ impl Control {
             }
         }
         let descriptors = self.world().defaults.runtime.descriptors.clone();
+        // On connections to servers somebody was in the middle of something: they end.
+        let connections: Vec<String> = {
+            let nodes = state
+                .nodes
+                .iter()
+                .filter(|n| n.options.get("driver").and_then(|d| d.as_str()) == Some("nbd"));
+            let files = nodes.filter_map(|n| n.options.get("filename")?.as_str());
+            let numbers = files.filter_map(|f| f.strip_prefix("/dev/fdset/"));
+            numbers.map(|n| format!("fd.{n}")).collect()
+        };
+        for (name, _) in left.extract_if(.., |(name, _)| connections.contains(name)) {
+            if let Some(keeper) = &self.keeper {
+                keeper.forget(&name);
+            }
+        }
         for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("fd.")) {
             let number = name.strip_prefix("fd.").and_then(|n| n.parse().ok());
             match (number, unwrap(fd.as_fd())) {
