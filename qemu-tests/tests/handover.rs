@@ -347,7 +347,9 @@ fn a_copy_is_used_when_all_is_there() {
         write(&mut here, 8 * u64::from(round), round);
         here.stop_queue();
         assert!(is_active(&source, "disk"));
+        // Before it writes.
         here.start_queue();
+        is_locked(&destination);
         write(&mut here, 8 * u64::from(round) + 256, round);
         is_locked(&destination);
     }
@@ -388,10 +390,11 @@ fn an_unfinished_copy_stays_locked() {
     let clients = || destination.ctl_json(&["export", "show", "copy"])["Clients"].clone();
     wait_for("the end of the client", || (clients() == 0).then_some(()));
     is_locked(&destination);
-    // Nor is the source let go of without it: whoever moves the guest is to see that.
+    // Nor is the source let go of without it.
     here.stop_queue();
     assert!(is_active(&source, "disk"));
     is_locked(&destination);
+    here.start_queue();
     source.ctl(&["job", "dismiss", "m"]);
     let nbd = format!("server.path={}", destination.path("copy.nbd").display());
     source.ctl(&["node", "add", "copy", "driver=nbd", &nbd]);

@@ -116,6 +116,22 @@ impl Copies {
                 return Err(Error::failed(format!("disk '{}': {e}", disk.target)));
             }
         }
+        // The first ones may have failed while the last ones were copied.
+        let objects = running.look().await;
+        let is_ready = |copy: &&Copy| {
+            let job = objects
+                .as_ref()
+                .ok()
+                .and_then(|o| o.find("job", &copy.name).ok());
+            job.is_some_and(|p| text(p, "State") == "ready")
+        };
+        let failed = copies.all.iter().find(|c| !is_ready(c));
+        if let Some(target) = failed.map(|c| c.target.clone()) {
+            copies.give_up(running).await;
+            return Err(Error::failed(format!(
+                "disk '{target}': its copy has failed meanwhile"
+            )));
+        }
         Ok(copies)
     }
 
@@ -223,10 +239,16 @@ impl Copies {
             let watcher = scope.spawn(|| watch(&to, &jobs, &over));
             let aborter = scope.spawn(|| {
                 if watcher.join().ok().flatten().is_none() {
-                    return Ok(());
+                    return;
                 }
-                let libvirt = Libvirt::open(&args.connect)?;
-                libvirt.find(name)?.abort(&args.connect)
+                // It may not have begun yet.
+                while !over.load(Relaxed) {
+                    let guest = Libvirt::open(&args.connect).and_then(|l| l.find(name));
+                    if guest.is_ok_and(|g| g.abort(&args.connect).is_ok()) {
+                        return;
+                    }
+                    std::thread::sleep(LOOK);
+                }
             });
             let result = run();
             over.store(true, Relaxed);
@@ -353,7 +375,9 @@ fn watch(
         .build()
         .ok()?;
     runtime.block_on(async {
-        let daemon = daemon::connect(to).await.ok()?;
+        let Ok(daemon) = daemon::connect(to).await else {
+            return Some(String::new());
+        };
         while !over.load(Relaxed) {
             tokio::time::sleep(LOOK).await;
             let Ok(objects) = Objects::load(&daemon).await else {
@@ -415,8 +439,11 @@ pub async fn receive(args: &Args, command: &Receive) -> Result<()> {
     });
     carry(from, std::io::stdout().lock()).map_err(|e| Error::failed(e.to_string()))?;
     // It goes with the client's connection, or a moment later, if all is there.
-    let until = Instant::now() + Duration::from_secs(3);
-    while Objects::load(&daemon).await?.find("export", name).is_ok() {
+    let until = Instant::now() + Duration::from_secs(10);
+    let is_there = |objects: Result<Objects>| {
+        objects.is_err() || objects.is_ok_and(|o| o.find("export", name).is_ok())
+    };
+    while is_there(Objects::load(&daemon).await) {
         if Instant::now() > until {
             return Err(Error::failed(format!(
                 "the other host's copy into '{}' is not finished",

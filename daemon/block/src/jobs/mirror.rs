@@ -172,14 +172,26 @@ impl Mirror {
     }
 
     /// Carries out what [`Mirror::hand_over`] asks for, if it can be.
-    async fn try_hand_over(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
+    async fn try_hand_over(&self, roots: &Roots) -> Result<(), Stop> {
         let tell = match self.dirty.count() {
             0 => self.to_hand_over().take(),
             _ => None,
         };
         if let Some(tell) = tell.filter(|t| !t.is_closed()) {
-            self.flush(state, roots).await?;
-            let _ = tell.send(self.target.set_finished(true).await);
+            // Whatever the job does about errors: what a flush lost is not copied again.
+            let _counted = roots.enter().await;
+            let flushed = self.target.flush().await;
+            let told = match flushed {
+                Ok(()) => self.target.set_finished(true).await,
+                Err(e) => Err(e),
+            };
+            if let Err(error) = &told {
+                let side = Side::Target;
+                let error = io::Error::new(error.kind(), error.to_string());
+                let _ = tell.send(told);
+                return Err(Stop::Failed { side, error });
+            }
+            let _ = tell.send(told);
         }
         Ok(())
     }
@@ -348,7 +360,7 @@ impl Mirror {
                 continue;
             }
             state.set_ready();
-            self.try_hand_over(state, roots).await?;
+            self.try_hand_over(roots).await?;
             if ending {
                 rounds += 1;
                 if counted <= LAST || rounds >= MAX_ROUNDS {

@@ -86,16 +86,16 @@ pub async fn serve(
         .await
         .map_err(|_| Error::Stopped)?;
     let result = converse(shared, stream, agreed, io_thread, lane, &mut stop).await;
+    if !matches!(result, Ok(true)) {
+        // Who goes without a word may have had more to write.
+        shared.set_progress(Some(Progress::Finished), Progress::Unfinished);
+    }
     let closed = io_thread.run_async(move |r| async move {
         if let Some(lane) = r.take_kept(lane) {
             lane.close().await;
         }
     });
     closed.await.map_err(|_| Error::Stopped)?;
-    if !matches!(result, Ok(true)) {
-        // Who goes without a word may have had more to write.
-        shared.set_progress(Some(Progress::Finished), Progress::Unfinished);
-    }
     result
 }
 

@@ -139,6 +139,11 @@ impl Nbd {
         left: Left,
     ) -> Result<Nbd> {
         let id = setup.id.clone();
+        // What a client has told an earlier process is not known any more.
+        let progress = match left.listener.is_some() {
+            true => Progress::Unfinished,
+            false => Progress::Untold,
+        };
         let network = vdisk_nbd::network::handle()
             .map_err(|e| Error::io(format_args!("export '{id}'"), &e))?;
         let listener = Listener::take_or_open(
@@ -159,7 +164,7 @@ impl Nbd {
             backend,
             next_thread: AtomicUsize::new(0),
             clients: AtomicU32::new(0),
-            progress: AtomicU8::new(Progress::Untold as u8),
+            progress: AtomicU8::new(progress as u8),
             events,
         });
         let socket = listener.path().map(Path::to_owned);

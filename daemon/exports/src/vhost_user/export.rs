@@ -56,6 +56,8 @@ pub(super) struct Shared {
     pub owed: AtomicBool,
     /// That was asked for, and not answered: it may be done at any time.
     unanswered: AtomicBool,
+    /// What the guest has written was copied for another host, which was told so; the image is open still.
+    handed_over: AtomicBool,
     /// Nothing of front-ends is read any more.
     held: watch::Sender<bool>,
 }
@@ -90,7 +92,14 @@ impl Shared {
         let answer = answer.await;
         self.unanswered.store(false, Ordering::Relaxed);
         match (asked, answer) {
-            (Ok(()), Ok(result)) => result,
+            (Ok(()), Ok(result)) => {
+                if result.is_ok() {
+                    let is_open = self.device.backend.node().is_active();
+                    self.handed_over
+                        .store(!active && is_open, Ordering::Relaxed);
+                }
+                result
+            }
             _ => Err(Error::failed("the daemon is stopping")),
         }
     }
@@ -100,9 +109,11 @@ impl Shared {
         self.held.send_replace(true);
     }
 
-    /// The image is open, and stays so.
+    /// The image is open, and stays so, and no other host has it.
     pub fn has_image(&self) -> bool {
-        self.device.backend.node().is_active() && !self.unanswered.load(Ordering::Relaxed)
+        !self.handed_over.load(Ordering::Relaxed)
+            && self.device.backend.node().is_active()
+            && !self.unanswered.load(Ordering::Relaxed)
     }
 
     /// Lets go of the image for another host: the front-end has logged what changed in the guest's memory, and has stopped all
@@ -193,6 +204,7 @@ impl VhostUserBlk {
             running: AtomicU32::new(0),
             owed: AtomicBool::new(false),
             unanswered: AtomicBool::new(false),
+            handed_over: AtomicBool::new(false),
             held: watch::Sender::new(false),
         });
         let connection = left.connection.map(|(_, fd)| fd);

@@ -1,6 +1,7 @@
 //! Images that are let go of for another host, and opened when it has let go of them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vdisk_api::{Action, Command, Error, Reply, Result};
@@ -8,6 +9,9 @@ use vdisk_block::{DrainGuard, Node, Opened, StoredNode};
 use vdisk_exports::Server;
 
 use super::{Control, Event, Export};
+
+/// How long the last copies for another host may take while a front-end waits.
+const LAST_COPIES: Duration = Duration::from_secs(9);
 
 /// Node and name of each bitmap.
 fn bitmaps_of(nodes: &[Arc<Node>]) -> Vec<(String, String)> {
@@ -75,7 +79,10 @@ impl Control {
         is_wanted: impl Fn() -> bool,
     ) -> Result<bool> {
         match active {
-            true => self.activate_node(name).await.map(|()| true),
+            true => {
+                self.take_back(name).await;
+                self.activate_node(name).await.map(|()| true)
+            }
             false => self.deactivate_node(name, is_wanted).await,
         }
     }
@@ -94,8 +101,10 @@ impl Control {
                 let _ = done.send(result);
                 return;
             }
-            Some(Err(e)) => {
-                let _ = done.send(Err(e));
+            // The guest waits there for the copy, which is locked: nothing is gained if its front-end waits here.
+            Some(Err(error)) => {
+                tracing::error!(node, %error, "the guest goes to another host without its disk");
+                let _ = done.send(Ok(true));
                 return;
             }
             Some(Ok(told)) => told,
@@ -103,19 +112,24 @@ impl Control {
         self.publish().await;
         // It takes as long as the last copies do; the source stays open, for a guest that goes on here after all.
         tokio::spawn(async move {
-            let mut result = Ok(true);
             for (job, told) in told {
-                result = match told.await {
-                    Ok(Ok(())) => continue,
-                    Ok(Err(e)) => Err(Error::io(format_args!("job '{job}': its target"), &e)),
-                    Err(_) => Err(Error::failed(format!("job '{job}' has ended"))),
+                let error = match tokio::time::timeout(LAST_COPIES, told).await {
+                    Ok(Ok(Ok(()))) => continue,
+                    Ok(Ok(Err(e))) => e.to_string(),
+                    Ok(Err(_)) => "it has ended".to_owned(),
+                    Err(_) => "it takes too long".to_owned(),
                 };
-                break;
+                tracing::error!(
+                    node,
+                    job,
+                    error,
+                    "the guest goes to another host without its disk"
+                );
+                let _ = done.send(Ok(true));
+                return;
             }
-            if result.is_ok() {
-                tracing::info!(node, "all is copied, and the other host may have it");
-            }
-            let _ = done.send(result);
+            tracing::info!(node, "all is copied, and the other host may have it");
+            let _ = done.send(Ok(true));
         });
     }
 
@@ -143,6 +157,8 @@ impl Control {
         };
         for id in exports {
             self.finish_export(&id).await;
+            // Whoever waits for that need not wait until the image is open.
+            self.publish().await;
         }
     }
 

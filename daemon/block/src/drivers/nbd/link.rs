@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -70,6 +70,7 @@ pub struct Ask {
 /// What the connection's task shares with the driver.
 pub struct Link {
     asks: Mutex<Option<mpsc::UnboundedSender<Ask>>>,
+    shared: Arc<Shared>,
     ended: watch::Receiver<bool>,
 }
 
@@ -80,6 +81,9 @@ struct Shared {
     idle: Notify,
     /// Answers so far.
     answers: AtomicU64,
+    /// The server was told whether all is written: that goes with the connection, and there is no other.
+    bound: AtomicBool,
+    closing: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -207,7 +211,7 @@ impl Link {
         let (ended, watch) = watch::channel(false);
         let task = Task {
             node: node.to_owned(),
-            shared,
+            shared: shared.clone(),
             server,
             offered,
             asks: rx,
@@ -218,6 +222,7 @@ impl Link {
         });
         Ok(Link {
             asks: Mutex::new(Some(tx)),
+            shared,
             ended: watch,
         })
     }
@@ -236,6 +241,7 @@ impl Link {
     /// Says goodbye when all is answered, and waits until the server has let go of everything, too.
     pub async fn close(&self) {
         locked(&self.asks).take();
+        self.shared.closing.send_replace(true);
         let mut ended = self.ended.clone();
         let _ = ended.wait_for(|ended| *ended).await;
     }
@@ -267,6 +273,9 @@ impl Task {
             } else {
                 tokio::time::sleep(RETRY).await;
             }
+            if self.shared.bound.load(Relaxed) {
+                break;
+            }
             let since = *since.get_or_insert_with(Instant::now);
             stream = self.come_back(since).await;
         }
@@ -294,18 +303,12 @@ impl Task {
                     send(&mut to, message).await?;
                 }
             }
-            let answered = async {
-                loop {
-                    let idle = shared.idle.notified();
-                    if shared.is_idle() {
-                        break;
-                    }
-                    idle.await;
+            loop {
+                let idle = shared.idle.notified();
+                if shared.is_idle() {
+                    break;
                 }
-            };
-            if tokio::time::timeout(LAST_ANSWERS, answered).await.is_err() {
-                // The rest is told so by whoever is next.
-                return Ok(());
+                idle.await;
             }
             let goodbye = Request {
                 kind: command::DISCONNECT,
@@ -316,9 +319,16 @@ impl Task {
             };
             to.write_all(&goodbye.to_bytes()).await
         };
+        let mut closing = shared.closing.subscribe();
+        let too_late = async {
+            let _ = closing.wait_for(|closing| *closing).await;
+            tokio::time::sleep(LAST_ANSWERS).await;
+        };
         tokio::select! {
             error = &mut replies => return error.map(|never| match never {}),
             sent = requests => sent?,
+            // What is not answered by then is told so by whoever is next.
+            () = too_late => return Ok(()),
         }
         // The server ends the connection when it has let go of what it serves.
         let _ = tokio::time::timeout(GOODBYE, replies).await;
@@ -408,6 +418,9 @@ impl Task {
 impl Shared {
     /// The request as it is sent. None if it has failed at once.
     fn enter(&self, ask: Ask) -> Option<Message> {
+        if ask.kind == command::FINISHED {
+            self.bound.store(true, Relaxed);
+        }
         let mut pending = locked(&self.pending);
         if ask.kind == command::FLUSH && std::mem::take(&mut pending.lost) {
             drop(pending);

@@ -416,14 +416,7 @@ impl Control {
     /// # Errors
     /// If one of them is not ready: a guest must not go on with what it has.
     pub(in crate::control) fn hand_over(&mut self, node: &str) -> Option<Result<Vec<HandOver>>> {
-        let jobs: Vec<Arc<Job>> = {
-            let world = self.world();
-            let nodes = world.graph.node(node).ok()?.with_all_below();
-            let is_ours = |job: &&Arc<Job>| {
-                job.options.hand_over && nodes.iter().any(|n| n.name() == job.source)
-            };
-            world.jobs.values().filter(is_ours).cloned().collect()
-        };
+        let jobs = self.copies_of(node);
         let mut told = Vec::new();
         for job in &jobs {
             let life = job.life();
@@ -441,6 +434,39 @@ impl Control {
             self.nodes_changed(job);
         }
         (!told.is_empty()).then_some(Ok(told))
+    }
+
+    /// Jobs that copy a node, or what it stands on, for another host.
+    fn copies_of(&self, node: &str) -> Vec<Arc<Job>> {
+        let world = self.world();
+        let Ok(node) = world.graph.node(node) else {
+            return Vec::new();
+        };
+        let nodes = node.with_all_below();
+        let is_ours =
+            |job: &&Arc<Job>| job.options.hand_over && nodes.iter().any(|n| n.name() == job.source);
+        world.jobs.values().filter(is_ours).cloned().collect()
+    }
+
+    /// A guest goes on here after all: the other host must not use what it was told that it may, and the guest waits until it has heard
+    /// that, or is not to be reached.
+    pub(in crate::control) async fn take_back(&self, node: &str) {
+        for job in self.copies_of(node) {
+            let target = job.life().parts.as_ref().map(|p| p.target.clone());
+            let Some(target) = target else {
+                continue;
+            };
+            match self.say_finished(&target, false).await {
+                Ok(()) => tracing::info!(
+                    job = job.id(),
+                    "the guest goes on here, and so does the copy"
+                ),
+                Err(error) => {
+                    tracing::error!(job = job.id(), %error, "the other host cannot be told that the guest goes on here: the copy is given up");
+                    job.state.cancel();
+                }
+            }
+        }
     }
 
     /// A job is over.

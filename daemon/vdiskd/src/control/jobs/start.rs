@@ -18,6 +18,9 @@ use super::{
 };
 use crate::control::{Control, Event, World, bitmaps};
 
+/// How long another host may take to answer.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Nodes that no other job may use meanwhile.
 fn claims(world: &World, task: &Task) -> Vec<String> {
     match task {
@@ -374,14 +377,21 @@ impl Control {
         Ok(())
     }
 
+    /// Says to whoever has a node's storage whether all is written, and waits for the answer for so long as others can wait for this.
+    pub(super) async fn say_finished(&self, node: &Arc<Node>, on: bool) -> std::io::Result<()> {
+        let thread = self.world().any_thread().map_err(std::io::Error::other)?;
+        let there = node.clone();
+        let done = thread.run_async(move |_| async move { there.set_finished(on).await });
+        match tokio::time::timeout(PATIENCE, done).await {
+            Ok(done) => done.map_err(std::io::Error::other).flatten(),
+            Err(_) => Err(std::io::ErrorKind::TimedOut.into()),
+        }
+    }
+
     /// Nobody is to use what a job has only begun to write.
     async fn set_unfinished(&self, job: &str, target: &Arc<Node>) -> Result<()> {
-        let thread = self.world().any_thread()?;
-        let there = target.clone();
-        let done = thread.run_async(move |_| async move { there.set_finished(false).await });
-        done.await
-            .map_err(std::io::Error::other)
-            .flatten()
+        self.say_finished(target, false)
+            .await
             .map_err(|e| match e.kind() {
                 std::io::ErrorKind::Unsupported => Error::not_supported(format!(
                     "job '{job}': hand-over needs a target that can be told whether all is written, and node '{}' cannot: give one with driver nbd, of an export of vdiskd's",
