@@ -196,6 +196,14 @@ fn who_may_only_read_cannot_write() {
     );
     daemon.ctl(&[&node[..], &["export=disk", "auto-read-only=on"]].concat());
     assert_eq!(daemon.ctl_json(&["node", "show", "n"])["ReadOnly"], true);
+    // A copy that cannot have its name leaves what has it, and no image.
+    let image = daemon.path("copy.qcow2");
+    for copy in [text(&image), &uri(&socket)] {
+        let (_, e) = daemon.ctl_error(&["backup", "d", copy, "--name", "n"]);
+        assert!(e.contains("'n'"), "{e}");
+        assert_eq!(daemon.ctl_json(&["node", "show", "n"])["Driver"], "nbd");
+    }
+    assert!(!image.exists());
     let (_, e) = daemon.ctl_error(&["node", "add", "m", "driver=nbd", "server.path=/no/such"]);
     assert!(e.contains("'m'") && e.contains("/no/such"), "{e}");
     for (option, why) in [

@@ -267,14 +267,13 @@ struct Target {
 impl Target {
     /// Makes the image, if it is not there, and adds a node for it.
     async fn add(
-        daemon: &Daemon,
         manager: &ManagerProxy<'_>,
         copy: &Copy,
         size: u64,
         node: String,
     ) -> Result<Target> {
         if let Some(uri) = NbdUri::parse(&copy.filename) {
-            return Target::connect(daemon, manager, copy, uri?, node).await;
+            return Target::connect(manager, copy, uri?, node).await;
         }
         let mut made = None;
         if !copy.existing {
@@ -296,11 +295,13 @@ impl Target {
         }
         options.insert("node-name", Variant::from(node.clone()));
         options.insert("file.filename", absolute(&copy.filename));
-        let target = Target { node, made };
         match manager.add_node(options).await {
-            Ok(_) => Ok(target),
+            Ok(_) => Ok(Target { node, made }),
             Err(e) => {
-                target.remove(daemon, false).await;
+                // A node of that name is somebody else's.
+                if let Some(file) = made {
+                    let _ = std::fs::remove_file(file);
+                }
                 Err(e.into())
             }
         }
@@ -308,7 +309,6 @@ impl Target {
 
     /// Adds a node for the disk of a server, which is there.
     async fn connect(
-        daemon: &Daemon,
         manager: &ManagerProxy<'_>,
         copy: &Copy,
         server: NbdUri,
@@ -325,14 +325,8 @@ impl Target {
         ] {
             options.insert(key, Variant::from(value.to_owned()));
         }
-        let target = Target { node, made: None };
-        match manager.add_node(options).await {
-            Ok(_) => Ok(target),
-            Err(e) => {
-                target.remove(daemon, false).await;
-                Err(e.into())
-            }
-        }
+        manager.add_node(options).await?;
+        Ok(Target { node, made: None })
     }
 
     /// Closes the node, and deletes an image that was made for nothing.
@@ -398,7 +392,7 @@ async fn start(
 ) -> Result<(String, Target)> {
     let objects = Objects::load(daemon).await?;
     let size = number(objects.find("node", node)?, "Size");
-    let target = Target::add(daemon, manager, copy, size, name).await?;
+    let target = Target::add(manager, copy, size, name).await?;
     let started = async {
         let name = target.node.clone();
         let mut options = job_options(copy, &name)?;

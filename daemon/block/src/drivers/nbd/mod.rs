@@ -153,10 +153,9 @@ impl Nbd {
 
     /// The same request for one piece of a range after the other.
     async fn in_pieces(&self, kind: u16, flags: u16, offset: u64, len: u64) -> io::Result<()> {
-        let most = MAX_RANGE;
         let mut at = 0;
         while at < len {
-            let n = (len - at).min(most);
+            let n = (len - at).min(MAX_RANGE);
             self.ask(kind, flags, offset + at, n as u32, Vec::new())
                 .await?;
             at += n;
