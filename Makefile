@@ -6,6 +6,7 @@
 # make bench-service   calls over D-Bus, starts, and what guests notice of restarts
 # make avocado  the long tests: hundreds of kills, restarts and operations (OTHER=build: two versions in turns)
 # make install  install what 'make release' built (DESTDIR, PREFIX, …)
+# make install-selinux   build the policy module and install it (needs selinux-policy-devel, or selinux-policy-dev)
 #
 # All of them can be run again; what is there already is left alone. Downloads go to $VDISK_LAB, or to
 # ~/.cache/vdisk. No package source of the machine is changed.
@@ -17,6 +18,7 @@ MANDIR = $(PREFIX)/share/man
 UNITDIR = $(PREFIX)/lib/systemd/system
 DBUSDIR = $(PREFIX)/share/dbus-1
 HOOKDIR = /etc/libvirt/hooks/qemu.d
+SELINUXDIR = $(PREFIX)/share/selinux
 USERUNITDIR = $(PREFIX)/lib/systemd/user
 TMPFILESDIR = $(PREFIX)/lib/tmpfiles.d
 SYSUSERSDIR = $(PREFIX)/lib/sysusers.d
@@ -31,7 +33,7 @@ export VDISK_LAB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vdisk
 HOST = $(shell PATH="$(PATH)" rustc -vV | sed -n 's/^host: //p')
 GUEST = target/guest/$(HOST)/release/init
 
-.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs bench-service avocado install clean
+.PHONY: setup packages rust tools guest lab demo build release test lint unit bench bench-live bench-jobs bench-service avocado install install-selinux clean
 
 setup: packages rust guest
 
@@ -145,6 +147,17 @@ install:
 	install -m 644 systemd/org.vdisk1.Domains.service $(DESTDIR)$(DBUSDIR)/system-services/org.vdisk1.Domains.service
 	install -d $(DESTDIR)$(DBUSDIR)/interfaces
 	install -m 644 dbus-interfaces/*.xml $(DESTDIR)$(DBUSDIR)/interfaces/
+
+# A module of the folder that is built in, so that nothing is written among the sources.
+SELINUX_BUILD = target/selinux
+install-selinux:
+	install -d $(SELINUX_BUILD)
+	cp selinux/vdiskd.te selinux/vdiskd.if $(SELINUX_BUILD)/
+	sed 's|^/usr/libexec|$(LIBEXECDIR)|' selinux/vdiskd.fc >$(SELINUX_BUILD)/vdiskd.fc
+	$(MAKE) -C $(SELINUX_BUILD) -f /usr/share/selinux/devel/Makefile vdiskd.pp
+	install -D -m 644 $(SELINUX_BUILD)/vdiskd.pp $(DESTDIR)$(SELINUXDIR)/packages/vdiskd.pp
+	install -D -m 644 selinux/vdiskd.if $(DESTDIR)$(SELINUXDIR)/devel/include/distributed/vdiskd.if
+	@[ -n "$(DESTDIR)" ] || echo "== load it with: semodule -i $(SELINUXDIR)/packages/vdiskd.pp, and label what is installed: restorecon -R $(LIBEXECDIR) $(UNITDIR) /run /var/lib/vdiskd"
 
 clean:
 	$(CARGO) clean

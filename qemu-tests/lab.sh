@@ -5,7 +5,7 @@
 #   lab.sh kernel      the distribution's kernel and its modules, unpacked
 #   lab.sh initramfs   the guest's PID 1 (built before by make) with the modules it loads
 #   lab.sh trixie      a Debian 13 folder with QEMU 10 and libblkio, used by chroot
-#   lab.sh libvirt     a Debian 13 folder with systemd 257, libvirt 11 and QEMU 10, booted in containers
+#   lab.sh libvirt     a Debian 13 folder with systemd 257, libvirt 11, QEMU 10 and an SELinux policy, booted in containers and guests
 #   lab.sh sid         a Debian unstable folder with the newest qemu-storage-daemon, used by chroot
 set -eu
 lab=${VDISK_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/vdisk}
@@ -77,11 +77,12 @@ initramfs() {
 root() {
     name=$1
     shift
-    [ -e "$lab/$name/.done" ] && return
+    # One that was made with other packages is made anew.
+    [ "$(cat "$lab/$name/.done" 2>/dev/null)" = "$*" ] && return
     rm -rf "$lab/$name"
     say "lab root: $lab/$name (downloads some 150 MB)"
     mmdebstrap --quiet --variant=apt "$@" "$lab/$name"
-    touch "$lab/$name/.done"
+    echo "$*" >"$lab/$name/.done"
 }
 
 case $1 in
@@ -92,7 +93,8 @@ trixie)
     ;;
 libvirt)
     root libvirt --include=systemd,systemd-sysv,dbus,polkitd,kmod,python3-minimal,qemu-system-x86,qemu-utils \
-        --include=libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients trixie
+        --include=libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients \
+        --include=selinux-policy-default,selinux-policy-dev,policycoreutils trixie
     ;;
 sid)
     root sid --aptopt='Acquire::Check-Valid-Until "false"' --include=qemu-utils,qemu-system-common,qemu-block-extra sid

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use vdisk_dbus::{Bus, Daemon, bus_name};
 use vdisk_domain::{
-    Busy, Domain, Identity, Start, announce, being_changed, build, build_disk, let_in,
+    Busy, Domain, Identity, Start, announce, being_changed, build, build_disk, label, let_in,
     moved_sockets, served, take_announcement, take_down,
 };
 
@@ -27,6 +27,8 @@ const KEPT_OFF: Duration = Duration::from_secs(2);
 enum Phase {
     /// The domain is about to start.
     Prepare,
+    /// QEMU is about to be run: what libvirt confines it to is known by now.
+    Start,
     /// It has ended, or could not start.
     Release,
     /// libvirt's daemon was restarted while the domain ran.
@@ -38,6 +40,7 @@ enum Phase {
 fn phase(name: &str, sub: &str) -> Option<Phase> {
     match (name, sub) {
         ("prepare", "begin") => Some(Phase::Prepare),
+        ("start", "begin") => Some(Phase::Start),
         ("release", "end") => Some(Phase::Release),
         ("reconnect", "begin") => Some(Phase::Reconnect),
         ("migrate", "begin") => Some(Phase::Incoming),
@@ -109,6 +112,9 @@ fn run(phase: Phase, reason: &str) -> Result<(), String> {
         return in_time(LIMIT, release(&identity, busy));
     }
     let mut domain = Domain::parse(&xml).map_err(|e| e.to_string())?;
+    if phase == Phase::Start {
+        return label(&domain).map_err(|e| e.to_string());
+    }
     if phase == Phase::Incoming
         && let Some(here) = moved_sockets(&xml, &domain).map_err(|e| e.to_string())?
     {
@@ -219,9 +225,9 @@ mod tests {
     #[test]
     fn phases_that_matter() {
         assert_eq!(phase("prepare", "begin"), Some(Phase::Prepare));
+        assert_eq!(phase("start", "begin"), Some(Phase::Start));
         assert_eq!(phase("release", "end"), Some(Phase::Release));
         for other in [
-            ("start", "begin"),
             ("started", "begin"),
             ("stopped", "end"),
             ("restore", "begin"),

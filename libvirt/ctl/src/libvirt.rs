@@ -3,7 +3,7 @@
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
-use vdisk_domain::{Domain, Metadata, NAMESPACE, OFFLINE, PREFIX, lock_path};
+use vdisk_domain::{Domain, Metadata, NAMESPACE, OFFLINE, PREFIX, lock_path, make_folder};
 use vdiskctl::error::{Error, Result};
 use virt::connect::Connect;
 use virt::domain::{Domain as VirDomain, MigrateParameters};
@@ -128,6 +128,7 @@ impl Guest {
         let uuid = uuid.map_err(self.failed("has no UUID"))?;
         let path = lock_path(&uuid);
         let no = |e: std::io::Error| Error::failed(format!("'{}': {e}", path.display()));
+        make_folder().map_err(no)?;
         let file = std::fs::OpenOptions::new()
             .write(true)
             .create(true)

@@ -2,15 +2,29 @@
 
 use std::fs::{File, TryLockError};
 use std::io::Read;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
-use std::path::PathBuf;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, chown};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::{Domain, Error, Result};
 
-/// The file that whoever changes a domain has locked. Only root makes files there.
+/// What stands here is a moment's business between programs of root's, who alone makes files there (vdiskd.tmpfiles).
+const FOLDER: &str = "/run/vdisk-domains";
+
+/// Makes the folder if it is not there, as in a system that has not been booted since vdiskd was installed.
+///
+/// # Errors
+/// If it cannot be made.
+pub fn make_folder() -> std::io::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(FOLDER)
+}
+
+/// The file that whoever changes a domain has locked.
 pub fn lock_path(uuid: &str) -> PathBuf {
-    PathBuf::from(format!("/run/vdisk-domain.{uuid}.lock"))
+    Path::new(FOLDER).join(format!("{uuid}.lock"))
 }
 
 /// What the file has while the domain must not start: its disks are worked on.
@@ -29,7 +43,7 @@ pub fn being_changed(uuid: &str) -> bool {
 
 /// What the migrate hook leaves for the prepare hook, which libvirt runs right after it.
 fn arrival_path(uuid: &str) -> PathBuf {
-    PathBuf::from(format!("/run/vdisk-domain.{uuid}.arriving"))
+    Path::new(FOLDER).join(format!("{uuid}.arriving"))
 }
 
 /// How long that is believed.
@@ -41,7 +55,9 @@ const ARRIVAL: Duration = Duration::from_secs(120);
 /// If that cannot be written.
 pub fn announce(uuid: &str) -> Result<()> {
     let path = arrival_path(uuid);
-    std::fs::write(&path, "").map_err(|e| Error(format!("'{}': {e}", path.display())))
+    make_folder()
+        .and_then(|()| std::fs::write(&path, ""))
+        .map_err(|e| Error(format!("'{}': {e}", path.display())))
 }
 
 /// Whether that was noted, which is forgotten then.
@@ -74,4 +90,36 @@ pub fn let_in(domain: &Domain) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives the sockets of a domain's disks to its guest, if guests are confined by SELinux: QEMU is let in by those that have the
+/// label of its own images, and by no other. libvirt, which labels everything else of a guest, leaves these out.
+///
+/// # Errors
+/// If one of them cannot be labelled.
+pub fn label(domain: &Domain) -> Result<()> {
+    domain
+        .served()
+        .try_for_each(|(_, socket)| label_socket(domain, socket))
+}
+
+pub(crate) fn label_socket(domain: &Domain, socket: &Path) -> Result<()> {
+    let Some(label) = &domain.image_label else {
+        return Ok(());
+    };
+    // As the kernel keeps it: with a zero at the end.
+    let value = [label.as_bytes(), b"\0"].concat();
+    let done = rustix::fs::lsetxattr(
+        socket,
+        c"security.selinux",
+        &value,
+        rustix::fs::XattrFlags::empty(),
+    );
+    done.map_err(|e| {
+        Error(format!(
+            "'{}' cannot be labelled {label} for domain '{}': {e}; is the policy module vdiskd loaded (semodule -l)?",
+            socket.display(),
+            domain.name
+        ))
+    })
 }

@@ -11,7 +11,9 @@ mod metadata;
 mod serve;
 mod xml;
 
-pub use access::{OFFLINE, announce, being_changed, let_in, lock_path, take_announcement};
+pub use access::{
+    OFFLINE, announce, being_changed, label, let_in, lock_path, make_folder, take_announcement,
+};
 pub use adopt::{Adoption, adopt, attach_xml, release, replace_metadata, with_shared_memory};
 pub use disk::{Backing, Disk, Original, SETTINGS, encryption};
 pub use metadata::{Metadata, NAMESPACE, PREFIX, Snapshot, SnapshotDisk};

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use vdisk_dbus::{Daemon, ERROR_PREFIX, unescape};
 use zbus::Variant;
 
+use crate::access::label_socket;
 use crate::{Disk, Domain};
 
 /// How long a job may take to end that was cancelled.
@@ -263,7 +264,14 @@ pub async fn build_disk(
 ) -> Result<(), Failure> {
     let name = domain.object_name(&disk.target);
     let mut added = Vec::new();
-    let done = add(daemon, &name, disk, socket, start, &mut added).await;
+    let mut done = add(daemon, &name, disk, socket, start, &mut added).await;
+    // If the guest runs already. One that starts has no label yet (`label`).
+    if let (Ok(()), Err(e)) = (&done, label_socket(domain, socket)) {
+        if let Ok(export) = daemon.export(&name).await {
+            let _ = export.remove(Options::new()).await;
+        }
+        done = Err(Failure(e.to_string()));
+    }
     if done.is_err() {
         for node in added.iter().rev() {
             if let Ok(node) = daemon.node(node).await {

@@ -31,6 +31,8 @@ pub struct Domain {
     pub disks: Vec<DiskElement>,
     /// Guest memory can be shared with the daemon.
     pub shares_memory: bool,
+    /// The SELinux context that libvirt gives to files of this guest, and of no other; known from when it is started, if at all.
+    pub image_label: Option<String>,
 }
 
 /// The text of a child element.
@@ -72,6 +74,13 @@ pub(crate) fn shares_memory(root: Node<'_, '_>) -> bool {
         .filter(|n| n.has_tag_name("cell"))
         .peekable();
     cells.peek().is_some() && cells.all(|c| c.attribute("memAccess") == Some("shared"))
+}
+
+fn image_label(root: Node<'_, '_>) -> Option<String> {
+    let selinux = root
+        .children()
+        .find(|n| n.has_tag_name("seclabel") && n.attribute("model") == Some("selinux"))?;
+    child_text(selinux, "imagelabel").map(str::to_owned)
 }
 
 /// The element of one disk, as it stands there.
@@ -172,6 +181,7 @@ impl Domain {
             metadata: metadata.unwrap_or_default(),
             disks: disks.collect(),
             shares_memory: shares_memory(root),
+            image_label: image_label(root),
         })
     }
 
@@ -211,6 +221,22 @@ impl Domain {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_label_of_a_guest() {
+        let label = |seclabels: &str| {
+            let xml = format!("<domain><name>vm</name><uuid>u</uuid>{seclabels}</domain>");
+            Domain::parse(&xml).unwrap().image_label
+        };
+        let dac = "<seclabel type='dynamic' model='dac'><label>+0:+0</label><imagelabel>+0:+0</imagelabel></seclabel>";
+        let selinux = "<seclabel type='dynamic' model='selinux' relabel='yes'><label>system_u:system_r:svirt_t:s0:c1,c2</label><imagelabel>system_u:object_r:svirt_image_t:s0:c1,c2</imagelabel></seclabel>";
+        let expected = Some("system_u:object_r:svirt_image_t:s0:c1,c2".to_owned());
+        assert_eq!(label(&format!("{dac}{selinux}")), expected);
+        // Not started, or not confined.
+        assert_eq!(label("<seclabel type='dynamic' model='selinux'/>"), None);
+        assert_eq!(label("<seclabel type='none' model='selinux'/>"), None);
+        assert_eq!(label(dac), None);
+    }
 
     #[test]
     fn sockets_are_where_this_host_has_them() {

@@ -1,5 +1,6 @@
 //! PID 1 of the test guests. Mounts what a kernel needs, loads the modules packed with it, and then does
-//! what the host says, one JSON object a line over the virtio-serial port `org.vdisk.test`.
+//! what the host says, one JSON object a line over the virtio-serial port `org.vdisk.test`. With `vdisk.root=DEVICE` on the kernel's
+//! command line it goes on with the system on that device instead.
 
 mod agent;
 mod disk;
@@ -29,6 +30,13 @@ fn main() {
         if let Err(e) = sys::load_module(&format!("/modules/{module}")) {
             println!("guest: module {module}: {e}");
         }
+    }
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if let Some(device) = cmdline
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("vdisk.root="))
+    {
+        sys::switch_root(device);
     }
     let Some(port) = sys::wait_for(|| find_port("org.vdisk.test")) else {
         println!("guest: no port to the host");

@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs;
 use std::io::Read;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -30,6 +31,35 @@ pub fn mount(source: &str, target: &str, kind: &str) {
     if rc != 0 {
         println!("guest: mount {target}: {}", std::io::Error::last_os_error());
     }
+}
+
+/// Goes on as `/sbin/init` of the ext4 file system on a device.
+pub fn switch_root(device: &str) -> ! {
+    if wait_for(|| fs::metadata(device).ok()).is_none() {
+        println!("guest: no device {device}");
+        power_off();
+    }
+    mount(device, "/root", "ext4");
+    // What this one has mounted stays behind; the other mounts its own.
+    let moved = std::env::set_current_dir("/root")
+        // SAFETY: C strings and no data.
+        .map(|()| unsafe {
+            libc::mount(
+                c(".").as_ptr(),
+                c("/").as_ptr(),
+                std::ptr::null(),
+                libc::MS_MOVE,
+                std::ptr::null(),
+            )
+        })
+        .and_then(|_| std::os::unix::fs::chroot("."))
+        .and_then(|()| std::env::set_current_dir("/"));
+    let error = match moved {
+        Ok(()) => std::process::Command::new("/sbin/init").exec(),
+        Err(e) => e,
+    };
+    println!("guest: {device} is no system: {error}");
+    power_off()
 }
 
 pub fn unmount(target: &str) -> Result<(), String> {
