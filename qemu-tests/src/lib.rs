@@ -39,19 +39,25 @@ pub fn as_root(args: &[&str]) -> String {
 /// Runs a script of `tests` in a container that has a systemd and the installed service (see `in-systemd.sh`), on this machine's
 /// files or on those of a lab root; panics unless it says at its end that all is well.
 pub fn in_container(script: &str, root: Option<&str>) {
+    let lower = root.map_or("/".into(), |root| lab_path(root).display().to_string());
+    run_script("in-systemd.sh", &format!("LOWER={lower}"), script);
+}
+
+/// Runs a script of `tests` in a guest that enforces SELinux (see `in-selinux.sh`); panics unless it says at its end that all is well.
+pub fn under_selinux(script: &str) {
+    run_script("in-selinux.sh", "ENFORCING=1", script);
+}
+
+fn run_script(runner: &str, setting: &str, script: &str) {
     let here = env!("CARGO_MANIFEST_DIR");
     let programs = program("vdiskd");
     let programs = programs.parent().expect("a program is in a folder");
-    let lower = root.map_or("/".into(), |root| lab_path(root).display().to_string());
-    let (lab, lower) = (
-        format!("VDISK_LAB={}", lab().display()),
-        format!("LOWER={lower}"),
-    );
+    let lab = format!("VDISK_LAB={}", lab().display());
     let out = as_root(&[
         "env",
         &lab,
-        &lower,
-        &format!("{here}/in-systemd.sh"),
+        setting,
+        &format!("{here}/{runner}"),
         programs.to_str().expect("build folders are ASCII"),
         &format!("{here}/tests/{script}"),
     ]);

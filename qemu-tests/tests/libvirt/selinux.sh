@@ -1,8 +1,6 @@
 #!/bin/bash
 # Guests that SELinux confines to what is theirs: the sockets of their own disks, and no other's.
 . /usr/bin/vdisk-script-lib
-PS4='+ $SECONDS: '
-set -x
 [ "$(getenforce)" = Enforcing ]
 context() { tr -d '\0' <"/proc/$1/attr/current"; }
 label() { stat -c %C "$1"; }
@@ -14,7 +12,8 @@ boot() {
   <memory unit='MiB'>128</memory>
   <vcpu>1</vcpu>
   <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
-  <os><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/></os>
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>
+  <features><acpi/></features>
   <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><memballoon model='none'/>$2</devices>
 </domain>
 XML
@@ -72,9 +71,10 @@ vdiskctl domain backup one /var/lib/libvirt/images/backup
 vdiskctl domain snapshot delete one first
 virsh destroy one
 nothing_left
-# Nothing else was denied to us, or to QEMU of what is ours.
+# Nothing else was denied to us, or to QEMU of what is ours. (Where the hook serves a guest that runs, QEMU may come before the label, and
+# comes again.)
 dmesg | grep 'avc:.*denied.*:vdiskd_' >/tmp/denied
 grep -q nobody.sock /tmp/denied
 grep -q elsewhere.img /tmp/denied
-if grep -v -e nobody.sock -e elsewhere.img /tmp/denied; then false; fi
+if grep -v -e nobody.sock -e elsewhere.img -e '-vd[ab].sock.*:svirt_t:' /tmp/denied; then false; fi
 echo "all is well"
