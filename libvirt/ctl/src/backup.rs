@@ -6,16 +6,17 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 use vdisk_api::format_size;
-use vdisk_domain::encryption;
+use vdisk_domain::{Disk, encryption};
 use vdiskctl::error::{Error, Result};
 use vdiskctl::jobs;
 use vdiskctl::objects::Objects;
-use vdiskctl::options::Options;
+use vdiskctl::options::{NbdUri, Options};
 use vdiskctl::output::{number, print_json};
 use zbus::Variant;
 
 use crate::args::Command;
-use crate::disks::{Running, image_node, none_served};
+use crate::backup_server::{self, Wanted};
+use crate::disks::{Running, image_node, no_disk, none_served};
 use crate::live::stamp;
 use crate::{Context, files};
 
@@ -156,23 +157,61 @@ fn plan(
     })
 }
 
+/// The disks that are meant: all that the guest may write to, as nothing changes on the others, if none is named.
+pub fn chosen<'a>(running: &'a Running, targets: &[String]) -> Result<Vec<&'a Disk>> {
+    let all = &running.domain.metadata.disks;
+    if let Some(missing) = targets.iter().find(|t| all.iter().all(|d| d.target != **t)) {
+        return Err(no_disk(&running.domain, missing));
+    }
+    let meant = |d: &&Disk| match targets.is_empty() {
+        true => !d.is_read_only(),
+        false => targets.contains(&d.target),
+    };
+    let disks: Vec<&Disk> = all.iter().filter(meant).collect();
+    match disks.is_empty() {
+        true => Err(none_served(&running.domain.name)),
+        false => Ok(disks),
+    }
+}
+
 pub async fn backup(cx: &Context) -> Result<()> {
     let Command::Backup {
         domain,
-        folder,
+        to,
         disks,
         full,
         compress,
         quiesce,
+        incremental,
+        checkpoint,
     } = &cx.args.command
     else {
         return Ok(());
     };
+    if let Some(uri) = NbdUri::parse(to) {
+        let wanted = Wanted {
+            disks,
+            incremental: incremental.as_deref(),
+            checkpoint: checkpoint.as_deref(),
+            quiesce: *quiesce,
+        };
+        if *full || *compress {
+            return Err(Error::invalid(
+                "--full and --compress are for backups in folders: a server's disk gets all of it without --incremental, as its server stores it",
+            ));
+        }
+        return backup_server::backup(cx, domain, &uri?, &wanted).await;
+    }
+    if incremental.is_some() || checkpoint.is_some() {
+        return Err(Error::invalid(
+            "--incremental and --checkpoint are for a server (nbd+unix:///?socket=PATH): a folder knows its last backup by itself",
+        ));
+    }
     let running = match quiesce {
         true => Running::find(cx, domain).await?,
         false => Running::find_or_open(cx, domain).await?,
     };
-    let folder = std::path::absolute(folder).map_err(|e| Error::invalid(e.to_string()))?;
+    let folder = std::path::absolute(to).map_err(|e| Error::invalid(e.to_string()))?;
     std::fs::create_dir_all(&folder)
         .map_err(|e| Error::failed(format!("'{}' cannot be made: {e}", folder.display())))?;
     let mut record = load(&folder, &running.domain.uuid)?;
@@ -183,29 +222,19 @@ pub async fn backup(cx: &Context) -> Result<()> {
     };
     let now = (stamp()..).find(|n| !taken(*n)).unwrap_or_default();
     let mut parts = Vec::new();
-    for disk in &running.domain.metadata.disks {
-        // Of what nobody writes to nothing changes.
-        let usual = disks.is_empty() && !disk.is_read_only();
-        if usual || disks.contains(&disk.target) {
-            let target = &disk.target;
-            if *compress && disk.secrets().next().is_some() {
-                return Err(Error::named(
-                    "NotSupported",
-                    format!(
-                        "disk '{target}' is encrypted, and its backup as well: what is encrypted is not compressed; leave out --compress"
-                    ),
-                ));
-            }
-            parts.push(plan(
-                &objects, &running, target, &folder, &record, *full, now,
-            )?);
+    for disk in chosen(&running, disks)? {
+        let target = &disk.target;
+        if *compress && disk.secrets().next().is_some() {
+            return Err(Error::named(
+                "NotSupported",
+                format!(
+                    "disk '{target}' is encrypted, and its backup as well: what is encrypted is not compressed; leave out --compress"
+                ),
+            ));
         }
-    }
-    if let Some(missing) = disks.iter().find(|t| parts.iter().all(|p| p.target != **t)) {
-        return Err(crate::disks::no_disk(&running.domain, missing));
-    }
-    if parts.is_empty() {
-        return Err(none_served(&running.domain.name));
+        parts.push(plan(
+            &objects, &running, target, &folder, &record, *full, now,
+        )?);
     }
     let was_unfinished = std::mem::replace(&mut record.unfinished, true);
     store(&folder, &record)?;
@@ -333,14 +362,25 @@ async fn copy(
         }
         actions.push(("backup", backup));
     }
+    at_one_instant(running, actions, quiesce, begun).await
+}
+
+/// Does all of it in the same moment, for which the guest's file systems may be frozen, and waits for the jobs. Once it is `begun` it
+/// may have happened, whatever is said.
+pub async fn at_one_instant(
+    running: &Running,
+    actions: Vec<(&str, Options<'_>)>,
+    quiesce: bool,
+    begun: &mut bool,
+) -> Result<()> {
     if quiesce && let Err(e) = running.guest.freeze(true) {
         // It may have heard of it all the same.
         let _ = running.guest.freeze(false);
         return Err(e);
     }
     let grouped = Options::from([("completion-mode", Variant::from("grouped"))]);
-    // It may begin although nobody says so.
     *begun = true;
+    let manager = running.manager().await?;
     let started = manager.transaction(actions, grouped).await;
     let thawed = match quiesce {
         true => running.guest.freeze(false),

@@ -3,6 +3,7 @@
 mod adopt;
 pub mod args;
 mod backup;
+mod backup_server;
 mod devices;
 mod disks;
 mod files;
