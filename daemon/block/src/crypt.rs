@@ -11,7 +11,7 @@ use vdisk_qcow2::Storage;
 
 use crate::drivers::LocalFuture;
 use crate::node::{Node, WriteFlags};
-use crate::runtime::Secrets;
+use crate::secrets::Secrets;
 
 /// Data is copied out of and into buffers in pieces of this many bytes.
 const PIECE: usize = 4096;
@@ -31,23 +31,31 @@ pub fn read_header(what: &str, file: &Node, at: u64) -> Result<Header> {
 }
 
 /// Opens what the LUKS header at byte `at` of a node describes, of at most `len` bytes with its key material; may block,
-/// for seconds.
+/// for seconds the first time.
 pub fn unlock(
     what: &str,
     file: &Node,
     (at, len): (u64, u64),
     secrets: &Secrets,
-    secret: &str,
+    id: &str,
 ) -> Result<(Header, Cipher)> {
     let header = read_header(what, file, at)?;
-    let secret = secrets.get(secret).map_err(|e| e.context(what))?;
+    let secret = secrets.get(id).map_err(|e| e.context(what))?;
     let read = |offset: u64, n: usize| match offset.checked_add(n as u64) {
         Some(end) if end <= len => file.read_blocking(at + offset, n),
         _ => Ok(Vec::new()),
     };
-    let cipher = header
-        .unlock(secret.bytes(), read)
-        .map_err(|e| luks_failed(what, &e))?;
+    let failed = |e: vdisk_luks::Error| luks_failed(what, &e);
+    let fingerprint = header.fingerprint(secret.bytes(), read);
+    if let Some(key) = fingerprint.and_then(|print| secrets.key(id, &print)) {
+        return Ok((header, key.cipher().map_err(failed)?));
+    }
+    let key = header.unlock(secret.bytes(), read).map_err(failed)?;
+    let cipher = key.cipher().map_err(failed)?;
+    tracing::info!(secret = id, "passphrase tried, {what} opens");
+    if let Some(print) = fingerprint {
+        secrets.remember(id, print, key);
+    }
     Ok((header, cipher))
 }
 

@@ -25,6 +25,7 @@ pub mod jobs;
 mod node;
 mod permission;
 mod runtime;
+mod secrets;
 mod status;
 mod tap;
 mod threshold;
@@ -41,6 +42,7 @@ pub use graph::{Graph, NodeInfo, Opened, Parent, Plan, ROLES, StoredBitmap, Stor
 pub use image::{Standalone, image_failed};
 pub use node::{Node, WriteFlags, ZeroFlags};
 pub use permission::{Permissions, Use};
-pub use runtime::{LockPatience, Runtime, Secrets};
+pub use runtime::{LockPatience, Runtime};
+pub use secrets::Secrets;
 pub use status::BlockStatus;
 pub use throttle::{ThrottleGroup, ThrottleGroups};

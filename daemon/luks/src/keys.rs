@@ -1,8 +1,9 @@
 //! Key slots: from a passphrase to the key of the disk (specification, "Key management").
 
-use std::io;
 use std::time::{Duration, Instant};
+use std::{fmt, io};
 
+use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
@@ -24,6 +25,37 @@ const MOST_ITERATIONS: u32 = 10_000_000;
 
 /// Passphrases that anybody has are shorter. In bytes.
 const MAX_SECRET: usize = 1 << 20;
+
+/// The key of a disk. It is not shown to anybody, and wiped when it goes.
+pub struct Key(Zeroizing<Vec<u8>>);
+
+impl Key {
+    /// `bytes` are 32 (AES-128) or 64 (AES-256): one half for the data and one for the tweaks. None for others.
+    pub fn new(bytes: &[u8]) -> Option<Key> {
+        matches!(bytes.len(), 32 | 64).then(|| Key(Zeroizing::new(bytes.to_vec())))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The key, ready for use.
+    ///
+    /// # Errors
+    /// None in fact: keys have lengths that ciphers take.
+    pub fn cipher(&self) -> Result<Cipher> {
+        Cipher::new(&self.0).ok_or(Error::WrongKey)
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+}
+
+/// A hash of everything that a key comes from.
+pub type Fingerprint = [u8; 32];
 
 /// How a new disk is to be encrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,13 +139,34 @@ impl Header {
         self.key_bytes * STRIPES as usize
     }
 
+    /// A hash of this header, of the key material in use and of `secret`: where it is the same, the key is. `read` as for
+    /// [`Header::unlock`]; None if not all of the material can be read.
+    pub fn fingerprint(
+        &self,
+        secret: &[u8],
+        mut read: impl FnMut(u64, usize) -> io::Result<Vec<u8>>,
+    ) -> Option<Fingerprint> {
+        let mut hash = Sha256::new();
+        hash.update((secret.len() as u64).to_le_bytes());
+        hash.update(secret);
+        hash.update(self.encode());
+        for slot in self.slots.iter().filter(|s| s.active) {
+            let material = read(slot.material, self.material_len()).ok()?;
+            if material.len() != self.material_len() {
+                return None;
+            }
+            hash.update(&material);
+        }
+        Some(hash.finalize().into())
+    }
+
     /// Finds the slot that `secret` opens. `read` gives `len` bytes at an offset (in bytes) from the beginning of the
     /// header. Takes as long as the header asks for, seconds mostly.
     pub fn unlock(
         &self,
         secret: &[u8],
         mut read: impl FnMut(u64, usize) -> io::Result<Vec<u8>>,
-    ) -> Result<Cipher> {
+    ) -> Result<Key> {
         if secret.len() > MAX_SECRET {
             return Err(Error::WrongKey);
         }
@@ -131,8 +184,8 @@ impl Header {
                     continue;
                 }
             };
-            if let Some(cipher) = self.open_slot(slot, secret, material)? {
-                return Ok(cipher);
+            if let Some(key) = self.open_slot(slot, secret, material)? {
+                return Ok(key);
             }
         }
         Err(failed.unwrap_or(Error::WrongKey))
@@ -150,15 +203,11 @@ impl Header {
         slot: &Slot,
         secret: &[u8],
         mut material: Zeroizing<Vec<u8>>,
-    ) -> Result<Option<Cipher>> {
+    ) -> Result<Option<Key>> {
         self.slot_cipher(slot, secret)?.decrypt(0, &mut material);
         let key = af::merge(&material, self.key_bytes, self.hash);
         let is_key = self.digest_of(&key).ct_eq(&self.digest);
-        Ok(if is_key.into() {
-            Cipher::new(&key)
-        } else {
-            None
-        })
+        Ok(if is_key.into() { Key::new(&key) } else { None })
     }
 
     fn digest_of(&self, key: &[u8]) -> [u8; 20] {
@@ -170,7 +219,7 @@ impl Header {
 
     /// Makes a new key, locks it with `secret` in the first slot, and returns everything before the payload: the header and
     /// the key material.
-    pub fn format(options: &FormatOptions, secret: &[u8]) -> Result<(Vec<u8>, Cipher)> {
+    pub fn format(options: &FormatOptions, secret: &[u8]) -> Result<(Vec<u8>, Key)> {
         if secret.is_empty() || secret.len() > MAX_SECRET {
             return Err(Error::Field {
                 what: "the secret",
@@ -179,9 +228,9 @@ impl Header {
             });
         }
         let key_bytes = options.key_bytes();
-        let mut key = Zeroizing::new(vec![0; key_bytes]);
-        getrandom::fill(&mut key).map_err(Error::Random)?;
-        let cipher = Cipher::new(&key).ok_or_else(|| Error::Field {
+        let mut bytes = Zeroizing::new(vec![0; key_bytes]);
+        getrandom::fill(&mut bytes).map_err(Error::Random)?;
+        let key = Key::new(&bytes).ok_or_else(|| Error::Field {
             what: "the number of bits of AES",
             value: options.aes_bits.to_string(),
             allowed: "128 and 256 are supported",
@@ -204,17 +253,17 @@ impl Header {
                 material: ALIGNMENT + i as u64 * room,
             }),
         };
-        header.digest = header.digest_of(&key);
+        header.digest = header.digest_of(&bytes);
         let slot = &mut header.slots[0];
         (slot.active, slot.iterations, slot.salt) = (true, n, random()?);
         let slot = header.slots[0].clone();
-        let mut material = af::split(&key, STRIPES as usize, options.hash)?;
+        let mut material = af::split(&bytes, STRIPES as usize, options.hash)?;
         header.slot_cipher(&slot, secret)?.encrypt(0, &mut material);
         let mut out = vec![0; header.payload as usize];
         out[..HEADER].copy_from_slice(&header.encode());
         let at = slot.material as usize;
         out[at..at + material.len()].copy_from_slice(&material);
-        Ok((out, cipher))
+        Ok((out, key))
     }
 }
 
@@ -239,14 +288,31 @@ mod tests {
                 hash,
                 iteration_time: Duration::from_millis(1),
             };
-            let (bytes, cipher) = Header::format(&options, b"open sesame").unwrap();
+            let (bytes, key) = Header::format(&options, b"open sesame").unwrap();
+            let cipher = key.cipher().unwrap();
             let header = Header::parse(&bytes).unwrap();
             assert_eq!(header.payload, bytes.len() as u64);
             let same = header.unlock(b"open sesame", reader(&bytes)).unwrap();
             let mut data = [7; SECTOR];
             cipher.encrypt(3, &mut data);
-            same.decrypt(3, &mut data);
+            same.cipher().unwrap().decrypt(3, &mut data);
             assert_eq!(data, [7; SECTOR]);
+            let print = |secret: &[u8], bytes: &[u8]| {
+                let header = Header::parse(bytes).unwrap();
+                header.fingerprint(secret, reader(bytes))
+            };
+            let usual = print(b"open sesame", &bytes);
+            assert!(usual.is_some());
+            assert_eq!(usual, print(b"open sesame", &bytes));
+            assert_ne!(usual, print(b"open simsim", &bytes));
+            let mut other = bytes.clone();
+            // A byte of the key material, and one of the digest's salt.
+            for at in [ALIGNMENT as usize + 7, 132] {
+                other[at] ^= 1;
+                assert_ne!(usual, print(b"open sesame", &other), "{at}");
+                other[at] ^= 1;
+            }
+            assert_eq!(print(b"open sesame", &bytes[..5000]), None);
             let e = header.unlock(b"open simsim", reader(&bytes)).unwrap_err();
             assert!(matches!(e, Error::WrongKey), "{e}");
             let e = header.unlock(b"open sesame", reader(&bytes[..5000]));

@@ -16,7 +16,7 @@ use vdisk_exports::Keeper;
 use crate::{handover, sandbox};
 
 /// What the names of kept descriptors begin with, before a dot.
-const KINDS: [&str; 5] = ["listener", "connection", "secret", "fd", "handover"];
+const KINDS: [&str; 6] = ["listener", "connection", "secret", "keys", "fd", "handover"];
 
 /// The first descriptor that is passed (SD_LISTEN_FDS_START).
 const FIRST: i32 = 3;

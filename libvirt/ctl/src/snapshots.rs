@@ -104,8 +104,14 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
         if disk.is_read_only() || (!disks.is_empty() && !disks.contains(&disk.target)) {
             continue;
         }
-        if disk.secrets().next().is_some() {
-            refuse_encrypted(&disk.target, memspec.is_some(), *quiesce)?;
+        if disk.secrets().next().is_some() && memspec.is_some() {
+            return Err(Error::named(
+                "NotSupported",
+                format!(
+                    "disk '{}' is encrypted, and the guest's memory has its data in the clear: leave out --memspec",
+                    disk.target
+                ),
+            ));
         }
         let (_, served) = running.disk(&disk.target)?;
         parts.push(part(&objects, disk, &served.id, &name)?);
@@ -166,21 +172,6 @@ async fn create(cx: &Context, command: &Command) -> Result<()> {
     );
     print_pause(&what, report, cx.args.json);
     Ok(())
-}
-
-/// What cannot be had with a disk that is encrypted.
-fn refuse_encrypted(target: &str, memory: bool, quiesce: bool) -> Result<()> {
-    let why = match (memory, quiesce) {
-        (true, _) => "the guest's memory has its data in the clear: leave out --memspec",
-        (_, true) => {
-            "its overlay takes seconds to open, for which the guest would be frozen: leave out --quiesce"
-        }
-        _ => return Ok(()),
-    };
-    Err(Error::named(
-        "NotSupported",
-        format!("disk '{target}' is encrypted, and {why}"),
-    ))
 }
 
 /// A file for memory has to be new: libvirt writes over what is there.

@@ -159,11 +159,35 @@ systemctl daemon-reload
 vdiskctl image create /srv/images/e.qcow2 64M encrypt.format=luks encrypt.key-secret=key0 encrypt.iter-time=10
 vdiskctl node add e driver=qcow2 file.driver=file file.filename=/srv/images/e.qcow2 encrypt.format=luks encrypt.key-secret=key0
 vdiskctl export add e --node e --socket /run/vdiskd/e.sock --persistent
+tried() { journalctl -u vdiskd --no-pager | grep -c 'passphrase tried' || true; }
+# Whoever made it knows its key.
+[ "$(tried)" = 0 ]
 systemctl stop vdiskd
 systemctl start vdiskd
 vdiskctl export show e >/dev/null
-systemctl restart vdiskd
-[ -z "$(problems)" ]
+[ "$(tried)" = 1 ]
+# Guests that wait for the daemon do not wait for passphrases.
+vdiskctl secret add key1 --file /etc/vdiskd/key
+vdiskctl image create /srv/images/f.raw 64M --format luks key-secret=key1 iter-time=10
+vdiskctl node add f driver=luks file.driver=file file.filename=/srv/images/f.raw key-secret=key1
+vdiskctl export add f --node f --socket /run/vdiskd/f.sock
+for how in restart reload kill restart; do
+    case $how in
+    kill) systemctl kill --kill-whom=main -s KILL vdiskd ;;
+    *) systemctl $how vdiskd ;;
+    esac
+    await vdiskctl export show e
+    vdiskctl export show f >/dev/null
+    [ -z "$(problems)" ]
+done
+[ "$(tried)" = 1 ]
+# Not with another secret, nor when the old one is gone.
+vdiskctl export remove f
+vdiskctl node remove f
+vdiskctl secret remove key1
+echo -n 'open simsim' >/tmp/other
+vdiskctl secret add key1 --file /tmp/other
+refused 'passphrase' vdiskctl node add f driver=luks file.driver=file file.filename=/srv/images/f.raw key-secret=key1
 
 # In a user's session.
 useradd -m anna

@@ -21,7 +21,8 @@ use vdisk_qcow2::{
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
 use crate::crypt::{Encrypted, unlock};
 use crate::node::{Node, Source, WriteFlags, ZeroFlags};
-use crate::runtime::{Runtime, Secrets};
+use crate::runtime::Runtime;
+use crate::secrets::Secrets;
 use crate::status::BlockStatus;
 
 /// Clusters that were given up are free for something else after this time.

@@ -17,7 +17,7 @@ use vdisk_block::{
     luks_failed, read_header,
 };
 use vdisk_io::{IoThread, IoVecs};
-use vdisk_luks::{Cipher, FormatOptions, Hash, Header, SECTOR};
+use vdisk_luks::{Cipher, Fingerprint, FormatOptions, Hash, Header, SECTOR};
 use vdisk_qcow2::{
     Amend, CHECK_MEMORY, Children, Compression, CreateOptions, Image, Kind, Preallocation,
     Progress, Repair, Report, Snapshot, Storage,
@@ -209,6 +209,15 @@ async fn make_luks(
     file.flush().await
 }
 
+/// That of a header with its key material, as it has just been made.
+fn fingerprint(made: &[u8], secret: &[u8]) -> Option<Fingerprint> {
+    let header = Header::parse(made).ok()?;
+    header.fingerprint(secret, |at, len| {
+        let part = made.get(at as usize..).unwrap_or_default();
+        Ok(part[..len.min(part.len())].to_vec())
+    })
+}
+
 /// The parts of a new image, open.
 struct NewImage {
     file: NewFile,
@@ -239,8 +248,15 @@ impl NewImage {
                     .secrets
                     .get(&e.key_secret)
                     .map_err(|e| e.context(&what))?;
+                let failed = |e: vdisk_luks::Error| luks_failed(&what, &e);
                 let made = Header::format(&luks_options(e), secret.bytes());
-                Some(made.map_err(|e| luks_failed(&what, &e))?)
+                let (header, key) = made.map_err(failed)?;
+                let cipher = key.cipher().map_err(failed)?;
+                // Whoever makes it is about to open it.
+                if let Some(print) = fingerprint(&header, secret.bytes()) {
+                    runtime.secrets.remember(&e.key_secret, print, key);
+                }
+                Some((header, cipher))
             }
         };
         let file = NewFile::open(options.filename.clone(), options.overwrite, runtime)?;

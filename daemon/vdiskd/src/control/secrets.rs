@@ -46,6 +46,9 @@ pub async fn add(control: &Handle, options: SecretOptions) -> Result<()> {
     {
         tracing::warn!(secret = id, %error, "the secret cannot be kept for a restart");
     }
+    if let Some(keeper) = control.keeper() {
+        state::keep_keys(&**keeper, &all(control), &id);
+    }
     tracing::info!(secret = id, "secret added");
     Ok(())
 }
@@ -56,6 +59,7 @@ pub fn remove(control: &Handle, id: &str) -> Result<()> {
     all(control).remove(id)?;
     if let Some(keeper) = control.keeper() {
         keeper.forget(&state::secret_name(id));
+        keeper.forget(&state::keys_name(id));
     }
     tracing::info!(secret = id, "secret removed");
     Ok(())

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use vdisk_api::{Error, Map, Result, Secret};
-use vdisk_block::{Descriptors, ROLES, StoredNode};
+use vdisk_block::{Descriptors, ROLES, Secrets, StoredNode};
 use vdisk_exports::Keeper;
 
 use super::{Control, Event};
@@ -425,9 +425,27 @@ pub(super) fn keep_secret(keeper: &dyn Keeper, id: &str, secret: &Secret) -> io:
     keeper.keep(&secret_name(id), std::os::fd::AsFd::as_fd(&file))
 }
 
+/// Gives a keeper a file for the keys that a secret opens images with: guests that wait for a restart do not wait for passphrases.
+pub(super) fn keep_keys(keeper: &dyn Keeper, secrets: &Secrets, id: &str) {
+    let kept = rustix::fs::memfd_create("vdiskd-keys", rustix::fs::MemfdFlags::CLOEXEC)
+        .map_err(io::Error::from)
+        .and_then(|fd| {
+            keeper.forget(&keys_name(id));
+            keeper.keep(&keys_name(id), std::os::fd::AsFd::as_fd(&fd))?;
+            secrets.keep_keys(id, std::fs::File::from(fd))
+        });
+    if let Err(error) = kept {
+        tracing::warn!(secret = id, %error, "its keys are found out anew after a restart");
+    }
+}
+
 /// What the descriptor of a passed file is kept as.
 pub(super) fn descriptor_name(number: u64) -> String {
     format!("fd.{number}")
+}
+
+pub(super) fn keys_name(id: &str) -> String {
+    format!("keys.{id}")
 }
 
 pub(super) fn secret_name(id: &str) -> String {

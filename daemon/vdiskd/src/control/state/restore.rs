@@ -73,6 +73,12 @@ impl Control {
         self.events.clear();
         left.append(&mut mine);
         self.forget_all(left);
+        let secrets = self.world().defaults.runtime.secrets.clone();
+        if let Some(keeper) = &self.keeper {
+            for id in secrets.ids().iter().filter(|id| !secrets.keeps_keys(id)) {
+                super::keep_keys(&**keeper, &secrets, id);
+            }
+        }
     }
 
     fn restore_threads(&mut self, state: &State) {
@@ -151,6 +157,25 @@ impl Control {
                 .and_then(|secret| secrets.add(id, secret));
             if let Err(e) = secret {
                 self.problem(e);
+            }
+        }
+        // Those of credentials as well, which are the daemon's own each time.
+        for (name, fd) in left.extract_if(.., |(name, _)| name.starts_with("keys.")) {
+            let id = name.strip_prefix("keys.").unwrap_or(&name);
+            match secrets.get(id) {
+                Ok(_) => {
+                    let taken = secrets.keep_keys(id, std::fs::File::from(fd));
+                    if let Err(e) = taken {
+                        self.problem(Error::io(format_args!("keys of secret '{id}'"), &e));
+                    }
+                }
+                // Keys without the secret that they came of are nobody's any more.
+                Err(_) => {
+                    let _ = std::fs::File::from(fd).set_len(0);
+                    if let Some(keeper) = &self.keeper {
+                        keeper.forget(&name);
+                    }
+                }
             }
         }
         let nodes = state.nodes.len();
