@@ -42,6 +42,10 @@ SELinuxContext=unconfined_u:unconfined_r:unconfined_t:s0-s0:c0.c1023
 ExecStart=/bin/bash -c 'exec /usr/bin/vdisk-script'
 UNIT
 
+# What a first boot does, and what nobody reads here.
+touch "$root/etc/.updated" "$root/var/.updated"
+rm -rf "$root"/usr/share/doc "$root"/usr/share/man "$root"/usr/share/locale "$root"/var/lib/apt/lists "$root"/var/cache/apt
+
 # Our module as a user installs it. What Debian's policy lacks for its own libvirt and for QEMU without KVM is in one of the lab's; what is
 # tried here (vdiskd, the hook, the watcher, QEMU) is confined.
 mkdir "$root/src" "$root/lab-module"
@@ -61,7 +65,8 @@ make -s -C /lab-module -f /usr/share/selinux/devel/Makefile lab.pp
 semodule -n -i /usr/share/selinux/packages/vdiskd.pp /lab-module/lab.pp
 SH
 umount "$root/src"
-chroot "$root" setfiles -F /etc/selinux/default/contexts/files/file_contexts / 2>&1
+# The lab root itself is labelled.
+chroot "$root" setfiles /etc/selinux/default/contexts/files/file_contexts / 2>&1
 mke2fs -q -t ext4 -O ^has_journal -E root_owner=0:0 -d "$root" "$dir/disk" 3G
 umount "$root"
 

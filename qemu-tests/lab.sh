@@ -92,7 +92,8 @@ trixie)
     root trixie --include=qemu-system-x86,qemu-block-extra,qemu-utils trixie
     ;;
 libvirt)
-    root libvirt --include=systemd,systemd-sysv,dbus,polkitd,kmod,python3-minimal,qemu-system-x86,qemu-utils \
+    root libvirt --customize-hook='chroot "$1" setfiles -F /etc/selinux/default/contexts/files/file_contexts /' \
+        --include=systemd,systemd-sysv,dbus,polkitd,kmod,python3-minimal,qemu-system-x86,qemu-utils \
         --include=libvirt-daemon-system,libvirt-daemon-driver-qemu,libvirt-clients \
         --include=selinux-policy-default,selinux-policy-dev,policycoreutils trixie
     ;;

@@ -89,7 +89,8 @@ async fn restore(daemon: &Daemon, domain: &Domain) -> Result<(), vdisk_domain::F
             build_disk(daemon, domain, disk, socket, Start::Boot).await?;
         }
     }
-    Ok(())
+    // Those that have lost their label, too.
+    label(domain).map_err(|e| vdisk_domain::Failure(e.to_string()))
 }
 
 fn run(phase: Phase, reason: &str) -> Result<(), String> {

@@ -54,7 +54,7 @@ pub fn unlock(
     let cipher = key.cipher().map_err(failed)?;
     tracing::info!(secret = id, "passphrase tried, {what} opens");
     if let Some(print) = fingerprint {
-        secrets.remember(id, print, key);
+        secrets.remember(id, &secret, print, key);
     }
     Ok((header, cipher))
 }

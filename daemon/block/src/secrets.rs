@@ -58,9 +58,12 @@ impl Entry {
     }
 
     fn wipe(&mut self) -> io::Result<()> {
+        let len = self.keys.len() * RECORD;
         self.keys.clear();
         match &self.file {
-            Some(file) => file.set_len(0),
+            Some(file) => file
+                .write_all_at(&vec![0; len], 0)
+                .and_then(|()| file.set_len(0)),
             None => Ok(()),
         }
     }
@@ -117,13 +120,13 @@ impl Secrets {
         self.all().get(id)?.keys.get(fingerprint).cloned()
     }
 
-    /// Notes what a secret opens.
-    pub fn remember(&self, id: &str, fingerprint: Fingerprint, key: Key) {
+    /// Notes what a secret opens, if it is still there: in the meantime it may have been removed, and another have its name.
+    pub fn remember(&self, id: &str, secret: &Arc<Secret>, fingerprint: Fingerprint, key: Key) {
         let mut all = self.all();
         let Some(entry) = all.get_mut(id) else {
             return;
         };
-        if entry.keys.contains_key(&fingerprint) {
+        if !Arc::ptr_eq(&entry.secret, secret) || entry.keys.contains_key(&fingerprint) {
             return;
         }
         let written = match entry.keys.len() >= MOST_KEYS {
@@ -194,10 +197,11 @@ mod tests {
     fn keys_are_known_to_the_next_process() {
         let kept = file();
         let one = with_secret();
-        one.remember("s", [1; 32], Key::new(&[7; 64]).unwrap());
+        let secret = |of: &Secrets| of.get("s").unwrap();
+        one.remember("s", &secret(&one), [1; 32], Key::new(&[7; 64]).unwrap());
         one.keep_keys("s", kept.try_clone().unwrap()).unwrap();
-        one.remember("s", [2; 32], Key::new(&[8; 32]).unwrap());
-        one.remember("other", [3; 32], Key::new(&[9; 32]).unwrap());
+        one.remember("s", &secret(&one), [2; 32], Key::new(&[8; 32]).unwrap());
+        one.remember("other", &secret(&one), [3; 32], Key::new(&[9; 32]).unwrap());
         // It was killed while it wrote another.
         kept.write_all_at(&[3; 40], 2 * RECORD as u64).unwrap();
         let two = with_secret();
@@ -207,7 +211,10 @@ mod tests {
         assert_eq!(bytes(&two, 1), Some(vec![7; 64]));
         assert_eq!(bytes(&two, 2), Some(vec![8; 32]));
         assert_eq!(bytes(&two, 3), None);
-        two.remember("s", [4; 32], Key::new(&[6; 32]).unwrap());
+        two.remember("s", &secret(&two), [4; 32], Key::new(&[6; 32]).unwrap());
+        // What another secret of that name has opened is not this one's.
+        two.remember("s", &secret(&one), [5; 32], Key::new(&[5; 32]).unwrap());
+        assert_eq!(bytes(&two, 5), None);
         let three = with_secret();
         three.keep_keys("s", kept.try_clone().unwrap()).unwrap();
         assert_eq!(bytes(&three, 4), Some(vec![6; 32]));
@@ -224,7 +231,12 @@ mod tests {
         for n in 0..MOST_KEYS + 3 {
             let mut print = [0; 32];
             print[..8].copy_from_slice(&n.to_le_bytes());
-            secrets.remember("s", print, Key::new(&[7; 64]).unwrap());
+            secrets.remember(
+                "s",
+                &secrets.get("s").unwrap(),
+                print,
+                Key::new(&[7; 64]).unwrap(),
+            );
         }
         assert_eq!(kept.metadata().unwrap().len(), 3 * RECORD as u64);
     }

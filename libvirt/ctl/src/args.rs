@@ -155,10 +155,10 @@ pub enum Command {
     ///
     /// Each file stands on the one before it: the newest, with those that it stands on, is the disk (qemu-img convert).
     ///
-    /// A server's disk gets all of it, or what has changed since a checkpoint: what was written before to the same place makes it whole.
+    /// A server's disk gets all of it each time.
     ///
     /// Examples: vdiskctl domain backup vm1 /backup/vm1;
-    /// vdiskctl domain backup vm1 'nbd+unix:///?socket=/run/backup.sock' --checkpoint daily
+    /// vdiskctl domain backup vm1 'nbd+unix:///?socket=/run/backup.sock'
     Backup {
         domain: String,
         /// Where they go: a folder, one for each domain; or a server (nbd+unix:///?socket=PATH) with an export for each disk that is called
@@ -168,12 +168,6 @@ pub enum Command {
         /// Targets of the disks (all, if not given)
         #[arg(long, value_delimiter = ',')]
         disks: Vec<String>,
-        /// Record what changes from this instant on, under this name (to a server)
-        #[arg(long, value_name = "NAME", conflicts_with = "incremental")]
-        checkpoint: Option<String>,
-        /// Only what has changed since this checkpoint, which is then that of this backup (to a server)
-        #[arg(long, value_name = "CHECKPOINT")]
-        incremental: Option<String>,
         /// Everything once more
         #[arg(long)]
         full: bool,

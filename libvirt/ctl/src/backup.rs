@@ -15,7 +15,7 @@ use vdiskctl::output::{number, print_json};
 use zbus::Variant;
 
 use crate::args::Command;
-use crate::backup_server::{self, Wanted};
+use crate::backup_server;
 use crate::disks::{Running, image_node, no_disk, none_served};
 use crate::live::stamp;
 use crate::{Context, files};
@@ -182,30 +182,17 @@ pub async fn backup(cx: &Context) -> Result<()> {
         full,
         compress,
         quiesce,
-        incremental,
-        checkpoint,
     } = &cx.args.command
     else {
         return Ok(());
     };
     if let Some(uri) = NbdUri::parse(to) {
-        let wanted = Wanted {
-            disks,
-            incremental: incremental.as_deref(),
-            checkpoint: checkpoint.as_deref(),
-            quiesce: *quiesce,
-        };
         if *full || *compress {
             return Err(Error::invalid(
-                "--full and --compress are for backups in folders: a server's disk gets all of it without --incremental, as its server stores it",
+                "--full and --compress are for backups in folders: a server's disk gets all of it each time, and is stored as its server does",
             ));
         }
-        return backup_server::backup(cx, domain, &uri?, &wanted).await;
-    }
-    if incremental.is_some() || checkpoint.is_some() {
-        return Err(Error::invalid(
-            "--incremental and --checkpoint are for a server (nbd+unix:///?socket=PATH): a folder knows its last backup by itself",
-        ));
+        return backup_server::backup(cx, domain, &uri?, disks, *quiesce).await;
     }
     let running = match quiesce {
         true => Running::find(cx, domain).await?,
@@ -373,6 +360,7 @@ pub async fn at_one_instant(
     quiesce: bool,
     begun: &mut bool,
 ) -> Result<()> {
+    let manager = running.manager().await?;
     if quiesce && let Err(e) = running.guest.freeze(true) {
         // It may have heard of it all the same.
         let _ = running.guest.freeze(false);
@@ -380,7 +368,6 @@ pub async fn at_one_instant(
     }
     let grouped = Options::from([("completion-mode", Variant::from("grouped"))]);
     *begun = true;
-    let manager = running.manager().await?;
     let started = manager.transaction(actions, grouped).await;
     let thawed = match quiesce {
         true => running.guest.freeze(false),

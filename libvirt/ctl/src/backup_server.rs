@@ -1,4 +1,7 @@
-//! `vdiskctl domain backup` to an NBD server: the disks as they are at one instant, or what has changed since a checkpoint.
+//! `vdiskctl domain backup` to an NBD server: the disks as they are at one instant.
+//!
+//! All of them each time: what has changed since the last one could only be known by a bitmap, and nothing here says what that bitmap is
+//! relative to, as the record in a folder does.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -6,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use serde_json::{Value as Json, json};
 use vdisk_domain::Disk;
 use vdiskctl::error::{Error, Result};
-use vdiskctl::objects::Objects;
+use vdiskctl::objects::{Objects, name_of};
 use vdiskctl::options::{NbdUri, Options};
 use vdiskctl::output::{number, print_json};
 use zbus::Variant;
@@ -16,17 +19,6 @@ use crate::backup::{at_one_instant, chosen};
 use crate::disks::{Running, image_node};
 use crate::live::stamp;
 
-/// What is copied, and what is recorded.
-pub struct Wanted<'a> {
-    /// Targets; all disks that the guest may write to, if there are none.
-    pub disks: &'a [String],
-    /// Only what has changed since this checkpoint, which is then this backup's.
-    pub incremental: Option<&'a str>,
-    /// What changes from now on is recorded under this name.
-    pub checkpoint: Option<&'a str>,
-    pub quiesce: bool,
-}
-
 /// The backup of one disk.
 struct Part {
     target: String,
@@ -34,19 +26,6 @@ struct Part {
     /// The node of the server's disk, and the job.
     copy: String,
     size: u64,
-    /// Whether the image can keep a checkpoint.
-    can_keep: bool,
-}
-
-/// The bitmap of a checkpoint; those of backups in folders have numbers there.
-fn bitmap_name(checkpoint: &str) -> Result<String> {
-    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    match checkpoint.is_empty() || checkpoint.len() > 64 || !checkpoint.chars().all(good) {
-        true => Err(Error::invalid(format!(
-            "'{checkpoint}' is no name of a checkpoint: give letters, digits, '-', '_' and '.', 64 at most"
-        ))),
-        false => Ok(format!("vdisk-checkpoint.{checkpoint}")),
-    }
 }
 
 fn plan(objects: &Objects, running: &Running, disk: &Disk, now: u64) -> Result<Part> {
@@ -66,29 +45,64 @@ fn plan(objects: &Objects, running: &Running, disk: &Disk, now: u64) -> Result<P
         target: target.clone(),
         copy: format!("{}-backup-{now}", served.id),
         size: number(properties, "Size"),
-        can_keep: properties.get("Driver").and_then(Json::as_str) == Some("qcow2"),
         node,
     })
 }
 
-/// Whether a checkpoint of a disk can be built upon, or is there at all.
-fn checkpoint_of<'a>(objects: &'a Objects, part: &Part, bitmap: &str) -> Option<&'a Json> {
-    let path = vdisk_dbus::bitmap_path(&part.node, bitmap);
-    objects.get(path.as_str())?.get("Recording")
+/// Sees to it that nobody copies a disk already: a vdiskctl that was killed leaves its job, whose older data would go over ours. What is
+/// left of one whose job has ended is taken away.
+async fn clear(running: &Running, objects: &Objects, target: &str) -> Result<()> {
+    let (_, served) = running.disk(target)?;
+    let prefix = format!("{}-backup-", served.id);
+    for (path, job) in objects.of("job") {
+        let name = &name_of(path);
+        if !name.starts_with(&prefix) {
+            continue;
+        }
+        if job.get("State").and_then(Json::as_str) != Some("concluded") {
+            return Err(Error::named(
+                "Busy",
+                format!(
+                    "disk '{target}' is being backed up by job '{name}': wait for its end, or cancel it (vdiskctl job cancel {name})"
+                ),
+            ));
+        }
+        running
+            .daemon
+            .job(name)
+            .await?
+            .dismiss(Options::new())
+            .await?;
+    }
+    for (path, _) in objects.of("node") {
+        let name = &name_of(path);
+        if name.starts_with(&prefix) {
+            running
+                .daemon
+                .node(name)
+                .await?
+                .remove(Options::new())
+                .await?;
+        }
+    }
+    Ok(())
 }
 
-pub async fn backup(cx: &Context, domain: &str, uri: &NbdUri, wanted: &Wanted<'_>) -> Result<()> {
-    let (since, next) = (wanted.incremental, wanted.checkpoint);
-    let since_bitmap = since.map(bitmap_name).transpose()?;
-    let next_bitmap = next.map(bitmap_name).transpose()?;
-    let running = match wanted.quiesce {
+pub async fn backup(
+    cx: &Context,
+    domain: &str,
+    uri: &NbdUri,
+    disks: &[String],
+    quiesce: bool,
+) -> Result<()> {
+    let running = match quiesce {
         true => Running::find(cx, domain).await?,
         false => Running::find_or_open(cx, domain).await?,
     };
     let objects = running.look().await?;
     let now = stamp();
     let mut parts = Vec::new();
-    for disk in chosen(&running, wanted.disks)? {
+    for disk in chosen(&running, disks)? {
         parts.push(plan(&objects, &running, disk, now)?);
     }
     if parts.len() > 1 && !uri.export.is_empty() {
@@ -99,69 +113,25 @@ pub async fn backup(cx: &Context, domain: &str, uri: &NbdUri, wanted: &Wanted<'_
         )));
     }
     for part in &parts {
-        let target = &part.target;
-        if let (Some(name), Some(bitmap)) = (since, &since_bitmap)
-            && checkpoint_of(&objects, part, bitmap).and_then(Json::as_bool) != Some(true)
-        {
-            return Err(Error::named(
-                "NotFound",
-                format!(
-                    "what has changed on disk '{target}' since checkpoint '{name}' is not known: make a full backup with --checkpoint {name}"
-                ),
-            ));
-        }
-        if let (Some(name), Some(bitmap)) = (next, &next_bitmap)
-            && checkpoint_of(&objects, part, bitmap).is_some()
-        {
-            return Err(Error::named(
-                "Exists",
-                format!(
-                    "disk '{target}' has a checkpoint '{name}' already: go on from it (--incremental {name}), choose another name, or remove it (vdiskctl bitmap remove {} {bitmap})",
-                    part.node
-                ),
-            ));
-        }
+        clear(&running, &objects, &part.target).await?;
     }
-    let bitmaps = (since_bitmap.as_deref(), next_bitmap.as_deref());
-    let mut begun = false;
-    let done = copy(&running, uri, &parts, bitmaps, wanted.quiesce, &mut begun).await;
+    let done = copy(&running, uri, &parts, quiesce).await;
     for part in &parts {
         if let Ok(node) = running.daemon.node(&part.copy).await {
             let _ = node.remove(Options::new()).await;
         }
-        // Nothing is recorded for a backup that came to nothing.
-        if let (Err(_), true, Some(bitmap)) = (&done, begun, &next_bitmap) {
-            let path = vdisk_dbus::bitmap_path(&part.node, bitmap);
-            if let Ok(bitmap) = running.daemon.bitmap(path).await {
-                let _ = bitmap.remove(Options::new()).await;
-            }
-        }
     }
     done?;
     if cx.args.json {
-        let report = parts.iter().map(|p| {
-            json!({"target": p.target, "export": export_of(uri, p), "incremental": since.is_some()})
-        });
+        let report = parts.iter().map(
+            |p| json!({"target": p.target, "socket": uri.socket, "export": export_of(uri, p)}),
+        );
         print_json(&Json::Array(report.collect()));
         return Ok(());
     }
     for part in &parts {
-        let what = match since {
-            Some(name) => format!("what has changed since {name}"),
-            None => "all of it".to_owned(),
-        };
-        let kept = match (next.is_some(), part.can_keep) {
-            (true, false) => {
-                "; its image cannot keep the checkpoint: it is there until the domain ends"
-            }
-            _ => "",
-        };
         let export = export_of(uri, part);
-        anstream::println!(
-            "{}  export {export} of {} ({what}{kept})",
-            part.target,
-            uri.socket
-        );
+        anstream::println!("{}  export '{export}' of {}", part.target, uri.socket);
     }
     Ok(())
 }
@@ -205,40 +175,18 @@ async fn connect(running: &Running, uri: &NbdUri, part: &Part) -> Result<()> {
 }
 
 /// Copies all disks as they are at one instant.
-async fn copy(
-    running: &Running,
-    uri: &NbdUri,
-    parts: &[Part],
-    (since, next): (Option<&str>, Option<&str>),
-    quiesce: bool,
-    begun: &mut bool,
-) -> Result<()> {
+async fn copy(running: &Running, uri: &NbdUri, parts: &[Part], quiesce: bool) -> Result<()> {
     let mut actions = Vec::new();
     for part in parts {
         connect(running, uri, part).await?;
-        if let Some(name) = next {
-            let add = Options::from([
-                ("node", Variant::from(part.node.clone())),
-                ("name", Variant::from(name.to_owned())),
-                ("persistent", Variant::from(part.can_keep)),
-            ]);
-            actions.push(("bitmap-add", add));
-        }
-        let mut backup = Options::from([
+        let backup = Options::from([
             ("node", Variant::from(part.node.clone())),
             ("target", Variant::from(part.copy.clone())),
             ("job-id", Variant::from(part.copy.clone())),
             ("auto-dismiss", Variant::from(false)),
+            ("sync", Variant::from("full")),
         ]);
-        let sync = match since {
-            Some(bitmap) => {
-                backup.insert("bitmap", Variant::from(bitmap.to_owned()));
-                "incremental"
-            }
-            None => "full",
-        };
-        backup.insert("sync", Variant::from(sync));
         actions.push(("backup", backup));
     }
-    at_one_instant(running, actions, quiesce, begun).await
+    at_one_instant(running, actions, quiesce, &mut false).await
 }

@@ -32,8 +32,15 @@ pub const OFFLINE: &str = "offline\n";
 
 /// Whether the disks of a domain that is shut off are worked on at the moment.
 pub fn being_changed(uuid: &str) -> bool {
-    let Ok(mut file) = File::open(lock_path(uuid)) else {
-        return false;
+    let path = lock_path(uuid);
+    let mut file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return false,
+        // It may be so, and what is being written would be lost.
+        Err(e) => {
+            eprintln!("vdiskd: '{}': {e}", path.display());
+            return true;
+        }
     };
     // Whoever has died has it locked no more.
     let locked = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
@@ -116,8 +123,16 @@ pub(crate) fn label_socket(domain: &Domain, socket: &Path) -> Result<()> {
         rustix::fs::XattrFlags::empty(),
     );
     done.map_err(|e| {
+        use rustix::io::Errno;
+        let remedy = match e {
+            Errno::ACCESS | Errno::INVAL => {
+                "; is the policy module vdiskd loaded (semodule -l), and are its files labelled (docs/libvirt.md)?"
+            }
+            Errno::NOENT => "; has vdiskd ended meanwhile (journalctl -u vdiskd)?",
+            _ => "",
+        };
         Error(format!(
-            "'{}' cannot be labelled {label} for domain '{}': {e}; is the policy module vdiskd loaded (semodule -l)?",
+            "'{}' cannot be labelled {label} for domain '{}': {e}{remedy}",
             socket.display(),
             domain.name
         ))

@@ -79,23 +79,28 @@ for n in 1 2 3 4; do
     # Over a snapshot that comes and goes, too.
     [ $n != 2 ] || { vdiskctl domain snapshot create vm between && guest vm write disk=vda offset=0 len=65536 generation=99 && vdiskctl domain snapshot delete vm between; }
 done
-# To a server: all of it, and then what has changed since.
+# To a server, twice over the same; a vdiskctl that is killed leaves a job that has to end first.
 qemu-img create -q -f qcow2 $images/served.qcow2 $((80 << 20))
-qemu-nbd -f qcow2 -x vda -k /run/nbd.sock -t --fork --pid-file=/run/nbd.pid $images/served.qcow2
+qemu-nbd -f qcow2 -x vda -k /run/nbd.sock -t -e 4 --fork --pid-file=/run/nbd.pid $images/served.qcow2
 to='nbd+unix:///?socket=/run/nbd.sock'
-refused "export 'vdb' of '/run/nbd.sock'" vdiskctl domain backup vm "$to" --checkpoint daily
-refused 'is not known: make a full backup' vdiskctl domain backup vm "$to" --disks vda --incremental daily
-vdiskctl domain backup vm "$to" --disks vda --checkpoint daily --quiesce | grep 'all of it'
-refused "has a checkpoint 'daily' already" vdiskctl domain backup vm "$to" --disks vda --checkpoint daily
+refused "export 'vdb' of '/run/nbd.sock'" vdiskctl domain backup vm "$to"
+refused 'same size' vdiskctl domain backup vm "nbd+unix:///vda?socket=/run/nbd.sock" --disks vdb
+refused 'is one export' vdiskctl domain backup vm "nbd+unix:///vda?socket=/run/nbd.sock"
 for n in 1 2; do
     guest vm write disk=vda offset=$((n * 4194304)) len=65536 generation=3$n
-    # One that fails takes nothing from the next.
-    refused 'same size' vdiskctl domain backup vm "nbd+unix:///vda?socket=/run/nbd.sock" --disks vdb --checkpoint other
-    vdiskctl domain backup vm "nbd+unix:///vda?socket=/run/nbd.sock" --disks vda --incremental daily | grep 'what has changed since daily'
+    vdiskctl domain backup vm "$to" --disks vda --quiesce
     vdiskctl domain blockcopy vm vda $images/now.raw --format raw --finish
     qemu-img compare -q -f raw -F raw "nbd+unix:///vda?socket=/run/nbd.sock" $images/now.raw
     rm $images/now.raw
 done
+# As a vdiskctl leaves it that was killed.
+node=$(vdiskctl export show vm-vda --json | sed -n 's/.*"Node": "\([^"]*\)".*/\1/p' | sed 's,.*/,,;s/_2d/-/g')
+mkdir -p /var/lib/killed
+chown vdiskd /var/lib/killed
+vdiskctl backup "$node" /var/lib/killed/vda.qcow2 --name vm-vda-backup-1 --detach --speed 64k job-id=vm-vda-backup-1 auto-dismiss=false
+refused "is being backed up by job 'vm-vda-backup-1'" vdiskctl domain backup vm "$to" --disks vda
+vdiskctl job cancel vm-vda-backup-1
+until vdiskctl domain backup vm "$to" --disks vda; do sleep 0.1; done
 kill "$(cat /run/nbd.pid)"
 [ "$(vdiskctl node list --json | grep -c -- -backup- || true)" = 0 ]
 guest vm load-start disk=vda offset=0 len=33554432 threads=4

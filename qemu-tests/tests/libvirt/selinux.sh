@@ -1,6 +1,8 @@
 #!/bin/bash
 # Guests that SELinux confines to what is theirs: the sockets of their own disks, and no other's.
 . /usr/bin/vdisk-script-lib
+trap 'failed $LINENO; dmesg | grep "avc:.*:vdiskd_"' ERR
+echo "libvirt is up after $(cut -d' ' -f1 /proc/uptime) s"
 [ "$(getenforce)" = Enforcing ]
 context() { tr -d '\0' <"/proc/$1/attr/current"; }
 label() { stat -c %C "$1"; }
@@ -18,6 +20,13 @@ boot() {
 </domain>
 XML
 }
+# Secrets come through the bus, and as the unit's credentials.
+echo -n 'open sesame' >/etc/vdiskd-key
+mkdir -p /run/systemd/system/vdiskd.service.d
+printf '[Service]\nLoadCredential=secret.given:/etc/vdiskd-key\n' >/run/systemd/system/vdiskd.service.d/key.conf
+systemctl daemon-reload
+echo -n 'open sesame' | vdiskctl secret add piped
+vdiskctl secret list --json | tr -d ' \n' | grep -q given.*piped
 truncate -s 16M $images/one.img $images/more.img /srv/elsewhere.img
 chown vdiskd /srv/elsewhere.img
 restorecon -F $images/*
@@ -57,7 +66,9 @@ until vdiskctl node list >/dev/null && [ "$(journalctl -u vdiskd | grep -c 'read
 in_use
 systemctl restart vdiskd
 in_use
-# What was not kept is built again by the hook when libvirt's daemon comes back.
+# What lost its label gets it, and what was not kept is built again, by the hook when libvirt's daemon comes back.
+restorecon -RF /run/vdiskd
+in_use
 systemctl stop vdiskd
 systemctl restart libvirtd
 virsh list
@@ -77,4 +88,5 @@ dmesg | grep 'avc:.*denied.*:vdiskd_' >/tmp/denied
 grep -q nobody.sock /tmp/denied
 grep -q elsewhere.img /tmp/denied
 if grep -v -e nobody.sock -e elsewhere.img -e '-vd[ab].sock.*:svirt_t:' /tmp/denied; then false; fi
+echo "done after $(cut -d' ' -f1 /proc/uptime) s"
 echo "all is well"

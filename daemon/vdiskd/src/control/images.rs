@@ -254,7 +254,7 @@ impl NewImage {
                 let cipher = key.cipher().map_err(failed)?;
                 // Whoever makes it is about to open it.
                 if let Some(print) = fingerprint(&header, secret.bytes()) {
-                    runtime.secrets.remember(&e.key_secret, print, key);
+                    runtime.secrets.remember(&e.key_secret, &secret, print, key);
                 }
                 Some((header, cipher))
             }
