@@ -107,6 +107,10 @@ for how in activated running; do
     /etc/libvirt/hooks/qemu.d/vdiskd vm prepare begin - <<<"$xml"
     end=$(date +%s%N)
     echo "hook with vdiskd $how: $(((end - begin) / 1000000)) ms"
+    begin=$(date +%s%N)
+    /etc/libvirt/hooks/qemu.d/vdiskd vm start begin - <<<"$xml"
+    end=$(date +%s%N)
+    echo "and just before QEMU: $(((end - begin) / 1000000)) ms"
     # Once more is well, and so is an end without a beginning.
     /etc/libvirt/hooks/qemu.d/vdiskd vm prepare begin - <<<"$xml"
     /etc/libvirt/hooks/qemu.d/vdiskd vm reconnect begin - <<<"$xml"
