@@ -157,7 +157,7 @@ install-selinux:
 	$(MAKE) -C $(SELINUX_BUILD) -f /usr/share/selinux/devel/Makefile vdiskd.pp
 	install -D -m 644 $(SELINUX_BUILD)/vdiskd.pp $(DESTDIR)$(SELINUXDIR)/packages/vdiskd.pp
 	install -D -m 644 selinux/vdiskd.if $(DESTDIR)$(SELINUXDIR)/devel/include/distributed/vdiskd.if
-	@[ -n "$(DESTDIR)" ] || echo "== load it with: semodule -i $(SELINUXDIR)/packages/vdiskd.pp, and label what is installed: restorecon -R $(LIBEXECDIR) $(UNITDIR) /etc/vdiskd /run /var/lib/vdiskd*"
+	@[ -n "$(DESTDIR)" ] || echo "== load it with: semodule -i $(SELINUXDIR)/packages/vdiskd.pp, and label what is installed: restorecon -Ri $(LIBEXECDIR) $(UNITDIR) /etc/vdiskd /run /var/lib/vdiskd*"
 
 clean:
 	$(CARGO) clean

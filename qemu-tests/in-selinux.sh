@@ -4,7 +4,7 @@
 #
 #   in-selinux.sh PROGRAMS SCRIPT     PROGRAMS: the folder with vdiskd and vdiskctl
 #
-# The script is unconfined_t. ENFORCING=0 only writes down what would be denied.
+# The script is unconfined_t.
 set -eu
 programs=$1 script=$2
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -73,7 +73,7 @@ umount "$root"
 status=0
 timeout 450 qemu-system-x86_64 -machine q35 -cpu max -accel tcg,thread=single -m 2G -nodefaults -display none -no-reboot \
     -kernel "$lab/kernel/vmlinuz" -initrd "$lab/initramfs" \
-    -append "console=ttyS0 quiet panic=-1 vdisk.root=/dev/vda security=selinux selinux=1 enforcing=${ENFORCING:-1} audit=1 audit_backlog_limit=8192 sysctl.kernel.printk_ratelimit=0 systemd.unit=vdisk-script.service systemd.show_status=0" \
+    -append "console=ttyS0 quiet panic=-1 vdisk.root=/dev/vda security=selinux selinux=1 enforcing=1 audit=1 audit_backlog_limit=8192 sysctl.kernel.printk_ratelimit=0 systemd.unit=vdisk-script.service systemd.show_status=0" \
     -drive "file=$dir/disk,if=virtio,format=raw,cache=unsafe" \
     -serial "file:$dir/console" -serial "file:$dir/log" </dev/null || status=$?
 [ -s "$dir/log" ] || cat "$dir/console"

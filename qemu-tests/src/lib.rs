@@ -40,27 +40,25 @@ pub fn as_root(args: &[&str]) -> String {
 /// files or on those of a lab root; panics unless it says at its end that all is well.
 pub fn in_container(script: &str, root: Option<&str>) {
     let lower = root.map_or("/".into(), |root| lab_path(root).display().to_string());
-    run_script("in-systemd.sh", &format!("LOWER={lower}"), script);
+    run_script("in-systemd.sh", &[&format!("LOWER={lower}")], script);
 }
 
 /// Runs a script of `tests` in a guest that enforces SELinux (see `in-selinux.sh`); panics unless it says at its end that all is well.
 pub fn under_selinux(script: &str) {
-    run_script("in-selinux.sh", "ENFORCING=1", script);
+    run_script("in-selinux.sh", &[], script);
 }
 
-fn run_script(runner: &str, setting: &str, script: &str) {
+fn run_script(runner: &str, settings: &[&str], script: &str) {
     let here = env!("CARGO_MANIFEST_DIR");
     let programs = program("vdiskd");
     let programs = programs.parent().expect("a program is in a folder");
     let lab = format!("VDISK_LAB={}", lab().display());
-    let out = as_root(&[
-        "env",
-        &lab,
-        setting,
+    let command = [
         &format!("{here}/{runner}"),
         programs.to_str().expect("build folders are ASCII"),
         &format!("{here}/tests/{script}"),
-    ]);
+    ];
+    let out = as_root(&[&["env", lab.as_str()], settings, &command].concat());
     print!("{out}");
     assert!(out.ends_with("all is well"), "{script}");
 }

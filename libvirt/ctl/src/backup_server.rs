@@ -54,9 +54,14 @@ fn plan(objects: &Objects, running: &Running, disk: &Disk, now: u64) -> Result<P
 async fn clear(running: &Running, objects: &Objects, target: &str) -> Result<()> {
     let (_, served) = running.disk(target)?;
     let prefix = format!("{}-backup-", served.id);
+    // As `plan` names them: others are somebody's own.
+    let is_ours = |name: &str| {
+        let stamp = name.strip_prefix(&prefix);
+        stamp.is_some_and(|s| s.parse::<u64>().is_ok())
+    };
     for (path, job) in objects.of("job") {
         let name = &name_of(path);
-        if !name.starts_with(&prefix) {
+        if !is_ours(name) {
             continue;
         }
         if job.get("State").and_then(Json::as_str) != Some("concluded") {
@@ -76,7 +81,7 @@ async fn clear(running: &Running, objects: &Objects, target: &str) -> Result<()>
     }
     for (path, _) in objects.of("node") {
         let name = &name_of(path);
-        if name.starts_with(&prefix) {
+        if is_ours(name) {
             running
                 .daemon
                 .node(name)
