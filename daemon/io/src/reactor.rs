@@ -606,6 +606,7 @@ impl Reactor {
             .borrow_mut()
             .get_mut(id as usize)
             .and_then(Option::take);
+        self.engine.borrow().forget_file(id);
         if let Some(FileEntry { fixed: Some(_), .. }) = entry {
             self.engine.borrow_mut().register_file(id, -1);
         }

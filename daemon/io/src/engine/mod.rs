@@ -2,6 +2,7 @@
 
 mod aio;
 mod fallback;
+mod folios;
 mod pool;
 mod uring;
 
@@ -199,6 +200,11 @@ impl Engine {
             Backend::Uring(u) => u.unwatch(watch, stats),
             Backend::Fallback(f) => f.unwatch(fd),
         }
+    }
+
+    /// A file is no longer open; nothing is in flight on it.
+    pub fn forget_file(&self, file: u32) {
+        self.pool.forget_file(file);
     }
 
     /// Puts `fd` (or nothing, if negative) into the registered file table; false if there is none.

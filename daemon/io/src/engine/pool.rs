@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::folios::Folios;
 use crate::op::{OpKind, RawOp, SharedRange};
 use crate::thread::Shared;
 
@@ -53,6 +54,8 @@ struct State {
     /// Writes to the page cache, by file, while a worker has or will have them: one at a time, as the kernel
     /// lets one at a time into a file anyway.
     writes: HashMap<u32, VecDeque<Job>>,
+    /// What is known of the folios of files that no worker writes to at the moment.
+    folios: HashMap<u32, Folios>,
     workers: usize,
     idle: usize,
     closing: bool,
@@ -127,6 +130,11 @@ impl Pool {
         self.0.work.notify_one();
     }
 
+    /// A file is no longer open; nothing is in flight on it.
+    pub fn forget_file(&self, file: u32) {
+        locked(&self.0.state).folios.remove(&file);
+    }
+
     /// Takes a job back that no worker has started.
     pub fn cancel(&self, key: u32) {
         let mut state = locked(&self.0.state);
@@ -174,20 +182,29 @@ impl Inner {
 
     /// Does the writes to a file until there are no more.
     fn write_all(&self, file: u32) {
+        let mut state = locked(&self.state);
+        let mut folios = state.folios.remove(&file).unwrap_or_default();
         loop {
-            let mut state = locked(&self.state);
-            let jobs: Vec<Job> = match state.writes.get_mut(&file) {
-                Some(writes) if !writes.is_empty() => {
-                    writes.drain(..writes.len().min(WRITE_BATCH)).collect()
-                }
-                _ => {
-                    state.writes.remove(&file);
-                    return;
-                }
-            };
+            let writes = state.writes.entry(file).or_default();
+            let jobs: Vec<Job> = writes.drain(..writes.len().min(WRITE_BATCH)).collect();
             drop(state);
-            let results: Vec<_> = jobs.iter().map(|j| (j.key, result_of(&j.op))).collect();
+            let mut write = |job: &Job| {
+                let op = &job.op;
+                let result = folios.write(op.fd, op.offset, op.len, || result_of(op));
+                (job.key, result)
+            };
+            let results: Vec<_> = jobs.iter().map(&mut write).collect();
+            state = locked(&self.state);
+            if state.writes.get(&file).is_none_or(VecDeque::is_empty) {
+                // Before the last result is told: the file may be closed then.
+                state.writes.remove(&file);
+                state.folios.insert(file, folios);
+                drop(state);
+                return self.finish(&results);
+            }
+            drop(state);
             self.finish(&results);
+            state = locked(&self.state);
         }
     }
 
