@@ -744,6 +744,9 @@ impl Reactor {
                 continue;
             }
             stats.polling_ns.add(spent);
+            if self.engine.borrow().has_helpers_at_work() {
+                std::thread::yield_now();
+            }
             self.retire_idle_sources();
             if self.active.borrow().is_empty() && !self.executor.has_ready() {
                 if self.stopping.get() && self.ops.borrow().used == 0 {

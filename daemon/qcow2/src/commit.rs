@@ -58,8 +58,19 @@ impl Image {
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    /// Makes everything durable that was written before.
+    /// Makes everything durable that was written before. Fails once, too, after [`Image::commit_early`] or [`Image::tidy`] has
+    /// failed: what the storage has lost then it may have told only that one.
     pub async fn flush(&self) -> io::Result<()> {
+        let result = self.flush_all().await;
+        match self.early_failed.swap(false, Ordering::AcqRel) {
+            true => result.and(Err(io::Error::other(
+                "what was written before could not be made durable",
+            ))),
+            false => result,
+        }
+    }
+
+    async fn flush_all(&self) -> io::Result<()> {
         if self.layout.external {
             self.data.flush().await?;
         }
@@ -89,6 +100,28 @@ impl Image {
             self.commit().await?;
         }
         Ok(())
+    }
+
+    /// So much has changed that [`Image::commit_early`] should be called, by somebody whom no guest waits for.
+    pub fn is_filling(&self) -> bool {
+        self.meta().is_filling()
+    }
+
+    /// Writes what has changed before there is so much that requests must wait for it.
+    pub async fn commit_early(&self) -> io::Result<()> {
+        let _turn = self.committing.lock().await;
+        if !self.is_filling() {
+            return Ok(());
+        }
+        let result = self.commit().await;
+        self.owe_failure(&result);
+        result
+    }
+
+    fn owe_failure(&self, result: &io::Result<()>) {
+        if result.is_err() {
+            self.early_failed.store(true, Ordering::Release);
+        }
     }
 
     fn has_dirty_refs(&self) -> bool {
@@ -275,7 +308,9 @@ impl Image {
         if self.meta().writing.is_none() {
             return Ok(());
         }
-        self.flush().await?;
+        let flushed = self.flush().await;
+        self.owe_failure(&flushed);
+        flushed?;
         let upto = match &self.meta().writing {
             Some(w) if !w.unused.is_empty() => w.next_unused,
             _ => return Ok(()),

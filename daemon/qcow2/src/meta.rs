@@ -125,14 +125,27 @@ impl Meta {
         }
     }
 
-    /// So much has changed that it should be written.
+    /// So much has changed that requests must wait until it is written.
     pub fn is_full(&self) -> bool {
-        const MAX_UNREFS: usize = 4096;
+        self.changed_more_than(4, 7)
+    }
+
+    /// So much has changed that it should be written soon.
+    pub fn is_filling(&self) -> bool {
+        self.changed_more_than(3, 4)
+    }
+
+    /// More than so many eighths of the tables that there is room for have changed, or so many eighths of the log are in use.
+    fn changed_more_than(&self, tables: usize, log: usize) -> bool {
+        const MAX_UNREFS: usize = 8192;
         self.writing.as_ref().is_some_and(|w| {
-            2 * w.l2.len() > self.capacity
-                || w.refs.is_full()
-                || w.unrefs.len() > MAX_UNREFS
-                || w.redo.as_ref().is_some_and(Redo::is_full)
+            let more = |n: usize, of: usize| n > of.saturating_mul(tables) / 8;
+            more(w.l2.len(), self.capacity)
+                || more(w.refs.dirty_blocks(), w.refs.capacity())
+                || more(w.unrefs.len(), MAX_UNREFS)
+                || w.redo
+                    .as_ref()
+                    .is_some_and(|r| r.len() > Redo::CAPACITY / 8 * log)
         })
     }
 }

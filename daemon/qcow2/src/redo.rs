@@ -18,9 +18,6 @@ use crate::meta::Reason;
 
 const MAGIC: u64 = u64::from_be_bytes(*b"vdiskrd1");
 
-/// Records in the ring.
-const CAPACITY: u64 = 1 << 16;
-
 const HEADER: u64 = 4096;
 const WORDS: usize = 7;
 const RECORD: u64 = WORDS as u64 * 8;
@@ -74,6 +71,9 @@ fn boot() -> u64 {
 }
 
 impl Redo {
+    /// Records in the ring: 14 MiB, if so many clusters are allocated without a flush.
+    pub const CAPACITY: usize = 1 << 18;
+
     /// Opens or makes the log at `path`, and returns what an earlier daemon has left there.
     pub fn open(path: &Path) -> io::Result<(Redo, Vec<Record>)> {
         let mut options = File::options();
@@ -135,7 +135,7 @@ impl Redo {
     /// Notes a change before anybody is told of it. False if it cannot be: then it must be durable first.
     #[must_use]
     pub fn note(&mut self, cluster: u64, old: Entry, new: Entry) -> bool {
-        if self.next - self.first >= CAPACITY {
+        if self.len() >= Self::CAPACITY {
             return false;
         }
         let record = Record {
@@ -145,14 +145,15 @@ impl Redo {
             new,
         };
         let bytes = record.words().map(u64::to_le_bytes);
-        let at = HEADER + self.next % CAPACITY * RECORD;
+        let at = HEADER + self.next % Self::CAPACITY as u64 * RECORD;
         let noted = self.file.write_all_at(bytes.as_flattened(), at).is_ok();
         self.next += u64::from(noted);
         noted
     }
 
-    pub fn is_full(&self) -> bool {
-        self.next - self.first > CAPACITY / 2
+    /// How many changes are noted that are not durable yet.
+    pub fn len(&self) -> usize {
+        (self.next - self.first) as usize
     }
 
     /// The number that the next record gets.

@@ -345,9 +345,14 @@ impl Refcounts {
         self.dirty_blocks > 0 || self.table_dirty.is_some()
     }
 
-    /// So much has changed that it should be written.
-    pub fn is_full(&self) -> bool {
-        2 * self.dirty_blocks > self.capacity
+    /// How many blocks have changed.
+    pub fn dirty_blocks(&self) -> usize {
+        self.dirty_blocks
+    }
+
+    /// How many blocks there may be in memory, unless more have changed.
+    pub fn capacity(&self) -> usize {
+        self.capacity
     }
 
     /// Whether some of these clusters hold the table.

@@ -99,6 +99,8 @@ struct Qcow2 {
     runtime: Runtime,
     /// Something waits to give unused clusters back.
     tidying: Arc<AtomicBool>,
+    /// Tables are being written that nobody has asked for.
+    committing: Arc<AtomicBool>,
 }
 
 fn storage(node: Arc<Node>) -> Arc<dyn Storage> {
@@ -302,6 +304,7 @@ pub(super) fn open(
             name: name.to_owned(),
             runtime: runtime.clone(),
             tidying: Arc::default(),
+            committing: Arc::default(),
             encrypted: header.luks.is_some(),
             data: data_file.unwrap_or_else(|| file.clone()),
             file,
@@ -327,10 +330,10 @@ fn redo_path(name: &str, file: &Node, runtime: &Runtime) -> Option<PathBuf> {
     Some(dir.join(format!("qcow2-{dev:x}-{inode:x}.redo")))
 }
 
-/// Says that nobody waits any more, however the waiting ended.
-struct Tidying(Arc<AtomicBool>);
+/// Says that what was done in the background has ended, however it did.
+struct Busy(Arc<AtomicBool>);
 
-impl Drop for Tidying {
+impl Drop for Busy {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }
@@ -342,7 +345,7 @@ impl Qcow2 {
         if !self.image.is_untidy() || self.tidying.swap(true, Ordering::AcqRel) {
             return;
         }
-        let guard = Tidying(self.tidying.clone());
+        let guard = Busy(self.tidying.clone());
         let Ok(reactor) = reactor() else {
             return;
         };
@@ -356,6 +359,26 @@ impl Qcow2 {
                 && let Err(error) = image.tidy().await
             {
                 tracing::warn!(image = file, %error, "clusters cannot be given back");
+            }
+        });
+    }
+
+    /// Has changed tables written while requests go on, before there are so many that requests must wait.
+    fn commit_soon(&self) {
+        if !self.image.is_filling() || self.committing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let guard = Busy(self.committing.clone());
+        let Ok(reactor) = reactor() else {
+            return;
+        };
+        let (image, file) = (Arc::downgrade(&self.image), self.file.filename());
+        reactor.spawn(async move {
+            let _guard = guard;
+            if let Some(image) = image.upgrade()
+                && let Err(error) = image.commit_early().await
+            {
+                tracing::warn!(image = file, %error, "tables cannot be written; the next flush fails");
             }
         });
     }
@@ -388,6 +411,7 @@ impl Qcow2 {
         if durable {
             self.image.flush().await?;
         }
+        self.commit_soon();
         self.tidy_later();
         Ok(())
     }

@@ -17,6 +17,8 @@ const SLOW: Duration = Duration::from_micros(15);
 const REGION: u64 = 128 << 10;
 /// After this many slow writes one region is looked at again: a folio that is dirty is split only once it is written back.
 const RETRY: u32 = 4;
+/// After this many looks in vain one in so many writes has one.
+const IN_VAIN: u32 = 32;
 /// Regions of one word are counted by bits, words by chunks: the span of a chunk is 512 MiB.
 const CHUNK_WORDS: usize = 64;
 const PAGE: u64 = 4096;
@@ -29,6 +31,10 @@ pub(super) struct Folios {
     /// Splitting is not possible here.
     refused: bool,
     slow: u32,
+    /// Looks since there was a page at one.
+    in_vain: u32,
+    /// Small writes so far.
+    passed: u32,
     /// Bits of regions that were looked at: an eighth of a byte for 128 KiB that were written.
     seen: HashMap<u64, Box<[u64; CHUNK_WORDS]>>,
 }
@@ -39,8 +45,8 @@ impl Folios {
         if self.refused || len > SMALL {
             return write();
         }
-        if self.in_use && self.mark(offset) {
-            self.refused = !split(fd, offset - offset % PAGE);
+        if self.is_worth_a_look() && self.mark(offset) {
+            self.look(fd, offset);
         }
         let start = Instant::now();
         let result = write();
@@ -50,9 +56,23 @@ impl Folios {
         result
     }
 
+    /// Where nothing was found often, as new parts of a file are written, only some places are looked at.
+    fn is_worth_a_look(&mut self) -> bool {
+        self.passed = self.passed.wrapping_add(1);
+        self.in_use && (self.in_vain < IN_VAIN || self.passed.is_multiple_of(IN_VAIN))
+    }
+
+    fn look(&mut self, fd: RawFd, offset: u64) {
+        match split(fd, offset - offset % PAGE) {
+            Found::Page => self.in_vain = 0,
+            Found::Nothing => self.in_vain = (self.in_vain + 1).min(IN_VAIN),
+            Found::Refused => self.refused = true,
+        }
+    }
+
     fn was_slow(&mut self, offset: u64) {
         self.in_use = true;
-        self.slow += 1;
+        self.slow = self.slow.wrapping_add(1);
         if self.slow.is_multiple_of(RETRY) {
             let (chunk, word, bit) = place(offset);
             if let Some(words) = self.seen.get_mut(&chunk) {
@@ -85,19 +105,17 @@ fn place(offset: u64) -> (u64, usize, u64) {
     )
 }
 
-/// Splits the folio with the page at `offset` if it is in the page cache and clean; false if this system cannot.
-fn split(fd: RawFd, offset: u64) -> bool {
-    let mut byte = 0u8;
-    let one = libc::iovec {
-        iov_base: (&raw mut byte).cast(),
-        iov_len: 1,
-    };
-    // SAFETY: the segment is one byte.
-    let cached = unsafe { libc::preadv2(fd, &raw const one, 1, offset as i64, libc::RWF_NOWAIT) };
-    if cached != 1 {
-        // Not in the page cache (a write of the whole page makes a folio of its own), or beyond the end.
-        return true;
-    }
+/// What there was at the place of a write.
+enum Found {
+    Nothing,
+    /// A page, whose folio was split if it was clean.
+    Page,
+    /// This system, or this file, does not do it.
+    Refused,
+}
+
+/// Splits the folio with the page at `offset` if it is in the page cache and clean.
+fn split(fd: RawFd, offset: u64) -> Found {
     // SAFETY: a new mapping, that nobody knows of. It is never accessed by address: file systems may fail, and files
     // become shorter, and MADV_POPULATE_READ reports that instead of sending a signal.
     unsafe {
@@ -110,12 +128,27 @@ fn split(fd: RawFd, offset: u64) -> bool {
             offset as i64,
         );
         if at == libc::MAP_FAILED {
-            return false;
+            return Found::Refused;
         }
-        let mapped = libc::madvise(at, PAGE as usize, libc::MADV_POPULATE_READ) == 0;
-        let cold = mapped && libc::madvise(at, PAGE as usize, libc::MADV_COLD) == 0;
+        let mut resident = 0u8;
+        let known = libc::mincore(at, PAGE as usize, &raw mut resident) == 0;
+        let found = if !known {
+            Found::Refused
+        } else if resident & 1 == 0 {
+            // A write of a whole page makes a folio of its own.
+            Found::Nothing
+        } else if libc::madvise(at, PAGE as usize, libc::MADV_POPULATE_READ) != 0 {
+            // The kernel does not know it, or the page has gone meanwhile.
+            match *libc::__errno_location() {
+                libc::EINVAL => Found::Refused,
+                _ => Found::Nothing,
+            }
+        } else {
+            libc::madvise(at, PAGE as usize, libc::MADV_COLD);
+            Found::Page
+        };
         libc::munmap(at, PAGE as usize);
-        cold || std::io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL)
+        found
     }
 }
 

@@ -202,6 +202,11 @@ impl Engine {
         }
     }
 
+    /// Threads beside this one work for it: whoever polls lets them run if they share its CPU.
+    pub fn has_helpers_at_work(&self) -> bool {
+        self.pool.is_busy()
+    }
+
     /// A file is no longer open; nothing is in flight on it.
     pub fn forget_file(&self, file: u32) {
         self.pool.forget_file(file);

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -66,6 +66,8 @@ struct Inner {
     work: Condvar,
     done: Mutex<Vec<(u32, i32)>>,
     has_done: AtomicBool,
+    /// Operations whose end was not told yet.
+    pending: AtomicUsize,
     shared: Arc<Shared>,
 }
 
@@ -82,16 +84,19 @@ impl Pool {
             work: Condvar::new(),
             done: Mutex::default(),
             has_done: AtomicBool::new(false),
+            pending: AtomicUsize::new(0),
             shared: shared.clone(),
         }))
     }
 
     pub fn push(&self, key: u32, op: RawOp) {
+        self.0.pending.fetch_add(1, Ordering::Relaxed);
         self.add(Work::One(Job { key, op }), locked(&self.0.state));
     }
 
     /// Does a write to the page cache, after those to the same file that were pushed before.
     pub fn push_write(&self, key: u32, op: RawOp) {
+        self.0.pending.fetch_add(1, Ordering::Relaxed);
         let mut state = locked(&self.0.state);
         let job = Job { key, op };
         if let Some(writes) = state.writes.get_mut(&op.file_id) {
@@ -155,6 +160,11 @@ impl Pool {
         }
     }
 
+    /// Threads of the pool have something to do, or do it.
+    pub fn is_busy(&self) -> bool {
+        self.0.pending.load(Ordering::Relaxed) > 0
+    }
+
     pub fn has_done(&self) -> bool {
         self.0.has_done.load(Ordering::Acquire)
     }
@@ -175,6 +185,7 @@ impl Drop for Pool {
 
 impl Inner {
     fn finish(&self, results: &[(u32, i32)]) {
+        self.pending.fetch_sub(results.len(), Ordering::Relaxed);
         locked(&self.done).extend_from_slice(results);
         self.has_done.store(true, Ordering::Release);
         self.shared.notify();
