@@ -276,6 +276,43 @@ fn what_fails_can_be_tried_again() {
 }
 
 #[test]
+fn an_early_commit_that_fails_is_told_by_the_next_flush() {
+    let file = created(&CreateOptions {
+        cluster_size: 512,
+        ..CreateOptions::new(1 << 20)
+    });
+    let options = Options {
+        l2_cache: 8 * 512,
+        ..Options::default()
+    };
+    let image = open(&file, None, options).unwrap();
+    block_on(async {
+        image.activate(None).await.unwrap();
+        // Each in another table: four of the eight that there is room for.
+        for table in 0..4 {
+            assert!(!image.is_filling(), "{table} tables have changed");
+            image.write(table * (32 << 10), data(7, 512)).await.unwrap();
+        }
+        assert!(image.is_filling());
+        file.fail_after(Some(0));
+        image.commit_early().await.unwrap_err();
+        file.fail_after(None);
+        let error = image.flush().await.unwrap_err();
+        assert!(error.to_string().contains("could not be made durable"));
+        image.flush().await.unwrap();
+        // And one that works leaves nothing to do.
+        for table in 4..8 {
+            image.write(table * (32 << 10), data(7, 512)).await.unwrap();
+        }
+        image.commit_early().await.unwrap();
+        assert!(!image.is_filling() && !image.is_dirty());
+        image.flush().await.unwrap();
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
+#[test]
 fn sizes_change_both_ways() {
     for (version, cluster_size) in [(3, 512), (3, 65536), (2, 4096)] {
         let backing = Memory::new(vec![9; 3 << 20], None, false);
