@@ -83,6 +83,24 @@ fn add(daemon: &Daemon, id: &str, format: &str, image: &Path, more: &[&str]) {
     daemon.export_node(id, id, &[]);
 }
 
+/// Small reads go straight to the storage, and are decrypted where they came to.
+fn reads_are_fast(daemon: &Daemon, id: &str, client: &mut Client, model: &[u8]) {
+    let slow = || daemon.ctl_json(&["stats"])["exports"][id]["slow"].clone();
+    let before = slow();
+    for sectors in 1..=7 {
+        let mut got = vec![0; sectors * 512];
+        assert_eq!(client.read(MIB, &mut got), 0);
+        assert_same(&got, &model[MIB as usize..][..got.len()], MIB, id);
+    }
+    assert_eq!(slow(), before, "{id}: reads of data that is in one place");
+    for i in 0..200 {
+        let at = i * 7919 % (model.len() / 512 - 256) * 512;
+        let mut got = vec![0; (1 + i % 256) * 512];
+        assert_eq!(client.read(at as u64, &mut got), 0);
+        assert_same(&got, &model[at..][..got.len()], at as u64, id);
+    }
+}
+
 /// Both write to it in turns, and read what the other has written.
 fn go_both_ways(daemon: &Daemon, id: &str, format: &str, image: &Path, more: &[&str], seed: u64) {
     let commands = [
@@ -103,6 +121,7 @@ fn go_both_ways(daemon: &Daemon, id: &str, format: &str, image: &Path, more: &[&
     assert_eq!(client.write(MIB, &marks), 0);
     model[MIB as usize..MIB as usize + marks.len()].copy_from_slice(&marks);
     assert_eq!(client.flush(), 0);
+    reads_are_fast(daemon, id, &mut client, &model);
     drop(client);
     compare(daemon, id, &model);
     let file = std::fs::read(image).unwrap();

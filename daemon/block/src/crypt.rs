@@ -9,7 +9,7 @@ use vdisk_io::{IoVecs, give_way};
 use vdisk_luks::{Cipher, HEADER, Header, SECTOR};
 use vdisk_qcow2::Storage;
 
-use crate::drivers::LocalFuture;
+use crate::drivers::{Direction, LocalFuture, Resolved, SlowReason};
 use crate::node::{Node, WriteFlags};
 use crate::secrets::Secrets;
 
@@ -81,7 +81,32 @@ pub struct Encrypted {
     pub below: Arc<Node>,
     /// Byte of the node where sector 0 is.
     pub base: u64,
-    pub cipher: Cipher,
+    pub cipher: Arc<Cipher>,
+}
+
+/// What is left to do to encrypted data that was read.
+pub struct Decryption {
+    cipher: Arc<Cipher>,
+    /// That the data begins with.
+    sector: u64,
+}
+
+impl Decryption {
+    /// Decrypts whole sectors where they are. A guest may change its memory meanwhile: it gets what it makes of it.
+    pub fn run(&self, iov: &IoVecs) {
+        for at in (0..iov.len()).step_by(PIECE) {
+            self.piece(iov, at);
+        }
+    }
+
+    fn piece(&self, iov: &IoVecs, at: usize) {
+        with_piece(PIECE.min(iov.len() - at), |piece| {
+            iov.copy_to_slice(at, piece);
+            let sector = self.sector + (at / SECTOR) as u64;
+            self.cipher.decrypt(sector, piece);
+            iov.copy_from_slice(at, piece);
+        });
+    }
 }
 
 fn whole_sectors(offset: u64, len: usize) -> io::Result<()> {
@@ -106,19 +131,46 @@ impl Encrypted {
     pub async fn read_at(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
         whole_sectors(offset, iov.len())?;
         self.below.read(self.base + offset, iov.clone()).await?;
+        let decryption = self.decryption(offset);
         for at in (0..iov.len()).step_by(PIECE) {
             if at > 0 && at % TURN == 0 {
                 give_way().await;
             }
-            with_piece(PIECE.min(iov.len() - at), |piece| {
-                // A guest may change its memory meanwhile: it gets what it makes of it.
-                iov.copy_to_slice(at, piece);
-                self.cipher
-                    .decrypt((offset + at as u64) / SECTOR as u64, piece);
-                iov.copy_from_slice(at, piece);
-            });
+            decryption.piece(&iov, at);
         }
         Ok(())
+    }
+
+    fn decryption(&self, offset: u64) -> Decryption {
+        Decryption {
+            cipher: self.cipher.clone(),
+            sector: offset / SECTOR as u64,
+        }
+    }
+
+    /// Tells where the data of a read is. What takes long to decrypt is left to [`Encrypted::read_at`], which gives way.
+    pub(crate) fn resolve_read(&self, offset: u64, len: u64, then: &mut dyn FnMut(Resolved<'_>)) {
+        let slow = Resolved::Slow(SlowReason::Encrypted);
+        if !(offset | len).is_multiple_of(SECTOR as u64) || len > TURN as u64 {
+            return then(slow);
+        }
+        let mut tell = |below: Resolved<'_>| {
+            then(match below {
+                Resolved::Direct {
+                    file, offset: at, ..
+                } => Resolved::Encrypted {
+                    file,
+                    offset: at,
+                    decryption: self.decryption(offset),
+                },
+                Resolved::Slow(reason) => Resolved::Slow(reason),
+                // Zeroes are to be decrypted, too, and what is encrypted twice takes two steps.
+                _ => Resolved::Slow(SlowReason::Encrypted),
+            });
+        };
+        let place = self.base + offset;
+        self.below
+            .resolve_range(Direction::Read, place, len, &mut tell);
     }
 
     pub async fn write_at(&self, offset: u64, iov: IoVecs, flags: WriteFlags) -> io::Result<()> {

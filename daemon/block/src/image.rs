@@ -58,7 +58,7 @@ impl Standalone {
     ) -> Result<(Standalone, Image)> {
         let opened = Standalone::open(&file.filename, write, file.force_share, runtime)?;
         let what = format!("image '{}'", file.filename);
-        let image = open_image(&what, &opened.node, None, None, None, Options::default())?;
+        let (image, _) = open_image(&what, &opened.node, None, None, None, Options::default())?;
         Ok((opened, image))
     }
 

@@ -33,7 +33,7 @@ mod throttle;
 
 pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};
 pub use bitmap::Bitmap;
-pub use crypt::{Encrypted, luks_failed, read_header};
+pub use crypt::{Decryption, Encrypted, luks_failed, read_header};
 pub use descriptors::{Descriptors, Pending};
 pub use directories::Directories;
 pub use drivers::qcow2::NodeStorage;

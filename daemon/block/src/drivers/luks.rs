@@ -56,7 +56,7 @@ pub(super) fn open(
         driver: Box::new(Luks(Encrypted {
             below: file,
             base: header.payload,
-            cipher,
+            cipher: cipher.into(),
         })),
     })
 }
@@ -79,12 +79,24 @@ impl Driver for Luks {
         self.0.below.storage_block_size()
     }
 
-    fn resolve(&self, _: Direction, _: u64, _: u64, then: &mut dyn FnMut(Resolved<'_>)) {
-        then(Resolved::Slow(SlowReason::Encrypted));
+    fn resolve(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) {
+        match direction {
+            Direction::Read => self.0.resolve_read(offset, len, then),
+            Direction::Write => then(Resolved::Slow(SlowReason::Encrypted)),
+        }
     }
 
-    fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
-        Some(SlowReason::Encrypted)
+    fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
+        match direction {
+            Direction::Read => self.0.below.slow_reason(direction),
+            Direction::Write => Some(SlowReason::Encrypted),
+        }
     }
 
     fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {

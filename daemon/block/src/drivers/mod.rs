@@ -24,6 +24,7 @@ use std::sync::Arc;
 use vdisk_api::{DriverOptions, Error, NodeOptions, Result};
 use vdisk_io::{IoFile, IoVecs, Reactor};
 
+use crate::crypt::Decryption;
 use crate::jobs::Backup;
 use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
@@ -49,6 +50,12 @@ pub enum Resolved<'a> {
         no_flush: bool,
         /// The place itself is known durably: a durable write needs nothing else.
         settled: bool,
+    },
+    /// As [`Resolved::Direct`], of a read: what is there is encrypted, and to be decrypted where it was read to.
+    Encrypted {
+        file: &'a Arc<IoFile>,
+        offset: u64,
+        decryption: Decryption,
     },
     /// Nowhere: reads give zeroes.
     Zeroes,

@@ -92,7 +92,7 @@ struct Qcow2 {
     /// Where guest data is: `file`, or the external data file.
     data: Arc<Node>,
     backing: ArcSwapOption<Node>,
-    encrypted: bool,
+    encrypted: Option<Arc<Encrypted>>,
     read_only: AtomicBool,
     name: String,
     /// Where changes are noted for the next daemon.
@@ -123,7 +123,7 @@ pub fn image_error(what: &str, e: vdisk_qcow2::Error) -> Error {
     }
 }
 
-/// Reads the header and the L1 table; may block.
+/// Reads the header and the L1 table; may block. With the image comes what decrypts its data, if that is encrypted.
 pub fn open_image(
     what: &str,
     file: &Arc<Node>,
@@ -131,7 +131,7 @@ pub fn open_image(
     backing: Option<&Arc<Node>>,
     key: Option<(&Secrets, &str)>,
     mut options: Options,
-) -> Result<Image> {
+) -> Result<(Image, Option<Arc<Encrypted>>)> {
     let cannot = |e: io::Error| Error::io(format_args!("{what}: its header cannot be read"), &e);
     let mut head = file.read_blocking(0, USUAL_HEADER).map_err(cannot)?;
     if header_extent(&head) > head.len() {
@@ -147,24 +147,29 @@ pub fn open_image(
     // Clusters may be smaller than blocks.
     file.announce_block_size(1 << header.cluster_bits);
     let storage = |n: &Arc<Node>| storage(n.clone());
-    let data = match (header.luks, key) {
+    let encrypted = match (header.luks, key) {
         (Some(place), Some((secrets, secret))) => {
             let place = (place.offset, place.len);
             let (_, cipher) = unlock(what, file, place, secrets, secret)?;
             Some(Arc::new(Encrypted {
                 below: data.unwrap_or(file).clone(),
                 base: 0,
-                cipher,
-            }) as Arc<dyn Storage>)
+                cipher: cipher.into(),
+            }))
         }
-        _ => data.map(storage),
+        _ => None,
+    };
+    let data = match &encrypted {
+        Some(encrypted) => Some(encrypted.clone() as Arc<dyn Storage>),
+        None => data.map(storage),
     };
     let children = Children {
         file: storage(file),
         data,
         backing: backing.map(storage),
     };
-    Image::new(header, &l1, children, options).map_err(|e| image_error(what, e))
+    let image = Image::new(header, &l1, children, options).map_err(|e| image_error(what, e))?;
+    Ok((image, encrypted))
 }
 
 pub(super) fn open(
@@ -221,7 +226,7 @@ pub(super) fn open(
         ..defaults
     };
     let key = options.key_secret.as_deref();
-    let image = open_image(
+    let (image, encrypted) = open_image(
         &what,
         &file,
         data_file.as_ref(),
@@ -305,7 +310,7 @@ pub(super) fn open(
             runtime: runtime.clone(),
             tidying: Arc::default(),
             committing: Arc::default(),
-            encrypted: header.luks.is_some(),
+            encrypted,
             data: data_file.unwrap_or_else(|| file.clone()),
             file,
         }),
@@ -427,7 +432,11 @@ impl Driver for Qcow2 {
         let backing = backing.as_ref().map_or(Limits::NONE, |b| b.limits());
         let data = self.data.limits();
         Limits {
-            request_alignment: if self.encrypted { SECTOR as u64 } else { 1 },
+            request_alignment: if self.encrypted.is_some() {
+                SECTOR as u64
+            } else {
+                1
+            },
             memory_alignment: data.memory_alignment.max(backing.memory_alignment),
             zero_alignment: self.image.cluster(),
         }
@@ -458,7 +467,9 @@ impl Driver for Qcow2 {
         };
         match (direction, m.kind) {
             (Direction::Write, Kind::Data(_)) if !m.writable => then(slow(SlowReason::Allocates)),
-            (_, Kind::Data(_)) if self.encrypted => then(slow(SlowReason::Encrypted)),
+            (Direction::Write, Kind::Data(_)) if self.encrypted.is_some() => {
+                then(slow(SlowReason::Encrypted));
+            }
             (Direction::Write, Kind::Data(host)) => {
                 self.image.mark_dirty(offset, len);
                 self.data.resolve_range(direction, host, len, &mut |mut r| {
@@ -469,9 +480,10 @@ impl Driver for Qcow2 {
                 });
             }
             (Direction::Write, _) => then(slow(SlowReason::Allocates)),
-            (Direction::Read, Kind::Data(host)) => {
-                self.data.resolve_range(direction, host, len, then);
-            }
+            (Direction::Read, Kind::Data(host)) => match &self.encrypted {
+                Some(encrypted) => encrypted.resolve_read(host, len, then),
+                None => self.data.resolve_range(direction, host, len, then),
+            },
             (Direction::Read, Kind::Compressed { .. }) => then(slow(SlowReason::Compressed)),
             (Direction::Read, Kind::Zero) => then(Resolved::Zeroes),
             (Direction::Read, Kind::Unallocated) => match &*self.backing.load() {
@@ -485,9 +497,9 @@ impl Driver for Qcow2 {
     }
 
     fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {
-        match self.encrypted {
-            true => Some(SlowReason::Encrypted),
-            false => self.data.slow_reason(direction),
+        match (&self.encrypted, direction) {
+            (Some(_), Direction::Write) => Some(SlowReason::Encrypted),
+            _ => self.data.slow_reason(direction),
         }
     }
 
@@ -594,7 +606,7 @@ impl Driver for Qcow2 {
     }
 
     fn shares_with(&self, file: &IoFile) -> bool {
-        !self.encrypted && self.data.shares_with(file)
+        self.encrypted.is_none() && self.data.shares_with(file)
     }
 
     fn share<'a>(

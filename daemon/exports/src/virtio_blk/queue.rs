@@ -9,14 +9,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use vdisk_block::{Client, Direction, Resolved, WriteFlags, ZeroFlags};
-use vdisk_io::{Generation, IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
+use vdisk_block::{Client, Decryption, Direction, Resolved, WriteFlags, ZeroFlags};
+use vdisk_io::{Generation, IoFile, IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
 use vdisk_virtio::blk::{
     Malformed, ParsedRequest, RangeSegment, RequestKind, SECTOR_SIZE, Status, feature,
     read_segments,
@@ -85,6 +86,8 @@ struct Slot {
     started: Instant,
     generation: Generation,
     memory: Rc<GuestMemory>,
+    /// What is left to do to the data that is being read, and its segments in `chain`.
+    decryption: Option<(Decryption, Range<usize>)>,
 }
 
 struct Inner {
@@ -317,6 +320,7 @@ impl Queue {
                     started: self.reactor.now(),
                     generation: Generation::default(),
                     memory: inner.memory.clone(),
+                    decryption: None,
                 });
                 inner.slots.len() as u32 - 1
             }
@@ -413,7 +417,32 @@ impl Queue {
             return self.answer(inner, token, Status::IoErr);
         }
         let durable = direction == Direction::Write && !self.device.is_writeback();
-        let segments = &slot.chain.segments[request.first..request.first + request.count];
+        let data = request.first..request.first + request.count;
+        let segments = &slot.chain.segments[data.clone()];
+        let mut decryption = None;
+        let submit = |file: &Arc<IoFile>, kind, offset| {
+            if !file.is_direct() {
+                self.buffered.set(self.buffered.get() + 1);
+            }
+            let Some(id) = self.id.get() else {
+                return Some(Some(Status::IoErr));
+            };
+            // SAFETY: the segments belong to the slot, which is not used again before the
+            // operation is reported; the memory is held by the slot, too.
+            unsafe {
+                self.reactor.submit_for_source(
+                    id,
+                    token,
+                    file,
+                    kind,
+                    segments.as_ptr(),
+                    segments.len() as u32,
+                    offset,
+                    request.len,
+                );
+            }
+            Some(None)
+        };
         let fast = self.client.with_node(|node| {
             let answered = node.resolve(direction, offset, request.len, segments, |r| match r {
                 // The write would be durable, but not where it is.
@@ -429,27 +458,15 @@ impl Queue {
                         Direction::Write if durable && !no_flush => OpKind::WriteDurable,
                         Direction::Write => OpKind::Write,
                     };
-                    if !file.is_direct() {
-                        self.buffered.set(self.buffered.get() + 1);
-                    }
-                    let Some(id) = self.id.get() else {
-                        return Some(Some(Status::IoErr));
-                    };
-                    // SAFETY: the segments belong to the slot, which is not used again before the
-                    // operation is reported; the memory is held by the slot, too.
-                    unsafe {
-                        self.reactor.submit_for_source(
-                            id,
-                            token,
-                            file,
-                            kind,
-                            segments.as_ptr(),
-                            segments.len() as u32,
-                            offset,
-                            request.len,
-                        );
-                    }
-                    Some(None)
+                    submit(file, kind, offset)
+                }
+                Resolved::Encrypted {
+                    file,
+                    offset,
+                    decryption: after,
+                } => {
+                    decryption = Some(after);
+                    submit(file, OpKind::Read, offset)
                 }
                 Resolved::Zeroes if request.len > MAX_ZEROES => None,
                 Resolved::Zeroes => {
@@ -464,6 +481,9 @@ impl Queue {
             });
             answered.flatten()
         });
+        if fast == Some(None) {
+            slot.decryption = decryption.map(|d| (d, data.clone()));
+        }
         match fast {
             Some(done) => {
                 self.stats.fast.add(1);
@@ -474,8 +494,7 @@ impl Queue {
             }
             None => {
                 let slot = &inner.slots[token as usize];
-                let segments =
-                    slot.chain.segments[request.first..request.first + request.count].to_vec();
+                let segments = slot.chain.segments[data].to_vec();
                 // SAFETY: the memory table keeps the segments mapped.
                 let iov = unsafe { IoVecs::new(segments, slot.memory.clone()) };
                 match direction {
@@ -709,6 +728,14 @@ impl Source for Queue {
 
     fn complete(&self, token: u32, result: io::Result<()>) {
         let mut inner = self.inner.borrow_mut();
+        let slot = &mut inner.slots[token as usize];
+        if let Some((decryption, data)) = slot.decryption.take()
+            && result.is_ok()
+        {
+            let segments = slot.chain.segments[data].to_vec();
+            // SAFETY: the memory table keeps the segments mapped.
+            decryption.run(&unsafe { IoVecs::new(segments, slot.memory.clone()) });
+        }
         let status = match result {
             Ok(()) => Status::Ok,
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Status::Unsupported,

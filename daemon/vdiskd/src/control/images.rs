@@ -200,7 +200,7 @@ async fn make_luks(
         let data = Encrypted {
             below: file.clone(),
             base,
-            cipher,
+            cipher: cipher.into(),
         };
         fill(&data, options.size, progress).await?;
     }
@@ -312,7 +312,7 @@ pub(super) async fn create_on(
                     Arc::new(Encrypted {
                         below,
                         base: 0,
-                        cipher,
+                        cipher: cipher.into(),
                     }) as Arc<dyn Storage>
                 });
                 let data = data.map(|d| Arc::new(NodeStorage(d)) as Arc<dyn Storage>);
