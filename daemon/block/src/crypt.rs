@@ -19,6 +19,9 @@ const PIECE: usize = 4096;
 /// Others on the I/O thread have their turns after this many bytes.
 const TURN: usize = 64 << 10;
 
+/// Reads of at most so many bytes are decrypted as they end.
+const AT_ONCE: u64 = 16 << 10;
+
 /// Writes are encrypted in pieces of this many bytes, which bounds memory.
 const CHUNK: usize = 1 << 20;
 
@@ -151,7 +154,7 @@ impl Encrypted {
     /// Tells where the data of a read is. What takes long to decrypt is left to [`Encrypted::read_at`], which gives way.
     pub(crate) fn resolve_read(&self, offset: u64, len: u64, then: &mut dyn FnMut(Resolved<'_>)) {
         let slow = Resolved::Slow(SlowReason::Encrypted);
-        if !(offset | len).is_multiple_of(SECTOR as u64) || len > TURN as u64 {
+        if !(offset | len).is_multiple_of(SECTOR as u64) || len > AT_ONCE {
             return then(slow);
         }
         let mut tell = |below: Resolved<'_>| {

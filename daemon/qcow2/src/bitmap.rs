@@ -516,7 +516,7 @@ impl Image {
     async fn store_in_place(&self, all: &[Arc<Active>], new: &[(u64, u32)]) -> io::Result<()> {
         // The counts of the new places, and what is there, before anything refers to it; the places before it is said
         // that they are right.
-        self.flush().await?;
+        self.flush_all().await?;
         for (b, (table, entries)) in all.iter().zip(new) {
             let mut place = table.to_be_bytes().to_vec();
             place.extend(entries.to_be_bytes());
@@ -579,7 +579,7 @@ impl Image {
                 offset: self.write_table(bytes).await? << self.layout.cluster_bits,
             }),
         };
-        self.flush().await?;
+        self.flush_all().await?;
         // While the header is written anew nobody takes its bitmaps for the truth.
         let set_header = |valid: bool| {
             let mut meta = self.meta();

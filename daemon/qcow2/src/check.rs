@@ -172,7 +172,7 @@ impl Image {
     pub(crate) async fn settle(&self) -> io::Result<()> {
         if self.meta().writing.is_some() {
             self.tidy_still().await?;
-            self.flush().await?;
+            self.flush_all().await?;
         }
         Ok(())
     }
@@ -207,7 +207,7 @@ impl Image {
                 self.commit_if_full().await?;
             }
         }
-        self.flush().await
+        self.flush_all().await
     }
 
     /// Makes new reference counts at the end of the file, and flags and entries that fit.
@@ -229,9 +229,9 @@ impl Image {
         self.grow_to_end().await?;
         self.meta().header.corrupt = false;
         self.meta().header.dirty = false;
-        self.flush().await?;
+        self.flush_all().await?;
         self.fix_flags(true).await?;
-        self.flush().await?;
+        self.flush_all().await?;
         self.write_header().await?;
         self.file.flush().await?;
         self.with_refs(|w| {

@@ -47,6 +47,28 @@ struct Batch {
     redo: u64,
 }
 
+/// A batch whose end is told however the writing of it ends: a task may be dropped with its I/O thread.
+struct Taken<'a> {
+    image: &'a Image,
+    batch: Option<Batch>,
+}
+
+impl Taken<'_> {
+    fn end(mut self, ok: bool) {
+        if let Some(batch) = self.batch.take() {
+            self.image.finish(batch, ok);
+        }
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if let Some(batch) = self.batch.take() {
+            self.image.finish(batch, false);
+        }
+    }
+}
+
 impl Image {
     /// Whether tables have changed that are not durable yet.
     #[inline]
@@ -58,11 +80,11 @@ impl Image {
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    /// Makes everything durable that was written before. Fails once, too, after [`Image::commit_early`] or [`Image::tidy`] has
-    /// failed: what the storage has lost then it may have told only that one.
+    /// Makes everything durable that was written before, for whoever has written it. Fails once, too, after the storage has failed
+    /// a flush that nobody had asked for: what it has lost it tells only once.
     pub async fn flush(&self) -> io::Result<()> {
         let result = self.flush_all().await;
-        match self.early_failed.swap(false, Ordering::AcqRel) {
+        match self.untold.swap(false, Ordering::AcqRel) {
             true => result.and(Err(io::Error::other(
                 "what was written before could not be made durable",
             ))),
@@ -70,16 +92,15 @@ impl Image {
         }
     }
 
-    async fn flush_all(&self) -> io::Result<()> {
+    /// As [`Image::flush`], for changes of the image's own: leaves what writers are to be told.
+    pub(crate) async fn flush_all(&self) -> io::Result<()> {
         if self.layout.external {
             self.data.flush().await?;
         }
-        if !self.is_dirty() && !self.has_dirty_refs() {
-            return self.file.flush().await;
-        }
-        let _turn = self.committing.lock().await;
-        if self.meta().writing.is_none() {
-            // It was closed meanwhile, and everything was written.
+        // Whatever is being written now is written when this returns.
+        let turn = self.committing.lock().await;
+        if !self.is_dirty() && !self.has_dirty_refs() || self.meta().writing.is_none() {
+            drop(turn);
             return self.file.flush().await;
         }
         self.commit().await
@@ -113,15 +134,7 @@ impl Image {
         if !self.is_filling() {
             return Ok(());
         }
-        let result = self.commit().await;
-        self.owe_failure(&result);
-        result
-    }
-
-    fn owe_failure(&self, result: &io::Result<()>) {
-        if result.is_err() {
-            self.early_failed.store(true, Ordering::Release);
-        }
+        self.commit().await
     }
 
     fn has_dirty_refs(&self) -> bool {
@@ -132,8 +145,24 @@ impl Image {
     /// Of whoever holds `committing`.
     async fn commit(&self) -> io::Result<()> {
         let batch = self.take_batch()?;
-        let result = self.write_batch(&batch).await;
-        self.finish(batch, result.is_ok());
+        let taken = Taken {
+            image: self,
+            batch: Some(batch),
+        };
+        let result = match &taken.batch {
+            Some(batch) => self.write_batch(batch).await,
+            None => Ok(()),
+        };
+        taken.end(result.is_ok());
+        result
+    }
+
+    /// Flushes the file, for tables: a failure is told by the next [`Image::flush`] as well.
+    async fn sync(&self) -> io::Result<()> {
+        let result = self.file.flush().await;
+        if result.is_err() {
+            self.untold.store(true, Ordering::Release);
+        }
         result
     }
 
@@ -201,7 +230,7 @@ impl Image {
             .map(|b| (b.offset, &b.data))
             .chain(moved.clone().map(|t| (t.offset, &t.data)));
         if self.put_all(first).await? {
-            self.file.flush().await?;
+            self.sync().await?;
         }
         if moved.count() > 0 {
             {
@@ -215,7 +244,7 @@ impl Image {
                 }
             }
             self.write_header().await?;
-            self.file.flush().await?;
+            self.sync().await?;
         }
         let table = batch.table.iter().filter(|t| t.moved.is_none());
         let blocks = batch.blocks.iter().filter(|b| !b.new);
@@ -225,15 +254,18 @@ impl Image {
             .chain(blocks.map(|b| (b.offset, &b.data)))
             .chain(new_l2.map(|t| (t.offset, &t.data)));
         self.put_all(before).await?;
-        if self.layout.external {
-            self.data.flush().await?;
+        if self.layout.external
+            && let Err(e) = self.data.flush().await
+        {
+            self.untold.store(true, Ordering::Release);
+            return Err(e);
         }
-        self.file.flush().await?;
+        self.sync().await?;
         let old_l2 = batch.l2.iter().filter(|t| !t.dirty.new);
         let l1 = batch.l1.iter().map(|(_, offset, data)| (*offset, data));
         let last = old_l2.map(|t| (t.offset, &t.data)).chain(l1);
         if self.put_all(last).await? {
-            self.file.flush().await?;
+            self.sync().await?;
         }
         Ok(())
     }
@@ -308,9 +340,7 @@ impl Image {
         if self.meta().writing.is_none() {
             return Ok(());
         }
-        let flushed = self.flush().await;
-        self.owe_failure(&flushed);
-        flushed?;
+        self.flush_all().await?;
         let upto = match &self.meta().writing {
             Some(w) if !w.unused.is_empty() => w.next_unused,
             _ => return Ok(()),
@@ -324,7 +354,7 @@ impl Image {
     /// As [`Image::tidy`], when no request is in flight.
     pub(crate) async fn tidy_still(&self) -> io::Result<()> {
         let _turn = self.tidying.lock().await;
-        self.flush().await?;
+        self.flush_all().await?;
         self.free_unused(u64::MAX).await
     }
 
@@ -415,7 +445,7 @@ impl Image {
     }
 
     async fn close_stored(&self) -> io::Result<()> {
-        self.flush().await?;
+        self.flush_all().await?;
         let end = match &mut self.meta().writing {
             Some(w) => {
                 w.alloc.trim();

@@ -250,7 +250,7 @@ impl Image {
                 place.offset = first << image.layout.cluster_bits;
             }
         }
-        image.flush().await?;
+        image.flush_all().await?;
         let preallocation = match options.preallocation {
             Preallocation::Off if options.data_file_raw => Preallocation::Metadata,
             other => other,

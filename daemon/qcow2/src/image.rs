@@ -142,8 +142,8 @@ pub struct Image {
     pub(crate) committed: AtomicU64,
     /// The last change that could not be noted for the next process.
     pub(crate) unnoted: AtomicU64,
-    /// A flush that nobody waited for has failed: the next one says so.
-    pub(crate) early_failed: AtomicBool,
+    /// The storage has failed a flush that tables were written with: the next flush says so.
+    pub(crate) untold: AtomicBool,
     /// Bitmaps that record writes.
     pub(crate) active_bitmaps: ArcSwapOption<Live>,
     decompressing: Semaphore,
@@ -224,7 +224,7 @@ impl Image {
             changes: AtomicU64::new(0),
             committed: AtomicU64::new(0),
             unnoted: AtomicU64::new(0),
-            early_failed: AtomicBool::new(false),
+            untold: AtomicBool::new(false),
             active_bitmaps: ArcSwapOption::empty(),
             decompressing: Semaphore::new(MAX_DECOMPRESSING),
             decompressed: Mutex::default(),

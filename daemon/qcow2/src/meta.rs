@@ -139,7 +139,9 @@ impl Meta {
     fn changed_more_than(&self, tables: usize, log: usize) -> bool {
         const MAX_UNREFS: usize = 8192;
         self.writing.as_ref().is_some_and(|w| {
-            let more = |n: usize, of: usize| n > of.saturating_mul(tables) / 8;
+            let more = |n: usize, of: usize| {
+                n > (of.saturating_mul(tables) / 8).max(usize::from(tables < 4))
+            };
             more(w.l2.len(), self.capacity)
                 || more(w.refs.dirty_blocks(), w.refs.capacity())
                 || more(w.unrefs.len(), MAX_UNREFS)

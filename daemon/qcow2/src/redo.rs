@@ -61,6 +61,8 @@ pub(crate) struct Redo {
     path: PathBuf,
     next: u64,
     first: u64,
+    /// The number of the record at the start of the ring.
+    start: u64,
 }
 
 /// Says whether the machine was started anew since.
@@ -71,7 +73,7 @@ fn boot() -> u64 {
 }
 
 impl Redo {
-    /// Records in the ring: 14 MiB, if so many clusters are allocated without a flush.
+    /// Records in the ring: up to 14 MiB of the runtime folder. It begins at its start again whenever it is empty.
     pub const CAPACITY: usize = 1 << 18;
 
     /// Opens or makes the log at `path`, and returns what an earlier daemon has left there.
@@ -121,6 +123,7 @@ impl Redo {
             next: records.last().map_or(first, |r| r.number + 1),
             file,
             path: path.to_owned(),
+            start: 0,
             first,
         };
         redo.write_header()?;
@@ -145,7 +148,7 @@ impl Redo {
             new,
         };
         let bytes = record.words().map(u64::to_le_bytes);
-        let at = HEADER + self.next % Self::CAPACITY as u64 * RECORD;
+        let at = HEADER + (self.next - self.start) % Self::CAPACITY as u64 * RECORD;
         let noted = self.file.write_all_at(bytes.as_flattened(), at).is_ok();
         self.next += u64::from(noted);
         noted
@@ -165,7 +168,10 @@ impl Redo {
     pub fn forget(&mut self, number: u64) {
         self.first = number;
         // If that fails, changes are done once more: that does no harm.
-        let _ = self.file.write_all_at(&number.to_le_bytes(), 16);
+        let told = self.file.write_all_at(&number.to_le_bytes(), 16).is_ok();
+        if told && self.len() == 0 {
+            self.start = number;
+        }
     }
 
     /// Nothing is left to be done.
@@ -242,7 +248,7 @@ impl Image {
             self.change_entries(*at, 1, Reason::Other, |_, _| new)
                 .await?;
         }
-        self.flush().await?;
+        self.flush_all().await?;
         Ok(changes.len())
     }
 }

@@ -50,7 +50,7 @@ impl Image {
                 self.cut_off(whole..before.next_multiple_of(self.cluster()))
                     .await?;
             }
-            self.flush().await?;
+            self.flush_all().await?;
         } else {
             if entries > u64::from(header.l1_entries) {
                 self.grow_l1(entries).await?;
@@ -77,7 +77,7 @@ impl Image {
             let prepared = self.prepare_new(before..size, end).await;
             self.set_size(before);
             prepared?;
-            self.flush().await?;
+            self.flush_all().await?;
         }
         self.meta().header.size = size;
         self.write_header().await?;
@@ -142,7 +142,7 @@ impl Image {
 
     /// Moves the L1 table to a place with room for `entries`.
     async fn grow_l1(&self, entries: u64) -> io::Result<()> {
-        self.flush().await?;
+        self.flush_all().await?;
         let bits = self.layout.cluster_bits;
         let clusters = (entries * 8).div_ceil(self.cluster());
         let run = self
@@ -156,7 +156,7 @@ impl Image {
             .write(run.first << bits, buffer_of(&table))
             .await?;
         // The counts, and the new table.
-        self.flush().await?;
+        self.flush_all().await?;
         let old = self.header();
         // The place first, then the length: with one of them the header is right in between, too.
         self.meta().header.l1_offset = run.first << bits;

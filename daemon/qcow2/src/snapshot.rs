@@ -243,7 +243,7 @@ impl Image {
         snapshot.l1_entries = entries as u32;
         all.push(snapshot.clone());
         self.fix_flags(false).await?;
-        self.flush().await?;
+        self.flush_all().await?;
         self.write_snapshots(&all, all.len()).await?;
         self.set_dirty(false).await?;
         Ok(snapshot)
@@ -267,7 +267,7 @@ impl Image {
         }
         new.resize(new.len().max(old_header.l1_entries as usize), 0);
         let first = self.write_l1(&new).await?;
-        self.flush().await?;
+        self.flush_all().await?;
         let old: Vec<u64> = (0..old_header.l1_entries as usize)
             .map(|i| self.tables.l1(i) & OFFSET_MASK)
             .collect();
@@ -288,7 +288,7 @@ impl Image {
         let old_bytes = u64::from(old_header.l1_entries) * 8;
         self.unref_bytes(old_header.l1_offset, old_bytes).await?;
         self.fix_flags(false).await?;
-        self.flush().await?;
+        self.flush_all().await?;
         self.set_dirty(false).await?;
         if size < self.size() {
             self.resize(size).await?;
@@ -310,7 +310,7 @@ impl Image {
         self.unref_bytes(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)
             .await?;
         self.fix_flags(false).await?;
-        self.flush().await?;
+        self.flush_all().await?;
         self.set_dirty(false).await?;
         Ok(snapshot)
     }
@@ -407,7 +407,7 @@ impl Image {
         }
         let len = bytes.len() as u64;
         let first = self.write_table(bytes).await?;
-        self.flush().await?;
+        self.flush_all().await?;
         // The place first, then the number: the new table begins with what the old one had, or ends with what
         // goes.
         self.meta().header.snapshots_offset = first << self.layout.cluster_bits;

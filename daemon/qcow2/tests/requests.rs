@@ -6,7 +6,7 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 
 use memory::{Memory, Random, block_on, open};
 use vdisk_io::{IoVecs, give_way};
@@ -294,14 +294,23 @@ fn an_early_commit_that_fails_is_told_by_the_next_flush() {
             image.write(table * (32 << 10), data(7, 512)).await.unwrap();
         }
         assert!(image.is_filling());
+        // Tables that could not be written are written the next time: nothing is lost.
         file.fail_after(Some(0));
         image.commit_early().await.unwrap_err();
         file.fail_after(None);
+        image.flush().await.unwrap();
+        for table in 4..8 {
+            image.write(table * (32 << 10), data(7, 512)).await.unwrap();
+        }
+        // What the storage has lost it says once, and nobody has asked.
+        file.fail_flushes(true);
+        image.commit_early().await.unwrap_err();
+        file.fail_flushes(false);
         let error = image.flush().await.unwrap_err();
         assert!(error.to_string().contains("could not be made durable"));
         image.flush().await.unwrap();
         // And one that works leaves nothing to do.
-        for table in 4..8 {
+        for table in 8..12 {
             image.write(table * (32 << 10), data(7, 512)).await.unwrap();
         }
         image.commit_early().await.unwrap();
@@ -310,6 +319,44 @@ fn an_early_commit_that_fails_is_told_by_the_next_flush() {
         image.close().await.unwrap();
         clean(&image).await;
     });
+}
+
+#[test]
+fn a_commit_that_is_dropped_half_way_loses_nothing() {
+    let empty = created(&CreateOptions {
+        cluster_size: 512,
+        ..CreateOptions::new(1 << 20)
+    });
+    let options = Options {
+        l2_cache: 8 * 512,
+        ..Options::default()
+    };
+    for polls in 0..40 {
+        // (With a seed its operations take some turns.)
+        let file = Memory::new(empty.data(), Some(polls + 1), false);
+        let image = open(&file, None, options).unwrap();
+        block_on(async {
+            image.activate(None).await.unwrap();
+            for table in 0..4 {
+                let at = table * (32 << 10) + polls * 512;
+                image.write(at, data(7, 512)).await.unwrap();
+            }
+            // Its task goes with its I/O thread.
+            let mut commit = Box::pin(image.commit_early());
+            for _ in 0..polls {
+                let mut context = Context::from_waker(Waker::noop());
+                if commit.as_mut().poll(&mut context).is_ready() {
+                    break;
+                }
+            }
+            drop(commit);
+            image.close().await.unwrap();
+            clean(&image).await;
+        });
+        let again = open(&file, None, options).unwrap();
+        let got = block_on(read(&again, polls * 512, 512));
+        assert!(got == [7; 512], "after {polls} polls");
+    }
 }
 
 #[test]

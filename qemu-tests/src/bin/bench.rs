@@ -248,7 +248,7 @@ fn read(mut file: &std::fs::File) {
 fn keep_warm(server: &dyn Server, storage: &str) {
     let (dir, prefix) = server.images();
     let stems: &[&str] = match storage {
-        "chain" => &["bottom", "chain"],
+        "chain" => &["bottom", "chain1", "chain2", "chain3", "chain4", "chain"],
         "overlay" => &["base"],
         "cached" | "qcow2" | "luks" | "qcow2-luks" => &[storage],
         _ => return,
@@ -256,10 +256,9 @@ fn keep_warm(server: &dyn Server, storage: &str) {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     for entry in entries {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let stem = name.strip_prefix(prefix).map(|n| {
-            n.trim_end_matches(".img")
-                .trim_end_matches(char::is_numeric)
-        });
+        let stem = name
+            .strip_prefix(prefix)
+            .map(|n| n.trim_end_matches(".img"));
         if stem.is_some_and(|s| stems.contains(&s))
             && let Ok(file) = std::fs::File::open(entry.path())
             && file.metadata().is_ok_and(|m| m.is_file())

@@ -6,13 +6,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
-use vdisk_io::{IoFile, IoVecs};
+use vdisk_io::{Generation, IoFile, IoVecs, Reactor};
 use vdisk_luks::SECTOR;
 use vdisk_qcow2::{
     Children, Header, Image, Kind, Lookup, Options, Storage, USUAL_HEADER, header_extent,
@@ -27,6 +28,9 @@ use crate::status::BlockStatus;
 
 /// Clusters that were given up are free for something else after this time.
 const TIDY_DELAY: Duration = Duration::from_secs(1);
+
+/// After a commit in the background that has failed, until the next one.
+const COMMIT_AGAIN: Duration = Duration::from_secs(1);
 
 /// A node that an image lies in, or that stands behind it.
 pub struct NodeStorage(pub Arc<Node>);
@@ -335,6 +339,21 @@ fn redo_path(name: &str, file: &Node, runtime: &Runtime) -> Option<PathBuf> {
     Some(dir.join(format!("qcow2-{dev:x}-{inode:x}.redo")))
 }
 
+/// A request of our own, as long as it lives.
+struct Counted(Rc<Reactor>, Generation);
+
+impl Counted {
+    fn new(reactor: &Rc<Reactor>) -> Counted {
+        Counted(reactor.clone(), reactor.in_flight().begin())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.in_flight().end(self.1, 1);
+    }
+}
+
 /// Says that what was done in the background has ended, however it did.
 struct Busy(Arc<AtomicBool>);
 
@@ -378,12 +397,19 @@ impl Qcow2 {
             return;
         };
         let (image, file) = (Arc::downgrade(&self.image), self.file.filename());
+        // Whoever waits for all that is written waits for this.
+        let counted = Counted::new(&reactor);
+        let again = reactor.sleep(COMMIT_AGAIN);
         reactor.spawn(async move {
             let _guard = guard;
-            if let Some(image) = image.upgrade()
-                && let Err(error) = image.commit_early().await
-            {
-                tracing::warn!(image = file, %error, "tables cannot be written; the next flush fails");
+            let failed = match image.upgrade() {
+                Some(image) => image.commit_early().await.err(),
+                None => None,
+            };
+            drop(counted);
+            if let Some(error) = failed {
+                tracing::warn!(image = file, %error, "tables cannot be written, which is tried again");
+                again.await;
             }
         });
     }

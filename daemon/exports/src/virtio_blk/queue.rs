@@ -588,17 +588,22 @@ impl Queue {
             let result = future.await;
             this.complete(token, result);
             // Slow requests may take their time: what is done is not to wait for all that are ready.
-            let done = this.unshown.get() + 1;
-            this.unshown.set(done);
-            if done.is_multiple_of(PUBLISH_EVERY) {
-                // A guest that sleeps is woken for the first answers; one that is awake sees the rest.
-                this.publish(&mut this.inner.borrow_mut(), done == PUBLISH_EVERY);
-            }
+            this.show_some(&mut this.inner.borrow_mut());
             match this.id.get() {
                 Some(id) => this.reactor.touch(id),
                 None => this.finish_batch(),
             }
         });
+    }
+
+    /// Shows the guest every few answers of those that come one by one.
+    fn show_some(&self, inner: &mut Inner) {
+        let done = self.unshown.get() + 1;
+        self.unshown.set(done);
+        if done.is_multiple_of(PUBLISH_EVERY) {
+            // A guest that sleeps is woken for the first answers; one that is awake sees the rest.
+            self.publish(inner, done == PUBLISH_EVERY);
+        }
     }
 
     /// Shows the guest what was answered, and interrupts it if it wants that.
@@ -728,6 +733,7 @@ impl Source for Queue {
 
     fn complete(&self, token: u32, result: io::Result<()>) {
         let mut inner = self.inner.borrow_mut();
+        let mut decrypted = false;
         let slot = &mut inner.slots[token as usize];
         if let Some((decryption, data)) = slot.decryption.take()
             && result.is_ok()
@@ -735,6 +741,8 @@ impl Source for Queue {
             let segments = slot.chain.segments[data].to_vec();
             // SAFETY: the memory table keeps the segments mapped.
             decryption.run(&unsafe { IoVecs::new(segments, slot.memory.clone()) });
+            // The guest is to see the first of many while the rest is decrypted.
+            decrypted = true;
         }
         let status = match result {
             Ok(()) => Status::Ok,
@@ -759,6 +767,9 @@ impl Source for Queue {
             }
         };
         self.answer(&mut inner, token, status);
+        if decrypted {
+            self.show_some(&mut inner);
+        }
     }
 
     fn finish_batch(&self) {

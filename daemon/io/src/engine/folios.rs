@@ -21,6 +21,8 @@ const RETRY: u32 = 4;
 const IN_VAIN: u32 = 32;
 /// Regions of one word are counted by bits, words by chunks: the span of a chunk is 512 MiB.
 const CHUNK_WORDS: usize = 64;
+/// More are forgotten: 2 TiB that are written all over, in 2 MiB.
+const MAX_CHUNKS: usize = 4096;
 const PAGE: u64 = 4096;
 
 /// What is known of the folios of one file.
@@ -35,7 +37,7 @@ pub(super) struct Folios {
     in_vain: u32,
     /// Small writes so far.
     passed: u32,
-    /// Bits of regions that were looked at: an eighth of a byte for 128 KiB that were written.
+    /// Bits of regions that were looked at.
     seen: HashMap<u64, Box<[u64; CHUNK_WORDS]>>,
 }
 
@@ -84,6 +86,9 @@ impl Folios {
     /// Notes that a region was looked at; whether it was not before.
     fn mark(&mut self, offset: u64) -> bool {
         let (chunk, word, bit) = place(offset);
+        if self.seen.len() >= MAX_CHUNKS {
+            self.seen.clear();
+        }
         let words = self
             .seen
             .entry(chunk)

@@ -64,6 +64,8 @@ struct State {
     /// Writes from this one on fail.
     fail_at: Option<u64>,
     writes: u64,
+    /// Flushes fail.
+    flushes_fail: bool,
     /// Writes that begin here do not end.
     held: Option<u64>,
 }
@@ -112,6 +114,11 @@ impl Memory {
     pub fn fail_after(&self, writes: Option<u64>) {
         let mut s = self.state.lock().unwrap();
         s.fail_at = writes.map(|n| s.writes + n);
+    }
+
+    /// Lets flushes fail, or not.
+    pub fn fail_flushes(&self, fail: bool) {
+        self.state.lock().unwrap().flushes_fail = fail;
     }
 
     /// Keeps writes to this offset from ending, until it is called with None.
@@ -276,6 +283,9 @@ impl Storage for Memory {
         Box::pin(async move {
             let index = self.begin(None);
             self.wait().await;
+            if self.state.lock().unwrap().flushes_fail {
+                return Err(io::Error::other("the storage has lost data"));
+            }
             self.end(index);
             Ok(())
         })
