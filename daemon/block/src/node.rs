@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use arc_swap::ArcSwapOption;
 use tokio::sync::Semaphore;
 use vdisk_api::{DetectZeroes, Discard, NodeOptions, Result};
-use vdisk_io::{Bits, IoFile, IoVecs, RangeLock, Recorder, segments_aligned};
+use vdisk_io::{Bits, IoFile, IoVecs, RangeLock, Recorder};
 
 use crate::bitmap::Bitmap;
 use crate::drivers::{
@@ -409,14 +409,19 @@ impl Node {
         then: impl FnOnce(Resolved<'_>) -> R,
     ) -> Option<R> {
         let (mut then, mut found) = (Some(then), None);
-        let mut tell = |resolved: Resolved<'_>| found = then.take().map(|then| then(resolved));
-        if self.limits.memory_alignment > 1
-            && !segments_aligned(segments, self.limits.memory_alignment)
-        {
-            tell(Resolved::Slow(SlowReason::Unaligned));
-        } else {
-            self.resolve_range(direction, offset, len, &mut tell);
-        }
+        let mut tell = |resolved: Resolved<'_>| {
+            // Asked of the file itself: what is between, and what it stands on, may change.
+            let resolved = match resolved {
+                Resolved::Direct { file, .. } | Resolved::Encrypted { file, .. }
+                    if !file.takes(segments) =>
+                {
+                    Resolved::Slow(SlowReason::Unaligned)
+                }
+                other => other,
+            };
+            found = then.take().map(|then| then(resolved));
+        };
+        self.resolve_range(direction, offset, len, &mut tell);
         found
     }
 
@@ -985,6 +990,7 @@ mod tests {
         writes: AtomicU32,
         flushes: AtomicU32,
         cannot_flush: AtomicBool,
+        file: Option<Arc<IoFile>>,
     }
 
     const BLOCK: u64 = 4096;
@@ -1013,8 +1019,16 @@ mod tests {
             }
         }
 
-        fn resolve(&self, _: Direction, _: u64, _: u64, then: &mut dyn FnMut(Resolved<'_>)) {
-            then(Resolved::Nothing);
+        fn resolve(&self, _: Direction, offset: u64, _: u64, then: &mut dyn FnMut(Resolved<'_>)) {
+            then(match &self.file {
+                Some(file) => Resolved::Direct {
+                    file,
+                    offset,
+                    no_flush: false,
+                    settled: true,
+                },
+                None => Resolved::Nothing,
+            });
         }
 
         fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
@@ -1085,12 +1099,18 @@ mod tests {
     }
 
     fn node(size: usize, zeroes: bool) -> (Arc<Node>, Arc<Blocks>) {
+        node_on(size, zeroes, None)
+    }
+
+    /// With a file, that is where its data is.
+    fn node_on(size: usize, zeroes: bool, file: Option<Arc<IoFile>>) -> (Arc<Node>, Arc<Blocks>) {
         let blocks = Arc::new(Blocks {
             data: Mutex::new(vec![0xee; size]),
             zeroes,
             writes: AtomicU32::new(0),
             flushes: AtomicU32::new(0),
             cannot_flush: AtomicBool::new(false),
+            file,
         });
         let node = Node {
             name: "n".into(),
@@ -1212,6 +1232,25 @@ mod tests {
         assert_eq!(flushes(), [3, 1, 1]);
         assert!(block_on(new.flush()).is_ok());
         assert_eq!(flushes(), [3, 1, 2]);
+    }
+
+    #[test]
+    fn memory_that_the_file_does_not_take_is_left_to_the_slow_path() {
+        let scratch = tempfile::tempfile().unwrap();
+        let file = IoFile::new(scratch.into(), true, 512);
+        let (node, _) = node_on(4096, true, Some(file));
+        let buf = vdisk_io::AlignedBuf::new(8192, 4096);
+        let at = |skip: usize| libc::iovec {
+            iov_base: buf.as_mut_ptr().wrapping_add(skip).cast(),
+            iov_len: 4096,
+        };
+        let is_fast = |skip| {
+            node.resolve(Direction::Read, 0, 4096, &[at(skip)], |r| {
+                matches!(r, Resolved::Direct { .. })
+            })
+        };
+        assert_eq!([0, 512].map(is_fast), [Some(true); 2]);
+        assert_eq!([1, 4, 256].map(is_fast), [Some(false); 3]);
     }
 
     #[test]

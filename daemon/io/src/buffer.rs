@@ -291,7 +291,7 @@ impl IoVecs {
 }
 
 /// Whether every segment of `vecs` starts and ends on a multiple of `align` (a power of two).
-pub fn segments_aligned(vecs: &[libc::iovec], align: usize) -> bool {
+pub(crate) fn segments_aligned(vecs: &[libc::iovec], align: usize) -> bool {
     let mask = align - 1;
     vecs.iter()
         .all(|v| ((v.iov_base as usize) | v.iov_len) & mask == 0)

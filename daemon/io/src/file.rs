@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::buffer::segments_aligned;
 use crate::thread;
 
 /// How many files the registered file table of an io_uring holds; files beyond it are used by number.
@@ -18,6 +19,7 @@ pub struct IoFile {
     fd: OwnedFd,
     id: u32,
     direct: bool,
+    memory_alignment: usize,
     write_blocks: bool,
     lost_data: AtomicBool,
 }
@@ -43,8 +45,9 @@ struct Ids {
 }
 
 impl IoFile {
-    /// Takes over `fd`; `direct` says whether it was opened with O_DIRECT.
-    pub fn new(fd: OwnedFd, direct: bool) -> Arc<IoFile> {
+    /// Takes over `fd`; `direct` says whether it was opened with O_DIRECT. Buffers must start and end at multiples of
+    /// `memory_alignment` (a power of two).
+    pub fn new(fd: OwnedFd, direct: bool, memory_alignment: usize) -> Arc<IoFile> {
         let mut ids = IDS.lock().unwrap_or_else(|e| e.into_inner());
         let id = ids.free.pop().unwrap_or_else(|| {
             ids.next += 1;
@@ -56,6 +59,7 @@ impl IoFile {
             fd,
             id,
             direct,
+            memory_alignment,
             lost_data: AtomicBool::new(false),
         })
     }
@@ -73,6 +77,11 @@ impl IoFile {
 
     pub fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// Whether the storage takes these buffers as they are.
+    pub fn takes(&self, segments: &[libc::iovec]) -> bool {
+        self.memory_alignment == 1 || segments_aligned(segments, self.memory_alignment)
     }
 
     /// Reads `len` bytes at `offset`, fewer at the end of the file, with any alignment. Blocks; not for I/O

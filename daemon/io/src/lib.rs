@@ -29,7 +29,7 @@ mod thread;
 mod timer;
 
 pub use bits::{Bits, Recorder};
-pub use buffer::{AlignedBuf, IoVecs, segments_aligned};
+pub use buffer::{AlignedBuf, IoVecs};
 pub use engine::{EngineChoice, EngineError, EngineKind};
 pub use file::{IoFile, block_device_size, direct_read_works};
 pub use give_way::give_way;

@@ -45,7 +45,7 @@ fn scratch(direct: bool) -> (tempfile::NamedTempFile, Arc<IoFile>) {
         options.custom_flags(libc::O_DIRECT);
     }
     let fd = OwnedFd::from(options.open(file.path()).unwrap());
-    (file, IoFile::new(fd, direct))
+    (file, IoFile::new(fd, direct, if direct { 512 } else { 1 }))
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn more_segments_than_the_kernel_takes_at_once() {
 fn errors_are_reported() {
     on_each_engine(|thread| {
         let (read_end, _write_end) = std::io::pipe().unwrap();
-        let file = IoFile::new(OwnedFd::from(read_end), false);
+        let file = IoFile::new(OwnedFd::from(read_end), false, 1);
         let error = block_on(thread.run_async(move |r| async move {
             let result = r
                 .submit(&file, OpKind::Write, IoVecs::zeroed(16, 1), 0)

@@ -275,8 +275,8 @@ fn what_fails_can_be_tried_again() {
     }
 }
 
-#[test]
-fn an_early_commit_that_fails_is_told_by_the_next_flush() {
+/// An image of 32 tables, and options by which there is room for eight.
+fn with_eight_tables() -> (Arc<Memory>, Options) {
     let file = created(&CreateOptions {
         cluster_size: 512,
         ..CreateOptions::new(1 << 20)
@@ -285,6 +285,12 @@ fn an_early_commit_that_fails_is_told_by_the_next_flush() {
         l2_cache: 8 * 512,
         ..Options::default()
     };
+    (file, options)
+}
+
+#[test]
+fn an_early_commit_that_fails_is_told_by_the_next_flush() {
+    let (file, options) = with_eight_tables();
     let image = open(&file, None, options).unwrap();
     block_on(async {
         image.activate(None).await.unwrap();
@@ -323,14 +329,7 @@ fn an_early_commit_that_fails_is_told_by_the_next_flush() {
 
 #[test]
 fn a_commit_that_is_dropped_half_way_loses_nothing() {
-    let empty = created(&CreateOptions {
-        cluster_size: 512,
-        ..CreateOptions::new(1 << 20)
-    });
-    let options = Options {
-        l2_cache: 8 * 512,
-        ..Options::default()
-    };
+    let (empty, options) = with_eight_tables();
     for polls in 0..40 {
         // (With a seed its operations take some turns.)
         let file = Memory::new(empty.data(), Some(polls + 1), false);

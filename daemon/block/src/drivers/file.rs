@@ -182,7 +182,7 @@ pub(super) fn open(
     };
     Ok(OpenedDriver {
         driver: Box::new(File {
-            file: IoFile::new(fd, direct),
+            file: IoFile::new(fd, direct, limits.memory_alignment),
             writable: OnceLock::new(),
             locking: (!node.force_share).then_some(options.locking),
             filename: path.to_owned(),
@@ -398,7 +398,7 @@ impl Driver for File {
                 if !Descriptors::is_one(&self.filename) {
                     self.directories.check(&what, &self.filename, &fd)?;
                 }
-                IoFile::new(fd, direct)
+                IoFile::new(fd, direct, self.limits.memory_alignment)
             }
         };
         // A reader does not share what a writer needs, not even its own.

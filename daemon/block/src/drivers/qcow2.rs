@@ -357,6 +357,17 @@ impl Drop for Counted {
 /// Says that what was done in the background has ended, however it did.
 struct Busy(Arc<AtomicBool>);
 
+impl Busy {
+    /// None if it is being done already.
+    fn begin(busy: &Arc<AtomicBool>) -> Option<(Busy, Rc<Reactor>)> {
+        if busy.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        let guard = Busy(busy.clone());
+        Some((guard, reactor().ok()?))
+    }
+}
+
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
@@ -366,11 +377,10 @@ impl Drop for Busy {
 impl Qcow2 {
     /// Has unused clusters given back a little later: that waits for all requests, this one included.
     fn tidy_later(&self) {
-        if !self.image.is_untidy() || self.tidying.swap(true, Ordering::AcqRel) {
+        if !self.image.is_untidy() {
             return;
         }
-        let guard = Busy(self.tidying.clone());
-        let Ok(reactor) = reactor() else {
+        let Some((guard, reactor)) = Busy::begin(&self.tidying) else {
             return;
         };
         // A node that is removed meanwhile closes its file.
@@ -389,17 +399,16 @@ impl Qcow2 {
 
     /// Has changed tables written while requests go on, before there are so many that requests must wait.
     fn commit_soon(&self) {
-        if !self.image.is_filling() || self.committing.swap(true, Ordering::AcqRel) {
+        if !self.image.is_filling() {
             return;
         }
-        let guard = Busy(self.committing.clone());
-        let Ok(reactor) = reactor() else {
+        let Some((guard, reactor)) = Busy::begin(&self.committing) else {
             return;
         };
         let (image, file) = (Arc::downgrade(&self.image), self.file.filename());
         // Whoever waits for all that is written waits for this.
         let counted = Counted::new(&reactor);
-        let again = reactor.sleep(COMMIT_AGAIN);
+        let this = reactor.clone();
         reactor.spawn(async move {
             let _guard = guard;
             let failed = match image.upgrade() {
@@ -409,7 +418,7 @@ impl Qcow2 {
             drop(counted);
             if let Some(error) = failed {
                 tracing::warn!(image = file, %error, "tables cannot be written, which is tried again");
-                again.await;
+                this.sleep(COMMIT_AGAIN).await;
             }
         });
     }
