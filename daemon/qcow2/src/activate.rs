@@ -138,11 +138,15 @@ impl Image {
     pub(crate) fn start_writing(&self, refs: Refcounts, end: u64) {
         let grows = self.file.grows();
         let mut meta = self.meta();
-        let redo = meta.writing.take().and_then(|w| w.redo);
+        let (redo, partial) = match meta.writing.take() {
+            Some(w) => (w.redo, w.partial),
+            None => Default::default(),
+        };
         meta.writing = Some(Writing {
             refs,
             alloc: Allocator::new(self.layout.cluster_bits, end, grows),
             redo,
+            partial,
             packing: None,
             l2: Default::default(),
             l1: None,

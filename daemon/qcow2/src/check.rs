@@ -499,7 +499,7 @@ impl<'a> Check<'a> {
             for i in 0..1usize << layout.table_bits() {
                 let range = layout.words(i, 1);
                 let entry = Entry {
-                    word: all[range.start],
+                    word: layout.word_of_file(all[range.start]),
                     bitmap: if layout.extended {
                         all[range.start + 1]
                     } else {

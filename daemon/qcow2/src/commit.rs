@@ -20,8 +20,8 @@ use futures_util::future::try_join_all;
 use crate::error::Error;
 use crate::header::{AUTOCLEAR_REDO, Header};
 use crate::image::Image;
-use crate::mapping::OFFSET_MASK;
-use crate::meta::{DirtyL2, Reason, Unref};
+use crate::mapping::{Entry, OFFSET_MASK};
+use crate::meta::{DirtyL2, Reason, Unref, Writing};
 use crate::refcount::{DirtyBlock, DirtyTable};
 use crate::storage::buffer_of;
 use crate::write::read_only;
@@ -97,44 +97,53 @@ impl Image {
         if self.layout.external {
             self.data.flush().await?;
         }
+        // What cannot be made whole keeps nothing else from being durable.
+        let whole = self.make_whole().await;
         // Whatever is being written now is written when this returns.
         let turn = self.committing.lock().await;
         if !self.is_dirty() && !self.has_dirty_refs() || self.meta().writing.is_none() {
             drop(turn);
-            return self.file.flush().await;
+            return self.file.flush().await.and(whole);
         }
-        self.commit().await
+        self.commit().await.and(whole)
     }
 
     /// Writes what has changed if there is much of it.
     pub(crate) async fn commit_if_full(&self) -> io::Result<()> {
         // What could not be noted must be durable before it is answered.
-        let must = || {
+        let unnoted = || {
             let unnoted = self.unnoted.load(Ordering::Acquire);
-            unnoted > self.committed.load(Ordering::Acquire) || self.meta().is_full()
+            unnoted > self.committed.load(Ordering::Acquire)
         };
+        let must = || unnoted() || self.meta().is_full();
         if !must() {
             return Ok(());
         }
+        // Of a partial cluster a commit makes nothing durable.
+        let whole = match unnoted() {
+            true => self.make_whole().await,
+            false => Ok(()),
+        };
         let _turn = self.committing.lock().await;
         if must() {
             self.commit().await?;
         }
-        Ok(())
+        whole
     }
 
     /// So much has changed that [`Image::commit_early`] should be called, by somebody whom no guest waits for.
     pub fn is_filling(&self) -> bool {
-        self.meta().is_filling()
+        self.meta().is_filling() || self.has_many_partial()
     }
 
     /// Writes what has changed before there is so much that requests must wait for it.
     pub async fn commit_early(&self) -> io::Result<()> {
+        let whole = self.make_whole().await;
         let _turn = self.committing.lock().await;
-        if !self.is_filling() {
-            return Ok(());
+        if !self.meta().is_filling() {
+            return whole;
         }
-        self.commit().await
+        self.commit().await.and(whole)
     }
 
     fn has_dirty_refs(&self) -> bool {
@@ -170,7 +179,9 @@ impl Image {
         let mut meta = self.meta();
         let meta = &mut *meta;
         let w = meta.writing.as_mut().ok_or_else(read_only)?;
-        let upto = self.changes.load(Ordering::Acquire);
+        // Of what a partial cluster has nothing is durable after this.
+        let partial = u64::from(!w.partial.is_empty());
+        let upto = self.changes.load(Ordering::Acquire).saturating_sub(partial);
         let block = self.options.block_size;
         let mut l2 = Vec::new();
         for (index, dirty) in std::mem::take(&mut w.l2) {
@@ -179,7 +190,10 @@ impl Image {
             let range = dirty.range.start / each * each..dirty.range.end.next_multiple_of(each);
             let table = self.tables.l1(index) & OFFSET_MASK;
             // A table that has changed stays in memory until it was written.
-            if let Some(data) = self.tables.with(index, |t| t.bytes(range.clone())) {
+            if let Some(data) = self
+                .tables
+                .with(index, |t| t.bytes(self.layout, range.clone()))
+            {
                 l2.push(DirtyL2Table {
                     index,
                     dirty,
@@ -200,6 +214,8 @@ impl Image {
             let offset = meta.header.l1_offset + start as u64 * 8;
             (range, offset, data.collect())
         });
+        let redo = w.redo.as_ref().map_or(0, |r| r.next());
+        self.note_partial(w);
         Ok(Batch {
             upto,
             table: w.refs.take_table(),
@@ -207,8 +223,25 @@ impl Image {
             l2,
             l1,
             unrefs: std::mem::take(&mut w.unrefs),
-            redo: w.redo.as_ref().map_or(0, |r| r.next()),
+            redo,
         })
+    }
+
+    /// Notes once more what the file will not have after the commit that follows: clusters that became partial just now.
+    fn note_partial(&self, w: &mut Writing) {
+        let Some(redo) = &mut w.redo else {
+            return;
+        };
+        for &cluster in &w.partial {
+            let (index, i) = self.layout.position(cluster << self.layout.cluster_bits);
+            let entry = self.tables.with(index, |t| t.entry(self.layout, i));
+            if let Some(entry) = entry.filter(|e| self.layout.is_partial(*e))
+                && !redo.note(cluster, Entry::default(), entry)
+            {
+                let next = self.changes.load(Ordering::Acquire) + 1;
+                self.unnoted.store(next, Ordering::Release);
+            }
+        }
     }
 
     async fn put_all<'a>(

@@ -4,7 +4,7 @@
 //! * An L2 table in memory is never older than the one in the file: a table is read under the lock of its
 //!   number, and dropped only when everything that changed in it is stored.
 //! * An entry of a table refers to a cluster only when all of that cluster's data is written (not yet
-//!   durable).
+//!   durable); in memory it may be a part of the data (see [`crate::partial`]).
 //! * A cluster that nothing refers to any more is given to somebody else only when that is durable, and
 //!   when every request has ended that may have found it before.
 
@@ -44,6 +44,9 @@ pub struct Options {
     pub discard_no_unref: bool,
     /// Another time there may be something behind it: what reads as zeroes must say so.
     pub hides_backing: bool,
+    /// Bytes of clusters whose copies on write are put off at a time (see [`crate::partial`]): bounds how long a flush can
+    /// take.
+    pub partial: u64,
     /// Metadata is written in multiples of this many bytes, a power of two.
     pub block_size: usize,
 }
@@ -58,6 +61,7 @@ impl Default for Options {
             pass_discard_other: false,
             discard_no_unref: false,
             hides_backing: false,
+            partial: 512 << 20,
             block_size: 512,
         }
     }
@@ -266,6 +270,7 @@ impl Image {
             backing: Some(named),
             ..Amend::default()
         };
+        // Which makes clusters whole first: what they lack comes from what is behind the image now.
         self.amend(&change).await?;
         let has = backing.is_some() || self.header().backing_file.is_some();
         self.has_backing.store(has, Ordering::Relaxed);
@@ -373,7 +378,7 @@ impl Image {
         let bytes = self
             .read_metadata(offset, self.cluster(), "an L2 table")
             .await?;
-        Ok(Table::new(words(&bytes)))
+        Ok(Table::new(self.layout, words(&bytes)))
     }
 
     /// Takes a table in; another that was not used lately goes if there are too many.

@@ -21,6 +21,7 @@ mod image;
 mod mapping;
 mod measure;
 mod meta;
+mod partial;
 mod redo;
 mod refcount;
 mod resize;

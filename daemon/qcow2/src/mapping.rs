@@ -48,6 +48,10 @@ const COMPRESSED: u64 = 1 << 62;
 pub(crate) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const ZERO: u64 = 1;
 
+/// Only some parts of the cluster have data, those that the bitmap says (see [`crate::partial`]). In memory only: the format
+/// reserves the bit. With [`COMPRESSED`] it is a part of something else, and images with subclusters have no need of it.
+const PARTIAL: u64 = 1 << 61;
+
 /// All subclusters have data.
 const ALL_DATA: u64 = 0xffff_ffff;
 /// All subclusters read as zeroes.
@@ -57,7 +61,8 @@ const ALL_ZERO: u64 = ALL_DATA << 32;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub word: u64,
-    /// For each of 32 subclusters: data (low half), zeroes (high half). 0 in images without subclusters.
+    /// For each of 32 subclusters: data (low half), zeroes (high half). In images without subclusters: for each part whether it has
+    /// data if the cluster is partial, otherwise 0.
     pub bitmap: u64,
 }
 
@@ -102,6 +107,52 @@ impl Layout {
         self.cluster() / if self.extended { 32 } else { 1 }
     }
 
+    /// Bytes of what may have data by itself in a cluster that is not whole yet; those of a cluster if there is no such thing.
+    pub fn part(self) -> u64 {
+        const SMALLEST: u64 = 4096;
+        match self.extended || self.external {
+            true => self.cluster(),
+            false => (self.cluster() / 32).max(SMALLEST).min(self.cluster()),
+        }
+    }
+
+    #[inline]
+    pub fn is_partial(self, entry: Entry) -> bool {
+        !self.extended && entry.word & (COMPRESSED | PARTIAL) == PARTIAL
+    }
+
+    /// The first word of an entry as it is in the file, without what it can mean in memory only.
+    pub fn word_of_file(self, word: u64) -> u64 {
+        match self.extended || word & COMPRESSED != 0 {
+            true => word,
+            false => word & !PARTIAL,
+        }
+    }
+
+    /// What the file says of a cluster as long as it is partial: nothing.
+    pub fn word_for_file(self, word: u64) -> u64 {
+        match self.is_partial(Entry { word, bitmap: 0 }) {
+            true => 0,
+            false => word,
+        }
+    }
+
+    /// The parts of a partial cluster that lack data, as ranges of bytes within it.
+    pub fn lacks(self, entry: Entry) -> Vec<std::ops::Range<u64>> {
+        let part = self.part();
+        let mut out: Vec<std::ops::Range<u64>> = Vec::new();
+        for at in (0..self.cluster()).step_by(part as usize) {
+            if entry.bitmap >> (at / part) & 1 != 0 {
+                continue;
+            }
+            match out.last_mut() {
+                Some(last) if last.end == at => last.end += part,
+                _ => out.push(at..at + part),
+            }
+        }
+        out
+    }
+
     /// Bits of a guest offset that choose an entry within a table.
     #[inline]
     pub fn table_bits(self) -> u32 {
@@ -136,14 +187,24 @@ impl Layout {
     /// part, and is for the rest what `old` was.
     pub fn with_data(self, old: Entry, host: u64, from: u64, to: u64) -> Entry {
         let word = host | COPIED;
-        if !self.extended {
+        let bits = |unit: u64| {
+            let (first, last) = (from / unit, to.div_ceil(unit));
+            ((1u64 << last) - 1) & !((1u64 << first) - 1)
+        };
+        if self.extended {
+            let data = bits(self.unit());
+            let bitmap = (old.bitmap | data) & !(data << 32);
+            return Entry { word, bitmap };
+        }
+        let part = self.part();
+        let bitmap = old.bitmap | bits(part);
+        if bitmap == (1 << (self.cluster() / part)) - 1 {
             return Entry { word, bitmap: 0 };
         }
-        let unit = self.unit();
-        let (first, last) = (from / unit, to.div_ceil(unit));
-        let data = ((1u64 << last) - 1) & !((1u64 << first) - 1);
-        let bitmap = (old.bitmap | data) & !(data << 32);
-        Entry { word, bitmap }
+        Entry {
+            word: word | PARTIAL,
+            bitmap,
+        }
     }
 
     /// The entry of a cluster that reads as zeroes, with (`host` not 0) or without a place of its own in the file.
@@ -233,14 +294,15 @@ impl Layout {
         if self.external && has_place && word & ZERO == 0 && offset != at - within {
             return corrupt("the place in the external data file", word);
         }
-        if !self.extended {
+        let partial = self.is_partial(entry);
+        if !self.extended && !partial {
             return whole(match (word & ZERO != 0, has_place) {
                 (true, _) => Kind::Zero,
                 (false, false) => Kind::Unallocated,
                 (false, true) => Kind::Data(offset + within),
             });
         }
-        let sub = self.unit();
+        let sub = if partial { self.part() } else { self.unit() };
         let index = within / sub;
         let (allocated, zero) = (bitmap >> index & 1 != 0, bitmap >> (index + 32) & 1 != 0);
         let kind = match (allocated, zero) {
@@ -287,6 +349,27 @@ mod tests {
                 prop_assert_eq!((at + n) % 512, 0);
             }
         }
+    }
+
+    #[test]
+    fn a_cluster_is_whole_when_its_last_part_has_data() {
+        let layout = Layout {
+            cluster_bits: 16,
+            extended: false,
+            external: false,
+        };
+        let one = layout.with_data(Entry::default(), 0x10000, 4096, 8192);
+        assert!(layout.is_partial(one) && layout.is_own(one));
+        assert_eq!(layout.lacks(one), [0..4096, 8192..65536]);
+        assert_eq!(layout.word_for_file(one.word), 0);
+        let kind = |at| layout.decode(one, at).map(|m| (m.kind, m.len));
+        assert_eq!(kind(0).unwrap(), (Kind::Unallocated, 4096));
+        assert_eq!(kind(5000).unwrap(), (Kind::Data(0x10000 + 5000), 3192));
+        let most = layout.with_data(one, 0x10000, 8192, 65536);
+        assert_eq!(layout.lacks(most), [0..4096]);
+        let whole = layout.with_data(most, 0x10000, 0, 4096);
+        let at_once = layout.with_data(Entry::default(), 0x10000, 0, 65536);
+        assert!(whole == at_once && !layout.is_partial(whole));
     }
 
     #[test]

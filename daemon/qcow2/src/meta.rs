@@ -1,6 +1,6 @@
 //! What changes about an image while it is open, and is not looked at on the fast path.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ops::Range;
 
 use crate::allocator::Allocator;
@@ -45,6 +45,8 @@ pub(crate) struct Writing {
     pub redo: Option<Redo>,
     /// Where the next compressed cluster may be put: a range of bytes within one cluster of the file.
     pub packing: Option<Range<u64>>,
+    /// Clusters of the guest's disk that have data in parts of them only, by number (see [`crate::partial`]).
+    pub partial: BTreeSet<u64>,
     /// L2 tables that have changed, by L1 index.
     pub l2: BTreeMap<usize, DirtyL2>,
     /// L1 entries that have changed.
@@ -77,6 +79,16 @@ impl Writing {
 }
 
 impl Meta {
+    /// Whether a table must stay in memory: the file does not have all that it says.
+    fn is_needed(&self, image: &Image, index: usize) -> bool {
+        let each = 1 << image.layout.table_bits();
+        let clusters = index as u64 * each..(index as u64 + 1) * each;
+        self.in_commit.contains(&index)
+            || self.writing.as_ref().is_some_and(|w| {
+                w.l2.contains_key(&index) || w.partial.range(clusters).next().is_some()
+            })
+    }
+
     /// Makes room after a table was taken in.
     pub fn evict(&mut self, image: &Image, newest: usize) {
         self.order.push_back(newest);
@@ -86,13 +98,9 @@ impl Meta {
             let Some(oldest) = self.order.pop_front() else {
                 break;
             };
-            let changed = self.in_commit.contains(&oldest)
-                || self
-                    .writing
-                    .as_ref()
-                    .is_some_and(|w| w.l2.contains_key(&oldest));
+            let needed = self.is_needed(image, oldest);
             let used = image.tables().take_used(oldest);
-            if used || changed || oldest == newest {
+            if used || needed || oldest == newest {
                 self.order.push_back(oldest);
             } else {
                 image.tables().put(oldest, None);

@@ -16,7 +16,9 @@ use crate::image::Image;
 use crate::mapping::Entry;
 use crate::meta::Reason;
 
-const MAGIC: u64 = u64::from_be_bytes(*b"vdiskrd1");
+/// The number changes with what records can say: one of version 1 has no partial clusters.
+const MAGIC: u64 = u64::from_be_bytes(*b"vdiskrd2");
+const MAGIC_1: u64 = u64::from_be_bytes(*b"vdiskrd1");
 
 const HEADER: u64 = 4096;
 const WORDS: usize = 7;
@@ -50,7 +52,7 @@ impl Record {
 
 /// Tells a record from anything that was not written as one.
 fn check(words: &[u64]) -> u64 {
-    words.iter().fold(MAGIC, |c, w| {
+    words.iter().fold(MAGIC_1, |c, w| {
         (c ^ w).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
     })
 }
@@ -95,7 +97,7 @@ impl Redo {
         let mut records = Vec::new();
         let mut first = 1;
         if let [magic, same_boot, from, ..] = words[..]
-            && magic == MAGIC
+            && (magic == MAGIC || magic == MAGIC_1)
             && same_boot == boot()
         {
             first = from;
@@ -222,6 +224,8 @@ impl Image {
             if new.is_compressed()
                 || !external && host != 0 && !self.is_place(host, self.cluster())
                 || external && self.layout.decode(new, at).is_err()
+                || self.layout.is_partial(new)
+                    && new.bitmap >> (self.cluster() / self.layout.part()) != 0
             {
                 return Err(other());
             }

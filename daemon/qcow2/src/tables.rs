@@ -14,14 +14,22 @@ const CHUNK: usize = 512;
 /// The words of one L2 table, in the host's byte order.
 pub(crate) struct Table {
     words: Box<[AtomicU64]>,
+    /// For each entry what a partial cluster has, once there was one. In images without subclusters.
+    parts: OnceLock<Box<[AtomicU64]>>,
     /// Was looked at since the cache last wanted to drop it.
     used: AtomicBool,
 }
 
 impl Table {
-    pub fn new(words: impl Iterator<Item = u64>) -> Arc<Table> {
+    /// From the words of the file.
+    pub fn new(layout: Layout, words: impl Iterator<Item = u64>) -> Arc<Table> {
+        let word = |(i, w)| match layout.extended && i % 2 == 1 {
+            true => w,
+            false => layout.word_of_file(w),
+        };
         Arc::new(Table {
-            words: words.map(AtomicU64::new).collect(),
+            words: words.enumerate().map(word).map(AtomicU64::new).collect(),
+            parts: OnceLock::new(),
             used: AtomicBool::new(true),
         })
     }
@@ -30,9 +38,11 @@ impl Table {
     #[inline]
     pub fn entry(&self, layout: Layout, index: usize) -> Entry {
         if !layout.extended {
-            return Entry {
-                word: self.words[index].load(Ordering::Acquire),
-                bitmap: 0,
+            let word = self.words[index].load(Ordering::Acquire);
+            let entry = Entry { word, bitmap: 0 };
+            return match layout.is_partial(entry) {
+                true => self.partial(layout, index),
+                false => entry,
             };
         }
         let (word, bitmap) = (&self.words[2 * index], &self.words[2 * index + 1]);
@@ -48,10 +58,34 @@ impl Table {
         }
     }
 
+    /// The entry of a cluster that is, or was a moment ago, partial. As long as it keeps its place its parts with data only get more,
+    /// and its place is given to nobody else while a request may have seen it.
+    #[cold]
+    fn partial(&self, layout: Layout, index: usize) -> Entry {
+        loop {
+            let word = self.words[index].load(Ordering::Acquire);
+            let entry = Entry { word, bitmap: 0 };
+            if !layout.is_partial(entry) {
+                return entry;
+            }
+            let bitmap = match self.parts.get() {
+                Some(parts) => parts[index].load(Ordering::Acquire),
+                None => 0,
+            };
+            if self.words[index].load(Ordering::Acquire) == word {
+                return Entry { word, bitmap };
+            }
+        }
+    }
+
     /// Changes the entry of a cluster. In between, a reader sees neither a place without data nor data
     /// without a place.
     pub fn set(&self, layout: Layout, index: usize, entry: Entry) {
         if !layout.extended {
+            if layout.is_partial(entry) {
+                let none = || self.words.iter().map(|_| AtomicU64::new(0)).collect();
+                self.parts.get_or_init(none)[index].store(entry.bitmap, Ordering::Release);
+            }
             self.words[index].store(entry.word, Ordering::Release);
             return;
         }
@@ -66,16 +100,26 @@ impl Table {
     }
 
     /// The bytes of a range of words, as they are stored.
-    pub fn bytes(&self, words: std::ops::Range<usize>) -> Vec<u8> {
+    pub fn bytes(&self, layout: Layout, words: std::ops::Range<usize>) -> Vec<u8> {
         self.words[words]
             .iter()
-            .flat_map(|w| w.load(Ordering::Acquire).to_be_bytes())
+            .map(|w| layout.word_for_file(w.load(Ordering::Acquire)))
+            .flat_map(u64::to_be_bytes)
             .collect()
     }
 
     /// A copy.
     pub fn duplicate(&self) -> Arc<Table> {
-        Table::new(self.words.iter().map(|w| w.load(Ordering::Acquire)))
+        let copy = |words: &[AtomicU64]| {
+            let all = words.iter().map(|w| w.load(Ordering::Acquire));
+            all.map(AtomicU64::new).collect::<Box<[_]>>()
+        };
+        let parts = self.parts.get().map(|p| copy(p));
+        Arc::new(Table {
+            words: copy(&self.words),
+            parts: parts.map_or_else(OnceLock::new, OnceLock::from),
+            used: AtomicBool::new(true),
+        })
     }
 }
 

@@ -184,7 +184,10 @@ impl Image {
         }
         let run = self.allocate(1).await?;
         let table = if old & OFFSET_MASK == 0 {
-            Table::new(std::iter::repeat_n(0, self.cluster() as usize / 8))
+            Table::new(
+                self.layout,
+                std::iter::repeat_n(0, self.cluster() as usize / 8),
+            )
         } else {
             loop {
                 // It may have been dropped meanwhile.
@@ -232,6 +235,7 @@ impl Image {
                 let mut meta = self.meta();
                 let number = (at >> layout.cluster_bits) - first as u64;
                 let mut redo = meta.writing.as_mut().and_then(|w| w.redo.as_mut());
+                let (mut partial, mut whole) = (Vec::new(), Vec::new());
                 let changed = self.tables.with(index, |table| {
                     let mut unrefs = Vec::new();
                     for i in 0..n {
@@ -248,6 +252,11 @@ impl Image {
                             self.unnoted.store(this, Ordering::Release);
                         }
                         table.set(layout, first + i, new);
+                        match (layout.is_partial(old), layout.is_partial(new)) {
+                            (_, true) => partial.push(cluster),
+                            (true, false) => whole.push(cluster),
+                            _ => {}
+                        }
                         let had = layout.references(old);
                         // Compressed data in the same cluster has a reference of its own.
                         let stays = had == layout.references(new) && !old.is_compressed();
@@ -267,6 +276,8 @@ impl Image {
                     meta.l2_changed(index, layout.words(first, n), false);
                     if let Some(w) = &mut meta.writing {
                         w.unrefs.extend(unrefs);
+                        w.partial.extend(partial);
+                        whole.iter().for_each(|c| _ = w.partial.remove(c));
                     }
                     self.note_change();
                     return Ok(());
@@ -463,17 +474,33 @@ impl Image {
         let start = range.start & !(cluster - 1);
         let end = start + old.len() as u64 * cluster;
         let moves = |e: Entry| !layout.is_own(e) && layout.has_data(e);
+        let unit = layout.unit();
         // What becomes data with it: the subclusters that are touched, or all of a cluster whose data moves.
-        let whole = if moves(old[0]) {
+        let mut whole = if moves(old[0]) {
             start
         } else {
-            range.start & !(layout.unit() - 1)
+            range.start & !(unit - 1)
         };
-        let whole_end = if moves(old[old.len() - 1]) {
+        let mut whole_end = if moves(old[old.len() - 1]) {
             end
         } else {
-            range.end.next_multiple_of(layout.unit()).min(end)
+            range.end.next_multiple_of(unit).min(end)
         };
+        // The parts that are touched, if the rest would have to be copied and may follow later.
+        let may_wait =
+            |e: Entry| matches!(data, Data::Bytes(_)) && !moves(e) && self.may_be_partial(e);
+        if whole < range.start
+            && may_wait(old[0])
+            && !(run.zero && self.reads_zero(whole..range.start).await?)
+        {
+            whole = range.start & !(layout.part() - 1);
+        }
+        if range.end < whole_end
+            && may_wait(old[old.len() - 1])
+            && !(run.zero && self.reads_zero(range.end..whole_end).await?)
+        {
+            whole_end = range.end.next_multiple_of(layout.part()).min(end);
+        }
         let whole_end = match layout.external {
             // The data file ends where the disk does.
             true => whole_end.min(self.size().max(range.end)),
@@ -519,7 +546,7 @@ impl Image {
     }
 
     /// Reads what is there before a write. The last cluster may reach beyond the end of the disk.
-    async fn read_old(&self, at: u64, iov: &IoVecs) -> io::Result<()> {
+    pub(crate) async fn read_old(&self, at: u64, iov: &IoVecs) -> io::Result<()> {
         let have = self.size().saturating_sub(at).min(iov.len() as u64) as usize;
         match have {
             0 => Ok(()),

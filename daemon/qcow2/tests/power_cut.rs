@@ -582,6 +582,26 @@ fn overlays_in_both_versions() {
     }
 }
 
+/// Clusters that are larger than what is written: their copies on write are put off.
+#[test]
+fn copies_that_are_put_off() {
+    for seed in 110..119 {
+        let between = [Between::Nothing, Between::Snapshots, Between::Resizes][seed as usize % 3];
+        let create = CreateOptions {
+            cluster_size: [16384, 65536][seed as usize % 2],
+            // (Version 2 cannot say that a snapshot is being made.)
+            version: if between == Between::Nothing && seed % 2 == 0 {
+                2
+            } else {
+                3
+            },
+            backing: Some(("base".into(), "raw".into())),
+            ..CreateOptions::new(1 << 20)
+        };
+        run(seed, &create, Options::default(), cuts() / 2, between);
+    }
+}
+
 #[test]
 fn subclusters() {
     for seed in 30..34 {

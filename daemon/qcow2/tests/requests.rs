@@ -12,6 +12,7 @@ use memory::{Memory, Random, block_on, open};
 use vdisk_io::{IoVecs, give_way};
 use vdisk_qcow2::{
     CHECK_MEMORY, Children, CreateOptions, Image, Kind, Lookup, Options, Preallocation, Repair,
+    Storage,
 };
 
 fn created(options: &CreateOptions) -> Arc<Memory> {
@@ -98,18 +99,30 @@ fn a_write_in_flight_keeps_its_cluster() {
 fn what_was_answered_outlives_the_process() {
     let dir = std::env::temp_dir().join(format!("vdisk-redo-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
-    for (seed, cluster_size, extended_l2) in [(1, 512, false), (2, 65536, false), (3, 16384, true)]
-    {
+    for (seed, cluster_size, extended_l2, overlay) in [
+        (1, 512, false, false),
+        (2, 65536, false, false),
+        (3, 16384, true, false),
+        (4, 65536, false, true),
+        (5, 16384, true, true),
+        (6, 32768, false, true),
+    ] {
+        let base = overlay.then(|| Memory::new(vec![0xbb; 900_000], None, false));
+        let base = base.map(|b| b as Arc<dyn Storage>);
         let log = dir.join(format!("{seed}"));
         let file = created(&CreateOptions {
             cluster_size,
             extended_l2,
+            backing: overlay.then(|| ("base".into(), "raw".into())),
             ..CreateOptions::new(1 << 20)
         });
         let mut random = Random::new(seed);
         let mut model = vec![0u8; 1 << 20];
+        if overlay {
+            model[..900_000].fill(0xbb);
+        }
         for round in 0..6u8 {
-            let image = open(&file, None, Options::default()).unwrap();
+            let image = open(&file, base.clone(), Options::default()).unwrap();
             block_on(async {
                 image.activate(Some(&log)).await.unwrap();
                 assert!(
@@ -139,7 +152,7 @@ fn what_was_answered_outlives_the_process() {
             // Killed.
             drop(image);
         }
-        let image = open(&file, None, Options::default()).unwrap();
+        let image = open(&file, base.clone(), Options::default()).unwrap();
         block_on(async {
             image.activate(Some(&log)).await.unwrap();
             assert!(read(&image, 0, 1 << 20).await == model);

@@ -51,6 +51,8 @@ pub enum Change {
 pub struct Event {
     pub change: Option<Change>,
     pub began: u64,
+    /// When others saw it: those that overlap it and were seen later lie over it.
+    pub seen: Option<u64>,
     pub ended: Option<u64>,
 }
 
@@ -66,6 +68,8 @@ struct State {
     writes: u64,
     /// Flushes fail.
     flushes_fail: bool,
+    /// What has this byte cannot be read.
+    bad: Option<u64>,
     /// Writes that begin here do not end.
     held: Option<u64>,
 }
@@ -121,6 +125,11 @@ impl Memory {
         self.state.lock().unwrap().flushes_fail = fail;
     }
 
+    /// Lets reads of this byte fail, until it is called with None.
+    pub fn fail_reads(&self, of: Option<u64>) {
+        self.state.lock().unwrap().bad = of;
+    }
+
     /// Keeps writes to this offset from ending, until it is called with None.
     pub fn hold(&self, offset: Option<u64>) {
         self.state.lock().unwrap().held = offset;
@@ -150,6 +159,7 @@ impl Memory {
             s.log.push(Event {
                 change,
                 began,
+                seen: None,
                 ended: None,
             });
         }
@@ -177,7 +187,14 @@ impl Memory {
         {
             give_way().await;
         }
-        apply(&mut self.state.lock().unwrap().data, &change);
+        {
+            let now = self.tick();
+            let mut s = self.state.lock().unwrap();
+            apply(&mut s.data, &change);
+            if let Some(event) = s.log.get_mut(index) {
+                event.seen = Some(now);
+            }
+        }
         self.wait().await;
         self.end(index);
         Ok(())
@@ -221,7 +238,9 @@ pub fn after_power_cut(base: &[u8], log: &[Event], time: u64, random: &mut Rando
         .unwrap_or(0);
     let mut data = base.to_vec();
     let kind = random.below(4);
-    for e in log.iter().filter(|e| e.began < time) {
+    let mut begun: Vec<&Event> = log.iter().filter(|e| e.began < time).collect();
+    begun.sort_by_key(|e| e.seen.unwrap_or(u64::MAX));
+    for e in begun {
         let Some(change) = &e.change else {
             continue;
         };
@@ -261,6 +280,11 @@ impl Storage for Memory {
             self.wait().await;
             let s = self.state.lock().unwrap();
             let at = offset as usize;
+            if s.bad
+                .is_some_and(|b| (offset..offset + iov.len() as u64).contains(&b))
+            {
+                return Err(io::Error::other("a bad sector"));
+            }
             let bytes = s
                 .data
                 .get(at..at + iov.len())

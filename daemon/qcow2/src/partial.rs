@@ -1,0 +1,95 @@
+//! Copies on write that are put off: clusters of which only those parts have data that were written.
+//!
+//! A small write to a cluster that the image does not have yet needs the rest of it from the backing file. Here the write
+//! goes to its new place at once, and the rest follows when it must: the next writes may bring it, too. Until then
+//!
+//! * the entry in memory says which parts have data ([`Layout::is_partial`](crate::mapping::Layout::is_partial)), and the rest reads
+//!   as it did before;
+//! * the file says that the cluster is not allocated, and counts its place: after a power cut that is a leak, and what was
+//!   written is gone as everything is that was not flushed;
+//! * the log of changes ([`crate::redo`]) has which parts have data, so that nothing is lost if the daemon is killed.
+//!
+//! Invariants:
+//! * Whatever makes writes durable, or changes what is behind the image, makes clusters whole first.
+//! * Parts of a partial cluster get data only under the lock of that cluster; those that have data are written in place.
+//! * [`Writing::partial`](crate::meta::Writing) has every partial cluster; tables with one stay in memory.
+
+use std::io;
+
+use futures_util::future::join_all;
+
+use crate::image::Image;
+use crate::mapping::Entry;
+use crate::meta::Reason;
+use crate::storage::buffer;
+
+/// Clusters that are made whole at a time.
+const AT_A_TIME: usize = 16;
+
+impl Image {
+    /// How many clusters may be partial at a time.
+    fn most_partial(&self) -> usize {
+        usize::try_from(self.options.partial >> self.layout.cluster_bits).unwrap_or(usize::MAX)
+    }
+
+    /// Whether a cluster with this entry may have data in parts of it only.
+    pub(crate) fn may_be_partial(&self, entry: Entry) -> bool {
+        if self.layout.is_partial(entry) {
+            return true;
+        }
+        self.layout.part() < self.cluster()
+            && entry == Entry::default()
+            && self.partial_clusters() < self.most_partial()
+    }
+
+    fn partial_clusters(&self) -> usize {
+        let meta = self.meta();
+        meta.writing.as_ref().map_or(0, |w| w.partial.len())
+    }
+
+    /// So many clusters are partial that they should be made whole soon.
+    pub(crate) fn has_many_partial(&self) -> bool {
+        self.partial_clusters() > self.most_partial() / 4
+    }
+
+    /// Makes all clusters whole that are partial now. One that fails keeps no other from it.
+    pub(crate) async fn make_whole(&self) -> io::Result<()> {
+        let all: Vec<u64> = match &self.meta().writing {
+            Some(w) => w.partial.iter().copied().collect(),
+            None => return Ok(()),
+        };
+        let mut result = Ok(());
+        for some in all.chunks(AT_A_TIME) {
+            let done = join_all(some.iter().map(|c| self.make_one_whole(*c))).await;
+            result = done.into_iter().fold(result, io::Result::and);
+            vdisk_io::give_way().await;
+        }
+        result
+    }
+
+    async fn make_one_whole(&self, cluster: u64) -> io::Result<()> {
+        let layout = self.layout;
+        let at = cluster << layout.cluster_bits;
+        let _held = self.clusters.lock(cluster..cluster + 1).await;
+        let entry = self.entries(at, 1).await?[0];
+        if !layout.is_partial(entry) {
+            // It was written, or given up, meanwhile.
+            if let Some(w) = &mut self.meta().writing {
+                w.partial.remove(&cluster);
+            }
+            return Ok(());
+        }
+        // All of them to their end: none may write here when the cluster is not held any more.
+        let copies = layout.lacks(entry).into_iter().map(|lack| async move {
+            let data = buffer((lack.end - lack.start) as usize);
+            self.read_old(at + lack.start, &data).await?;
+            self.data.write(entry.host() + lack.start, data).await
+        });
+        let done = join_all(copies).await;
+        done.into_iter().fold(Ok(()), io::Result::and)?;
+        self.change_entries(at, 1, Reason::Other, |_, old| {
+            layout.with_data(old, old.host(), 0, layout.cluster())
+        })
+        .await
+    }
+}
