@@ -1,8 +1,8 @@
 //! Changes of the graph under guests: overlays and filters that come, and filters that go.
 //!
-//! Everything that may take long is done while guests go on: what is new is opened and made ready, and what will only be
-//! read is flushed. They wait for the change itself. What was written meanwhile is flushed when they go on again, and no
-//! flush of theirs is answered before that (see [`Node::succeed`]).
+//! Everything that may take long is done while guests go on: what is new is opened and made ready. They wait for the change
+//! itself. What will only be read is flushed when they go on again, and no flush of theirs is answered before that (see
+//! [`Node::succeed`]): not before, as writes wait for pages that are being written out.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -126,13 +126,6 @@ impl Control {
             (world.graph.node(name)?, plan)
         };
         let opened = self.open_above(&what, &node, plan).await?;
-        if let Err(e) = self.flush_mostly(&node).await {
-            self.give_up(opened).await;
-            return Err(Error::io(
-                format_args!("{what}: the node cannot be flushed"),
-                &e,
-            ));
-        }
         Ok(PreparedOverlay {
             name: overlay,
             node,
