@@ -260,6 +260,95 @@ fn images_made_by_vdiskd() {
 }
 
 #[test]
+fn external_data_files_are_encrypted() {
+    let daemon = daemon();
+    for (i, (id, ours)) in [("x-qemu", false), ("x-ours", true)]
+        .into_iter()
+        .enumerate()
+    {
+        let data = daemon.path(&format!("{id}.data"));
+        let named = format!("data-file={}", data.display());
+        let image = match ours {
+            true => {
+                let image = daemon.path(&format!("{id}.qcow2"));
+                let start = ["image", "create", text(&image), &SIZE.to_string(), &named];
+                let more = [
+                    "preallocation=metadata",
+                    "encrypt.format=luks",
+                    "encrypt.key-secret=key",
+                    "encrypt.iter-time=10",
+                ];
+                daemon.ctl(&[&start[..], &more].concat());
+                let zeroes = vec![0; SIZE as usize];
+                assert_same(&read_with_qemu("qcow2", &image), &zeroes, 0, id);
+                image
+            }
+            false => {
+                let more = format!(",data_file={}", data.display());
+                create_with_qemu(&daemon, id, "qcow2", &more)
+            }
+        };
+        let filename = format!("data-file.filename={}", data.display());
+        let more = ["data-file.driver=file", &filename];
+        go_both_ways(&daemon, id, "qcow2", &image, &more, i as u64 + 50);
+        let mark = b"here is what must not be read by others ";
+        let file = std::fs::read(&data).unwrap();
+        assert!(!file.windows(mark.len()).any(|w| w == mark), "{id}");
+        // What is new of it reads as zeroes.
+        let mut model = read_with_qemu("qcow2", &image);
+        add(&daemon, id, "qcow2", &image, &more);
+        daemon.ctl(&["node", "resize", id, "+1M"]);
+        model.resize(model.len() + MIB as usize, 0);
+        let mut client = Client::connect(&daemon.socket(id), 1, 1, 1 << 20);
+        assert_eq!(client.write(SIZE + 512, &[7; 512]), 0);
+        model[SIZE as usize + 512..][..512].fill(7);
+        drop(client);
+        compare(&daemon, id, &model);
+        daemon.ctl(&["export", "remove", id]);
+        daemon.ctl(&["node", "remove", id]);
+        assert_same(&read_with_qemu("qcow2", &image), &model, 0, id);
+    }
+    let image = daemon.path("raw.qcow2");
+    let (code, e) = daemon.ctl_error(&[
+        "image",
+        "create",
+        text(&image),
+        "1M",
+        "data-file=raw.data",
+        "data-file-raw=on",
+        "encrypt.format=luks",
+        "encrypt.key-secret=key",
+    ]);
+    assert!(code == 2 && e.contains("'data-file-raw'"), "{code}: {e}");
+    assert!(!image.exists() && !daemon.path("raw.data").exists());
+}
+
+#[test]
+fn copies_for_encrypted_targets_are_not_compressed() {
+    let daemon = daemon();
+    let image = create_with_qemu(&daemon, "target", "qcow2", "");
+    add(&daemon, "target", "qcow2", &image, &[]);
+    daemon.ctl(&["export", "remove", "target"]);
+    let disk = daemon.image("disk.img", SIZE);
+    let filename = format!("file.filename={}", disk.display());
+    let disk = [
+        "node",
+        "add",
+        "disk",
+        "driver=raw",
+        "file.driver=file",
+        &filename,
+    ];
+    daemon.ctl(&disk);
+    let copy = "backup,node=disk,target=target,sync=full,compress=on,job-id=copy";
+    let (_, e) = daemon.ctl_error(&["transaction", copy]);
+    assert!(
+        e.contains("'target' is encrypted") && e.contains("leave out 'compress'"),
+        "{e}"
+    );
+}
+
+#[test]
 fn snapshots_and_resizes_of_encrypted_images() {
     let daemon = daemon();
     let image = create_with_qemu(&daemon, "snap", "qcow2", "");

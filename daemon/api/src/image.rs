@@ -184,10 +184,11 @@ impl Qcow2Create {
             }
         };
         let (data_file, encrypt) = (f.string("data-file")?, Encryption::within(f)?);
-        if data_file.is_some() && encrypt.is_some() {
+        let data_file_raw = f.boolean("data-file-raw")?.unwrap_or(false);
+        if data_file_raw && encrypt.is_some() {
             return Err(f.error(
-                "data-file",
-                "is given together with 'encrypt': new images can have one of them",
+                "data-file-raw",
+                "is given together with 'encrypt': what is encrypted is not the guest's disk as it is, leave out one of them",
             ));
         }
         Ok(Qcow2Create {
@@ -201,7 +202,7 @@ impl Qcow2Create {
             lazy_refcounts: f.boolean("lazy-refcounts")?.unwrap_or(false),
             backing,
             data_file,
-            data_file_raw: f.boolean("data-file-raw")?.unwrap_or(false),
+            data_file_raw,
             encrypt,
         })
     }

@@ -226,12 +226,17 @@ impl Storage for Encrypted {
     }
 
     fn grows(&self) -> bool {
-        // What is new would read as zeroes that were decrypted.
-        false
+        self.below.grows()
     }
 
-    fn set_size(&self, _: u64) -> LocalFuture<'_, io::Result<()>> {
-        Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })
+    /// What is new does not read as zeroes, but as zeroes that were decrypted.
+    fn set_size(&self, size: u64) -> LocalFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let block = self.below.storage_block_size().max(1);
+            let size = (self.base + size).next_multiple_of(block);
+            self.below.resize(size).await?;
+            Ok(())
+        })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> LocalFuture<'_, io::Result<()>> {

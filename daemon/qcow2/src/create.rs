@@ -230,11 +230,12 @@ impl Image {
         let image = Image::new(header, &l1, children, Options::default())?;
         let mut data_grows = image.fresh_is_zero && grows;
         if let Some(data) = data.filter(|_| options.data_file.is_some()) {
-            data_grows = data.grows();
-            if data_grows {
+            if data.grows() {
                 data.set_size(0).await?;
             }
             image.grow_data(options.size).await?;
+            // What is new must not be decrypted.
+            data_grows = data.grows() && !image.encrypted;
             if !data_grows && options.data_file_raw {
                 data.write_zeroes(0, options.size, true).await?;
             }
@@ -287,7 +288,7 @@ impl Image {
                 Run {
                     first: at >> layout.cluster_bits,
                     clusters: want,
-                    zero: true,
+                    zero: !self.encrypted,
                 }
             } else {
                 self.allocate(want).await?

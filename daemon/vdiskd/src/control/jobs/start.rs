@@ -644,7 +644,19 @@ impl Control {
             options.kind,
             JobKind::Backup { compress: true, .. } | JobKind::Convert { compress: true }
         );
-        if compress && target.image().is_none() {
+        let header = target.image().map(|i| i.header());
+        let why = match &header {
+            Some(h) if h.luks.is_some() => Some("is encrypted"),
+            Some(h) if h.external_data => Some("has an external data file"),
+            _ => None,
+        };
+        if let Some(why) = why.filter(|_| compress) {
+            return Err(Error::not_supported(format!(
+                "{what}: target '{}' {why}, and such images have no compressed clusters: give another, or leave out 'compress'",
+                target.name()
+            )));
+        }
+        if compress && header.is_none() {
             return Err(Error::not_supported(format!(
                 "{what}: target '{}' has driver '{}', which has no compressed clusters: give a qcow2 image, or leave out 'compress'",
                 target.name(),
