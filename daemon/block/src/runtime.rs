@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+
 use crate::descriptors::Descriptors;
 use crate::directories::Directories;
 use crate::secrets::Secrets;
@@ -20,6 +22,8 @@ pub struct Runtime {
     /// Files that were passed open.
     pub descriptors: Descriptors,
     pub lock_patience: LockPatience,
+    /// Where threads are for what takes long to compute; without it the thread that asks does it.
+    pub workers: Option<Handle>,
 }
 
 /// How long to wait for a lock. The kernel gives the files of a killed process back a little after the process is gone, when the

@@ -554,9 +554,29 @@ impl Image {
         }
     }
 
+    /// What compresses a cluster, or what of it lies within the disk, if that makes it smaller. It takes long, and may be done by
+    /// any thread.
+    pub fn compressor(&self, iov: &IoVecs) -> impl FnOnce() -> Option<Vec<u8>> + Send + 'static {
+        let mut data = iov.to_vec();
+        data.resize(self.cluster() as usize, 0);
+        let compression = self.compression;
+        move || compression.compress(&data)
+    }
+
     /// Writes a whole cluster (the last one as far as the disk reaches), compressed if that makes it smaller: for
     /// jobs, which write each cluster once.
     pub async fn write_compressed(&self, at: u64, iov: IoVecs) -> io::Result<()> {
+        let small = self.compressor(&iov)();
+        self.write_packed(at, iov, small).await
+    }
+
+    /// As [`Image::write_compressed`], with what [`Image::compressor`] has made of the cluster.
+    pub async fn write_packed(
+        &self,
+        at: u64,
+        iov: IoVecs,
+        small: Option<Vec<u8>>,
+    ) -> io::Result<()> {
         let layout = self.layout;
         let cluster = layout.cluster();
         let whole = cluster.min(self.size().saturating_sub(at));
@@ -573,10 +593,8 @@ impl Image {
             ));
         }
         self.mark_dirty(at, iov.len() as u64);
-        let mut data = iov.to_vec();
-        data.resize(cluster as usize, 0);
         let shares = self.with_refs(|w| Ok(w.refs.max() > 1)).await?;
-        let Some(small) = self.compression.compress(&data).filter(|_| shares) else {
+        let Some(small) = small.filter(|_| shares) else {
             return self.write(at, iov).await;
         };
         let first = at >> layout.cluster_bits;

@@ -250,6 +250,7 @@ fn defaults(
         io_threads: args.io_threads.or(config.io.threads).unwrap_or(1).into(),
         runtime: Runtime {
             dir: runtime_dir,
+            workers: Some(tokio::runtime::Handle::current()),
             ..Runtime::default()
         },
         sockets: Sockets {

@@ -7,11 +7,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
+use futures_util::future::join_all;
+use tokio::sync::Semaphore;
 use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result};
 use vdisk_io::{Generation, IoFile, IoVecs, Reactor};
 use vdisk_luks::SECTOR;
@@ -31,6 +33,12 @@ const TIDY_DELAY: Duration = Duration::from_secs(1);
 
 /// After a commit in the background that has failed, until the next one.
 const COMMIT_AGAIN: Duration = Duration::from_secs(1);
+
+/// Clusters that are compressed at a time, of all images: as many as there are CPUs, and threads are left for other work.
+static COMPRESSING: LazyLock<Semaphore> = LazyLock::new(|| {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+    Semaphore::new(cpus.min(8))
+});
 
 /// A node that an image lies in, or that stands behind it.
 pub struct NodeStorage(pub Arc<Node>);
@@ -435,13 +443,28 @@ impl Qcow2 {
         done
     }
 
+    /// Compresses a cluster. None if it does not become smaller.
+    async fn compress(&self, iov: &IoVecs) -> Option<Vec<u8>> {
+        let Some(workers) = &self.runtime.workers else {
+            return self.image.compressor(iov)();
+        };
+        let _turn = COMPRESSING.acquire().await;
+        let work = self.image.compressor(iov);
+        workers.spawn_blocking(work).await.unwrap_or_default()
+    }
+
     async fn write_clusters(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
         let cluster = self.image.cluster() as usize;
-        for at in (0..iov.len()).step_by(cluster) {
-            let part = iov.slice(at, cluster.min(iov.len() - at));
-            self.image
-                .write_compressed(offset + at as u64, part)
-                .await?;
+        let starts = (0..iov.len()).step_by(cluster);
+        let parts: Vec<IoVecs> = starts
+            .map(|at| iov.slice(at, cluster.min(iov.len() - at)))
+            .collect();
+        let small = join_all(parts.iter().map(|p| self.compress(p))).await;
+        let mut at = offset;
+        for (part, small) in parts.into_iter().zip(small) {
+            let len = part.len() as u64;
+            self.image.write_packed(at, part, small).await?;
+            at += len;
         }
         Ok(())
     }
