@@ -21,11 +21,19 @@ impl Image {
     /// process is killed. (Version 2 cannot say whether somebody else has written since, and has no such log.)
     pub async fn activate(&self, redo: Option<&Path>) -> io::Result<()> {
         let counts = self.header().autoclear & AUTOCLEAR_REDO != 0;
-        self.prepare().await?;
         let Some(path) = redo.filter(|_| self.version >= 3) else {
-            return Ok(());
+            return self.prepare().await;
         };
-        let (mut log, mut records) = match Redo::open(path) {
+        let opened = Redo::open(path);
+        if let Ok((_, records)) = &opened
+            && counts
+            && self.lacks_backing(records)
+        {
+            // Nothing is changed: the log counts as long as the header says so.
+            return Err(Error::NeedsBacking.into());
+        }
+        self.prepare().await?;
+        let (mut log, mut records) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 // The image is as safe as ever against power cuts.

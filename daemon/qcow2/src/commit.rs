@@ -236,7 +236,7 @@ impl Image {
             let (index, i) = self.layout.position(cluster << self.layout.cluster_bits);
             let entry = self.tables.with(index, |t| t.entry(self.layout, i));
             if let Some(entry) = entry.filter(|e| self.layout.is_partial(*e))
-                && !redo.note(cluster, Entry::default(), entry)
+                && !redo.note(cluster, Entry::default(), self.for_log(entry))
             {
                 let next = self.changes.load(Ordering::Acquire) + 1;
                 self.unnoted.store(next, Ordering::Release);

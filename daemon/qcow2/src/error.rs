@@ -39,6 +39,10 @@ pub enum Error {
     NotRepaired(u64),
     #[error("clusters beyond the end of the file have references: it is corrupt")]
     BeyondEnd,
+    #[error(
+        "the daemon was killed while it wrote to this image, and what it wrote stands on a backing file: open the image with it first"
+    )]
+    NeedsBacking,
     #[error("the image would be larger than the format allows")]
     TooLarge,
     #[error("new data would be put over the image's own tables: it is corrupt")]

@@ -24,6 +24,9 @@ const HEADER: u64 = 4096;
 const WORDS: usize = 7;
 const RECORD: u64 = WORDS as u64 * 8;
 
+/// With the entry of a partial cluster: what it lacks is in a backing file.
+pub(crate) const NEEDS_BACKING: u64 = 1 << 63;
+
 /// A change of the entry of one cluster of the guest's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
@@ -183,6 +186,24 @@ impl Redo {
 }
 
 impl Image {
+    /// What is noted of an entry.
+    pub(crate) fn for_log(&self, entry: Entry) -> Entry {
+        let needs = match self.layout.is_partial(entry) && self.backing().is_some() {
+            true => NEEDS_BACKING,
+            false => 0,
+        };
+        Entry {
+            bitmap: entry.bitmap | needs,
+            ..entry
+        }
+    }
+
+    /// Whether these changes need a backing file, and the image was opened without one.
+    pub(crate) fn lacks_backing(&self, records: &[Record]) -> bool {
+        let needs = |e: Entry| self.layout.is_partial(e) && e.bitmap & NEEDS_BACKING != 0;
+        self.backing().is_none() && records.iter().any(|r| needs(r.new))
+    }
+
     /// Does again what an earlier daemon has answered, and could not bring into the tables. Nothing is done if the image
     /// is not as that daemon left it. Returns the number of entries that have changed.
     pub(crate) async fn redo(&self, records: &[Record]) -> io::Result<usize> {
@@ -196,6 +217,10 @@ impl Image {
         };
         let mut last = std::collections::BTreeMap::<u64, (Vec<Entry>, Entry)>::new();
         for r in records {
+            let mut r = *r;
+            if self.layout.is_partial(r.new) {
+                r.new.bitmap &= !NEEDS_BACKING;
+            }
             let (chain, new) = last.entry(r.cluster).or_default();
             if chain.is_empty() {
                 chain.push(plain(r.old));

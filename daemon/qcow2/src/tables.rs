@@ -2,7 +2,7 @@
 //!
 //! Invariant: tables are changed, taken in and dropped under the lock of [`crate::meta::Meta`] only.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
@@ -15,7 +15,7 @@ const CHUNK: usize = 512;
 pub(crate) struct Table {
     words: Box<[AtomicU64]>,
     /// For each entry what a partial cluster has, once there was one. In images without subclusters.
-    parts: OnceLock<Box<[AtomicU64]>>,
+    parts: OnceLock<Box<[AtomicU32]>>,
     /// Was looked at since the cache last wanted to drop it.
     used: AtomicBool,
 }
@@ -69,7 +69,7 @@ impl Table {
                 return entry;
             }
             let bitmap = match self.parts.get() {
-                Some(parts) => parts[index].load(Ordering::Acquire),
+                Some(parts) => parts[index].load(Ordering::Acquire).into(),
                 None => 0,
             };
             if self.words[index].load(Ordering::Acquire) == word {
@@ -83,8 +83,8 @@ impl Table {
     pub fn set(&self, layout: Layout, index: usize, entry: Entry) {
         if !layout.extended {
             if layout.is_partial(entry) {
-                let none = || self.words.iter().map(|_| AtomicU64::new(0)).collect();
-                self.parts.get_or_init(none)[index].store(entry.bitmap, Ordering::Release);
+                let none = || self.words.iter().map(|_| AtomicU32::new(0)).collect();
+                self.parts.get_or_init(none)[index].store(entry.bitmap as u32, Ordering::Release);
             }
             self.words[index].store(entry.word, Ordering::Release);
             return;
@@ -110,14 +110,14 @@ impl Table {
 
     /// A copy.
     pub fn duplicate(&self) -> Arc<Table> {
-        let copy = |words: &[AtomicU64]| {
-            let all = words.iter().map(|w| w.load(Ordering::Acquire));
-            all.map(AtomicU64::new).collect::<Box<[_]>>()
-        };
-        let parts = self.parts.get().map(|p| copy(p));
+        let words = self.words.iter().map(|w| w.load(Ordering::Acquire).into());
+        let parts = self.parts.get().map(|parts| {
+            let parts = parts.iter().map(|p| p.load(Ordering::Acquire).into());
+            OnceLock::from(parts.collect::<Box<[_]>>())
+        });
         Arc::new(Table {
-            words: copy(&self.words),
-            parts: parts.map_or_else(OnceLock::new, OnceLock::from),
+            words: words.collect(),
+            parts: parts.unwrap_or_default(),
             used: AtomicBool::new(true),
         })
     }

@@ -246,7 +246,7 @@ impl Image {
                         }
                         let cluster = number + (first + i) as u64;
                         if let Some(redo) = &mut redo
-                            && !redo.note(cluster, old, new)
+                            && !redo.note(cluster, old, self.for_log(new))
                         {
                             let this = self.changes.load(Ordering::Acquire) + 1;
                             self.unnoted.store(this, Ordering::Release);

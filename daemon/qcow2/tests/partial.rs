@@ -309,6 +309,11 @@ fn what_is_partial_outlives_the_process_and_a_commit() {
     // Killed.
     drop(image);
     base.fail_reads(None);
+    // Zeroes must not be taken for what is behind it.
+    let image = open(&file, None, Options::default()).unwrap();
+    let error = block_on(image.activate(Some(&log))).unwrap_err();
+    assert!(error.to_string().contains("backing file"), "{error}");
+    drop(image);
     let behind = Some(base.clone() as Arc<dyn Storage>);
     let image = open(&file, behind, Options::default()).unwrap();
     block_on(async {
