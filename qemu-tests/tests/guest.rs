@@ -1,6 +1,7 @@
 //! Real guests on real disks.
 
 use serde_json::{Value, json};
+use vdisk_qemu_tests::qemu_tools::{text, tool};
 use vdisk_qemu_tests::{Daemon, Guest, GuestOptions};
 
 const MIB: u64 = 1 << 20;
@@ -357,20 +358,37 @@ fn kill_and_restart(engine: &str, cache: &str) {
 /// As above, of an image whose clusters are allocated meanwhile: what the guest was answered, flushed or not, is there.
 #[test]
 fn killed_under_load_with_a_qcow2_image() {
+    killed_with_qcow2(None);
+}
+
+/// As above, of an overlay, whose copies on write are put off: what the guest has not written is as in the base.
+#[test]
+fn killed_under_load_with_an_overlay() {
+    killed_with_qcow2(Some(0xbb));
+}
+
+/// With a byte that the image's backing file is full of, or without one.
+fn killed_with_qcow2(base: Option<u8>) {
     let mut daemon = Daemon::start(&[]);
     let image = daemon.path("d0.qcow2");
     let path = image.to_str().expect("scratch paths are ASCII");
-    daemon.ctl(&["image", "create", path, "64M", "cluster-size=4k"]);
-    let filename = format!("file.filename={path}");
+    let mut options = vec!["driver=qcow2".to_owned(), "file.driver=file".into()];
+    options.push(format!("file.filename={path}"));
+    if let Some(byte) = base {
+        let below = daemon.path("base.raw");
+        std::fs::write(&below, vec![byte; 64 << 20]).expect("the scratch folder is writable");
+        let named = format!("backing-file={}", below.display());
+        let create = ["image", "create", path, "64M", &named, "backing-fmt=raw"];
+        daemon.ctl(&create);
+        options.push("backing.driver=file".into());
+        options.push("backing.read-only=on".into());
+        options.push(format!("backing.filename={}", below.display()));
+    } else {
+        daemon.ctl(&["image", "create", path, "64M", "cluster-size=4k"]);
+    }
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let serve = |daemon: &Daemon| {
-        daemon.ctl(&[
-            "node",
-            "add",
-            "d0",
-            "driver=qcow2",
-            "file.driver=file",
-            &filename,
-        ]);
+        daemon.ctl(&[&["node", "add", "d0"], &options[..]].concat());
         daemon.export_node("d0", "d0", &["--queues", "2"]);
     };
     serve(&daemon);
@@ -393,6 +411,21 @@ fn killed_under_load_with_a_qcow2_image() {
     daemon.ctl(&["node", "check", "d0", "--repair", "leaks"]);
     daemon.ctl(&["node", "remove", "d0"]);
     daemon.ctl(&["image", "check", path]);
+    if let Some(byte) = base {
+        let raw = daemon.path("raw");
+        tool("qemu-img", &["convert", "-O", "raw", path, text(&raw)]);
+        let disk = std::fs::read(raw).expect("qemu-img has made it");
+        let (mut old, mut new) = (0, 0);
+        for (i, block) in disk.chunks(4096).enumerate() {
+            let is_old = block.iter().all(|b| *b == byte);
+            old += u32::from(is_old);
+            new += u32::from(!is_old);
+            // The guest's blocks say which they are.
+            let is_whole = is_old || block.iter().filter(|b| **b == byte).count() < 1024;
+            assert!(is_whole && block.iter().any(|b| *b != 0), "block {i}");
+        }
+        assert!(old > 2048 && new > 2048, "{old} old, {new} new blocks");
+    }
 }
 
 /// Overlays come while a guest writes, syncs and verifies; one of the daemons on the way is killed.
