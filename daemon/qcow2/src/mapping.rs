@@ -366,7 +366,7 @@ mod tests {
         assert_eq!(kind(0).unwrap(), (Kind::Unallocated, 4096));
         assert_eq!(kind(5000).unwrap(), (Kind::Data(0x10000 + 5000), 3192));
         let most = layout.with_data(one, 0x10000, 8192, 65536);
-        assert_eq!(layout.lacks(most), [0..4096]);
+        assert!(matches!(layout.lacks(most).as_slice(), [one] if *one == (0..4096)));
         let whole = layout.with_data(most, 0x10000, 0, 4096);
         let at_once = layout.with_data(Entry::default(), 0x10000, 0, 65536);
         assert!(whole == at_once && !layout.is_partial(whole));
