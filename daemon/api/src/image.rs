@@ -399,8 +399,8 @@ mod tests {
                 vec!["key-secret"],
             ),
             (
-                json!({"filename": "/x", "size": 1, "data-file": "d", "encrypt.format": "luks", "encrypt.key-secret": "s"}),
-                vec!["data-file", "encrypt"],
+                json!({"filename": "/x", "size": 1, "data-file": "d", "data-file-raw": true, "encrypt.format": "luks", "encrypt.key-secret": "s"}),
+                vec!["data-file-raw", "encrypt"],
             ),
             (
                 json!({"filename": "/x", "size": 1, "encrypt.format": "aes"}),

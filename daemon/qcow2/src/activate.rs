@@ -33,7 +33,7 @@ impl Image {
             return Err(Error::NeedsBacking.into());
         }
         self.prepare().await?;
-        let (mut log, mut records) = match opened {
+        let (log, mut records) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 // The image is as safe as ever against power cuts.
@@ -62,9 +62,14 @@ impl Image {
                 ),
             }
         }
-        log.forget(log.next());
+        let next = log.next();
         if let Some(w) = &mut self.meta().writing {
             w.redo = Some(log);
+            // What could not be made whole is for the process after this one, too.
+            self.note_partial(w);
+            if let Some(log) = &mut w.redo {
+                log.forget(next);
+            }
         }
         self.meta().header.autoclear |= AUTOCLEAR_REDO;
         self.write_header().await?;

@@ -228,7 +228,7 @@ impl Image {
     }
 
     /// Notes once more what the file will not have after the commit that follows: clusters that became partial just now.
-    fn note_partial(&self, w: &mut Writing) {
+    pub(crate) fn note_partial(&self, w: &mut Writing) {
         let Some(redo) = &mut w.redo else {
             return;
         };

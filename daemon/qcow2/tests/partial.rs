@@ -315,6 +315,12 @@ fn what_is_partial_outlives_the_process_and_a_commit() {
     assert!(error.to_string().contains("backing file"), "{error}");
     drop(image);
     let behind = Some(base.clone() as Arc<dyn Storage>);
+    // Killed once more, when it still could not be read.
+    base.fail_reads(Some(2 * CLUSTER - 1));
+    let image = open(&file, behind.clone(), Options::default()).unwrap();
+    block_on(image.activate(Some(&log))).unwrap();
+    drop(image);
+    base.fail_reads(None);
     let image = open(&file, behind, Options::default()).unwrap();
     block_on(async {
         image.activate(Some(&log)).await.unwrap();
