@@ -585,7 +585,7 @@ fn overlays_in_both_versions() {
 /// Clusters that are larger than what is written: their copies on write are put off.
 #[test]
 fn copies_that_are_put_off() {
-    for seed in 110..119 {
+    for seed in 110..116 {
         let between = [Between::Nothing, Between::Snapshots, Between::Resizes][seed as usize % 3];
         let create = CreateOptions {
             cluster_size: [16384, 65536][seed as usize % 2],
@@ -596,7 +596,7 @@ fn copies_that_are_put_off() {
                 3
             },
             backing: Some(("base".into(), "raw".into())),
-            ..CreateOptions::new(1 << 20)
+            ..CreateOptions::new(512 << 10)
         };
         run(seed, &create, Options::default(), cuts() / 2, between);
     }
