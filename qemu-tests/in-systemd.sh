@@ -5,7 +5,7 @@
 #   in-systemd.sh PROGRAMS SCRIPT     PROGRAMS: the folder with vdiskd, vdiskctl and vdisk-steady
 #
 # ROUNDS has the script do what it repeats more often; BUSY is how many clients have no break; OTHER is another build of vdiskd that takes turns with this one; LOWER is a
-# folder whose files the container has instead.
+# folder whose files the container has instead; LIMIT is for how long the script may run (seconds, 0: for ever): one that hangs says where.
 set -eu
 programs=$1 script=$2
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,8 +41,9 @@ FailureAction=exit
 [Service]
 Type=oneshot
 EnvironmentFile=/etc/vdisk-script.env
-TimeoutStartSec=infinity
-ExecStart=/bin/sh -c 'exec /usr/bin/vdisk-script >/result/log 2>&1'
+TimeoutStartSec=${LIMIT:-0}
+ExecStart=/bin/sh -c 'exec 7>/result/trace; BASH_XTRACEFD=7 exec bash -x /usr/bin/vdisk-script >/result/log 2>&1'
+ExecStopPost=/bin/sh -c 'exec >>/result/log 2>&1; [ \$SERVICE_RESULT != timeout ] || { systemctl --no-pager list-jobs; journalctl --no-pager | tail -n 80; }'
 UNIT
 mkdir "$root/result" "$root/lab"
 printf 'ROUNDS=%s\nBUSY=%s\nVDISK_LAB=/lab\n' "${ROUNDS:-}" "${BUSY:-}" >"$root/etc/vdisk-script.env"
@@ -62,4 +63,5 @@ export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
 systemd-nspawn -q --system-call-filter='bpf @keyring' -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" $bind --tmpfs=/var/tmp:mode=1777 \
     --setenv=RUST_BACKTRACE=1 -b systemd.unit=vdisk-script.service systemd.show_status=0 </dev/null >"$dir/console" 2>&1 || status=$?
 cat "$root/result/log" || cat "$dir/console"
+[ $status = 0 ] || tail -n 20 "$root/result/trace"
 exit $status

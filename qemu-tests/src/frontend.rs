@@ -82,6 +82,13 @@ pub struct Frontend {
 impl Frontend {
     /// Connects and negotiates, without memory or queues.
     pub fn connect(socket: &Path) -> Frontend {
+        let mut f = Frontend::silent(socket);
+        f.negotiate();
+        f
+    }
+
+    /// Connects, and says nothing.
+    pub fn silent(socket: &Path) -> Frontend {
         let stream = UnixStream::connect(socket).expect("the export listens");
         stream
             .set_read_timeout(Some(Duration::from_secs(30)))
@@ -89,32 +96,39 @@ impl Frontend {
         let memory = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)
             .expect("memfd_create works");
         rustix::fs::ftruncate(&memory, LEN).expect("there is memory");
-        let mut f = Frontend {
+        Frontend {
             stream,
             memory,
             kick: eventfd(),
             call: eventfd(),
             err: eventfd(),
             avail: 0,
-        };
-        f.send(request::SET_OWNER, 0, &[], &[]);
-        f.send(request::SET_FEATURES, 0, &FEATURES.to_ne_bytes(), &[]);
-        f.send(
+        }
+    }
+
+    pub fn negotiate(&mut self) {
+        self.send(request::SET_OWNER, 0, &[], &[]);
+        self.send(request::SET_FEATURES, 0, &FEATURES.to_ne_bytes(), &[]);
+        self.send(
             request::SET_PROTOCOL_FEATURES,
             0,
             &PROTOCOL.to_ne_bytes(),
             &[],
         );
-        f
     }
 
     /// Connects and starts queue 0.
     pub fn start(socket: &Path) -> Frontend {
         let mut f = Frontend::connect(socket);
-        let table = words(&[1, BASE, LEN, BASE, 0]);
-        assert!(f.set_memory(&table));
-        f.start_queue();
+        f.start_device();
         f
+    }
+
+    /// Gives its memory, and starts queue 0.
+    pub fn start_device(&mut self) {
+        let table = words(&[1, BASE, LEN, BASE, 0]);
+        assert!(self.set_memory(&table));
+        self.start_queue();
     }
 
     pub fn set_memory(&mut self, table: &[u8]) -> bool {

@@ -40,7 +40,12 @@ pub fn as_root(args: &[&str]) -> String {
 /// files or on those of a lab root; panics unless it says at its end that all is well.
 pub fn in_container(script: &str, root: Option<&str>) {
     let lower = root.map_or("/".into(), |root| lab_path(root).display().to_string());
-    run_script("in-systemd.sh", &[&format!("LOWER={lower}")], script);
+    // Less than nextest waits (`.config/nextest.toml`), which would not show what was said.
+    run_script(
+        "in-systemd.sh",
+        &[&format!("LOWER={lower}"), "LIMIT=300"],
+        script,
+    );
 }
 
 /// Runs a script of `tests` in a guest that enforces SELinux (see `in-selinux.sh`); panics unless it says at its end that all is well.

@@ -159,7 +159,7 @@ fn guest_notices_nothing(kill: bool, driver: &str) {
     guest.assert_no_errors();
     guest.shut_down();
     // The connection has ended, and nothing of it is kept.
-    vdisk_qemu_tests::wait_for("the connection to be given up", || {
+    wait_for("the connection to be given up", || {
         let kept = daemon.manager().kept();
         (kept == ["listener.disk"]).then_some(())
     });
@@ -264,7 +264,7 @@ fn jobs_begin_again_or_say_why_not() {
         "stream"
     );
     daemon.ctl(&["job", "speed", "slow", "0"]);
-    vdisk_qemu_tests::wait_for("the stream's end", || {
+    wait_for("the stream's end", || {
         let jobs = daemon.ctl_json(&["job", "list"]);
         jobs.as_array().unwrap().is_empty().then_some(())
     });
@@ -447,7 +447,7 @@ fn a_commit_is_not_done_twice() {
             json!([]),
             "round {round}"
         );
-        vdisk_qemu_tests::wait_for("the commit's end", || {
+        wait_for("the commit's end", || {
             for job in daemon.ctl_json(&["job", "list"]).as_array().unwrap() {
                 if job["State"] == "ready" {
                     daemon.try_ctl(&["job", "complete", job["Id"].as_str().unwrap()]);
@@ -475,7 +475,7 @@ fn a_commit_is_not_done_twice() {
             assert_eq!(client.read((i << 20) as u64, &mut data), 0);
             assert_same(&data, want, (i << 20) as u64, "client");
         }
-        vdisk_qemu_tests::wait_for("the overlay to go", || {
+        wait_for("the overlay to go", || {
             let nodes = daemon.ctl_json(&["node", "list"]).to_string();
             (!nodes.contains("over")).then_some(())
         });
@@ -511,6 +511,30 @@ fn nobody_waits_for_an_answer_of_a_killed_daemon() {
             false => assert_eq!(front.simple(0, 0, 512), 0),
         }
     }
+}
+
+/// A front-end that sets its device up while the daemon is restarted goes on with the next one: not every one connects again.
+#[test]
+fn a_device_is_set_up_across_restarts() {
+    let mut daemon = Daemon::managed(&[]);
+    let (_, socket) = daemon.export("d", MIB, &[], &[]);
+    let mut front = Frontend::silent(&socket);
+    let restart = |daemon: &mut Daemon| {
+        wait_for("the front-end", || {
+            let clients = &daemon.ctl_json(&["export", "show", "d"])["Clients"];
+            (*clients == 1).then_some(())
+        });
+        assert_eq!(daemon.terminate(), Some(0));
+        daemon.go_on();
+    };
+    restart(&mut daemon);
+    front.negotiate();
+    let config = front.get_config();
+    restart(&mut daemon);
+    assert_eq!(front.get_config(), config);
+    front.start_device();
+    restart(&mut daemon);
+    assert_eq!(front.simple(0, 0, 512), 0);
 }
 
 /// A queue that its front-end has stopped stays stopped, also one that had nothing to do.

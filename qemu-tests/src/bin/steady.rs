@@ -129,6 +129,11 @@ fn main() {
         println!("{} blocks verified", serve_guest(&args));
         return;
     }
+    // The others would wait for a thread that panics for ever.
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("{info}");
+        std::process::exit(1);
+    }));
     let run = Barrier::new(args.sockets.len() + 1);
     let results: Vec<_> = std::thread::scope(|s| {
         let threads: Vec<_> = args
@@ -138,7 +143,6 @@ fn main() {
             .map(|(i, socket)| {
                 let (args, run) = (&args, &run);
                 s.spawn(move || {
-                    // The others would wait for it for ever.
                     serve(socket, &args.until, run, i < args.busy).unwrap_or_else(|error| {
                         eprintln!("{}: {error}", socket.display());
                         std::process::exit(1);

@@ -4,6 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::EventfdFlags;
 use rustix::net::{
@@ -17,7 +18,9 @@ use super::message::{HEADER_LEN, Header, MAX_FDS, ProtocolError};
 
 pub struct Channel {
     socket: UnixStream,
-    /// An eventfd that says whether a message is being read or answered: the next process must not go on in the middle of it.
+    /// Whether a message is being read or answered: the next process must not go on in the middle of it.
+    in_message: AtomicBool,
+    /// An eventfd that says the same.
     mark: OnceLock<OwnedFd>,
 }
 
@@ -25,13 +28,14 @@ impl Channel {
     pub fn new(stream: UnixStream) -> Channel {
         Channel {
             socket: stream,
+            in_message: AtomicBool::new(false),
             mark: OnceLock::new(),
         }
     }
 
-    /// Has a message marked from when its first byte is read until [`Channel::answered`]. The mark is set now if a message is
-    /// being answered. Returns the mark, which outlives the process with whoever has it.
-    pub fn mark_messages(&self, given: Option<OwnedFd>, answering: bool) -> io::Result<&OwnedFd> {
+    /// Has a message marked from when its first byte is read until [`Channel::answered`], and the one that is being read or
+    /// answered now. Returns the mark, which outlives the process with whoever has it.
+    pub fn mark_messages(&self, given: Option<OwnedFd>) -> io::Result<&OwnedFd> {
         if let Some(mark) = self.mark.get() {
             return Ok(mark);
         }
@@ -39,13 +43,14 @@ impl Channel {
             Some(mark) => mark,
             None => {
                 let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-                rustix::event::eventfd(answering.into(), flags)?
+                rustix::event::eventfd(self.in_message.load(Ordering::Relaxed).into(), flags)?
             }
         };
         Ok(self.mark.get_or_init(|| mark))
     }
 
     fn set_mark(&self) {
+        self.in_message.store(true, Ordering::Relaxed);
         if let Some(mark) = self.mark.get() {
             let _ = rustix::io::write(mark, &1u64.to_ne_bytes());
         }
@@ -53,6 +58,7 @@ impl Channel {
 
     /// The last message that was received is done with.
     pub fn answered(&self) {
+        self.in_message.store(false, Ordering::Relaxed);
         if let Some(mark) = self.mark.get() {
             let _ = rustix::io::read(mark, &mut [0u8; 8][..]);
         }

@@ -108,9 +108,9 @@ impl Connection<'_> {
         }
         this.release_fixed().await;
         let suspended = result.is_ok() && signals.borrow().suspend;
-        match suspended && this.kept {
+        match suspended {
             // With where the queues stand now.
-            true => this.keep(),
+            true => this.keep_as_it_is(),
             false => this.forget(),
         }
         result

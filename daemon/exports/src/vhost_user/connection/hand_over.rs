@@ -45,7 +45,7 @@ impl Connection<'_> {
                     "the last daemon ended while it answered a message: the front-end has to connect again",
                 ));
             }
-            self.channel.mark_messages(Some(mark.try_clone()?), false)?;
+            self.channel.mark_messages(Some(mark.try_clone()?))?;
         }
         let regions = state.regions.iter().zip(&fds.regions);
         let regions = regions.map(|(r, fd)| {
@@ -76,18 +76,20 @@ impl Connection<'_> {
         Ok(())
     }
 
-    /// Leaves the connection, as it is now, to a process that may follow.
+    /// Leaves the connection, as it is now, to a process that may follow, once a queue has run: before that little is lost with it.
     pub(super) fn keep(&mut self) {
+        if self.kept || self.queues.iter().any(Option::is_some) {
+            self.keep_as_it_is();
+        }
+    }
+
+    /// The same, wherever the front-end is: one that sets its device up may not be one that connects again.
+    pub(super) fn keep_as_it_is(&mut self) {
         let Some(keeper) = &self.shared.keeper else {
             return;
         };
-        // Before that nothing is lost with it.
-        if !self.kept && self.queues.iter().all(Option::is_none) {
-            return;
-        }
         if self.fds.mark.is_none() {
-            // A message is what has made this necessary.
-            let mark = self.channel.mark_messages(None, true);
+            let mark = self.channel.mark_messages(None);
             match mark.and_then(|m| m.try_clone()) {
                 Ok(mark) => self.fds.mark = Some(mark),
                 Err(error) => {
