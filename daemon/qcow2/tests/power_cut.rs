@@ -545,16 +545,25 @@ fn small() -> CreateOptions {
     }
 }
 
+/// These seeds, and four times (or VDISK_ROUNDS times) as many others.
+fn seeds(first: std::ops::Range<u64>) -> impl Iterator<Item = u64> {
+    let more = std::env::var("VDISK_ROUNDS")
+        .ok()
+        .and_then(|v| v.parse().ok());
+    (0..=more.unwrap_or(4))
+        .flat_map(move |round| first.clone().map(move |seed| seed + 1001 * round))
+}
+
 #[test]
 fn plain_images() {
-    for seed in 1..9 {
+    for seed in seeds(1..9) {
         workload(seed, &small(), Options::default(), cuts());
     }
 }
 
 #[test]
 fn tiny_clusters_and_caches() {
-    for seed in 10..16 {
+    for seed in seeds(10..16) {
         let create = CreateOptions {
             cluster_size: 512,
             refcount_bits: [1, 8, 64][seed as usize % 3],
@@ -572,7 +581,7 @@ fn tiny_clusters_and_caches() {
 
 #[test]
 fn overlays_in_both_versions() {
-    for seed in 20..26 {
+    for seed in seeds(20..26) {
         let create = CreateOptions {
             version: 2 + seed as u32 % 2,
             backing: Some(("base".into(), "raw".into())),
@@ -585,7 +594,7 @@ fn overlays_in_both_versions() {
 /// Clusters that are larger than what is written: their copies on write are put off.
 #[test]
 fn copies_that_are_put_off() {
-    for seed in 110..116 {
+    for seed in seeds(110..116) {
         let between = [Between::Nothing, Between::Snapshots, Between::Resizes][seed as usize % 3];
         let create = CreateOptions {
             cluster_size: [16384, 65536][seed as usize % 2],
@@ -604,7 +613,7 @@ fn copies_that_are_put_off() {
 
 #[test]
 fn subclusters() {
-    for seed in 30..34 {
+    for seed in seeds(30..34) {
         let create = CreateOptions {
             cluster_size: 16384,
             extended_l2: true,
@@ -617,7 +626,7 @@ fn subclusters() {
 
 #[test]
 fn snapshots() {
-    for seed in 50..58 {
+    for seed in seeds(50..58) {
         let create = CreateOptions {
             cluster_size: [512, 4096, 16384][seed as usize % 3],
             extended_l2: seed % 3 == 1 && seed > 53,
@@ -644,7 +653,7 @@ fn snapshots() {
 
 #[test]
 fn sizes_that_change() {
-    for seed in 60..68 {
+    for seed in seeds(60..68) {
         let create = CreateOptions {
             cluster_size: [512, 4096, 16384][seed as usize % 3],
             extended_l2: seed % 3 == 2 && seed > 63,
@@ -657,14 +666,14 @@ fn sizes_that_change() {
 
 #[test]
 fn bitmaps() {
-    for seed in 90..96 {
+    for seed in seeds(90..96) {
         run(seed, &small(), Options::default(), cuts(), Between::Bitmap);
     }
 }
 
 #[test]
 fn bitmaps_that_come_and_go() {
-    for seed in 100..104 {
+    for seed in seeds(100..104) {
         run(
             seed,
             &small(),
@@ -677,7 +686,7 @@ fn bitmaps_that_come_and_go() {
 
 #[test]
 fn external_data_files() {
-    for seed in 70..78 {
+    for seed in seeds(70..78) {
         let raw = seed % 2 == 0;
         let extended_l2 = seed % 3 == 0;
         let create = CreateOptions {
@@ -695,7 +704,7 @@ fn external_data_files() {
 
 #[test]
 fn places_that_stay() {
-    for seed in 80..86 {
+    for seed in seeds(80..86) {
         let options = Options {
             discard_no_unref: true,
             ..Options::default()
@@ -711,7 +720,7 @@ fn places_that_stay() {
 
 #[test]
 fn preallocated_images() {
-    for seed in 40..44 {
+    for seed in seeds(40..44) {
         let create = CreateOptions {
             preallocation: vdisk_qcow2::Preallocation::Metadata,
             ..small()
