@@ -618,6 +618,11 @@ impl Node {
         self.driver.flush().await
     }
 
+    /// Begins to move to the disk what was written: see [`Driver::write_behind`].
+    pub async fn write_behind(&self) {
+        self.driver.write_behind().await;
+    }
+
     /// Makes durable what was written in this node's place before: see [`Node::succeed`].
     pub async fn flush_predecessor(&self) -> io::Result<()> {
         if let Some(old) = self.predecessor.load_full() {

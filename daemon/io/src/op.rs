@@ -36,6 +36,9 @@ pub enum OpKind {
     WriteDurable,
     /// fdatasync(2).
     Sync,
+    /// Begins to write what the page cache has of the range to the disk; makes nothing durable (sync_file_range(2),
+    /// `SYNC_FILE_RANGE_WRITE`). May take as long as the disk.
+    WriteBehind,
     Fallocate(Fallocate),
     /// `BLKDISCARD` on a block device: frees the range, whose content is then undefined.
     BlockDiscard,
@@ -53,11 +56,11 @@ pub(crate) struct SharedRange {
 }
 
 impl OpKind {
-    /// Not something that a ring does: goes to a thread pool with every engine.
+    /// Not something that a ring does (or does in a thread of the kernel's that others wait for): goes to a thread pool with every engine.
     pub(crate) fn is_ioctl(self) -> bool {
         matches!(
             self,
-            OpKind::BlockDiscard | OpKind::BlockZeroOut | OpKind::Share
+            OpKind::BlockDiscard | OpKind::BlockZeroOut | OpKind::Share | OpKind::WriteBehind
         )
     }
 

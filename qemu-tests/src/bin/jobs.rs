@@ -2,7 +2,8 @@
 //!
 //! A qcow2 image of 4 GiB, every other MiB of which has data, is backed up, mirrored, committed into an empty base and
 //! streamed into an empty overlay, through the page cache and with O_DIRECT. No guest does anything meanwhile. Times are from
-//! the job's start until it has concluded; a mirror and a commit are completed as soon as they are ready.
+//! the job's start until it has concluded; a mirror and a commit are completed as soon as they are ready. Beside them is what fio
+//! takes to write as many bytes to the same disk, and with O_DIRECT to read as many meanwhile.
 
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,13 @@ impl Kind {
             Kind::Mirror => "mirror",
             Kind::Commit => "commit",
             Kind::Stream => "stream",
+        }
+    }
+
+    fn source(self, images: &Images) -> &Path {
+        match self {
+            Kind::Commit => &images.top,
+            _ => &images.full,
         }
     }
 }
@@ -303,6 +311,36 @@ impl Server for Qsd {
     }
 }
 
+/// What the disk takes for the bytes of a job, in seconds.
+fn limit(images: &Images, direct: bool) -> Option<f64> {
+    let file = images.dir.join("limit");
+    let size = format!("--size={}", SIZE / 2);
+    let (write, read) = (
+        format!("--filename={}", file.display()),
+        format!("--filename={}", images.full.display()),
+    );
+    let mut fio = Command::new("fio");
+    fio.args([
+        "--ioengine=io_uring",
+        "--direct=1",
+        "--bs=1M",
+        "--iodepth=8",
+        &size,
+        "--output-format=json",
+    ]);
+    fio.args(["--name=write", "--rw=write", "--end_fsync=1", &write]);
+    if direct {
+        fio.args(["--name=read", "--rw=read", &read]);
+    }
+    let out = fio.output().ok().filter(|out| out.status.success())?;
+    let _ = std::fs::remove_file(&file);
+    let said: Value = serde_json::from_slice(&out.stdout).ok()?;
+    let jobs = said["jobs"].as_array()?;
+    // Milliseconds; a sync at the end counts.
+    let time = jobs.iter().filter_map(|j| j["job_runtime"].as_f64());
+    time.reduce(f64::max).map(|ms| ms / 1e3)
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
@@ -319,8 +357,8 @@ fn main() {
         println!("qemu-storage-daemon cannot be run: vdiskd alone (run 'make lab')");
     }
     println!(
-        "{:<22} {:>10} {:>10} {:>6}",
-        "seconds", "vdiskd", "qsd", "ratio"
+        "{:<22} {:>10} {:>10} {:>6} {:>10}",
+        "seconds", "vdiskd", "qsd", "ratio", "disk (fio)"
     );
     for direct in [false, true] {
         for kind in [Kind::Backup, Kind::Mirror, Kind::Commit, Kind::Stream] {
@@ -329,31 +367,33 @@ fn main() {
             if only.as_ref().is_some_and(|o| !name.contains(o.as_str())) {
                 continue;
             }
-            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            let (mut ours, mut theirs, mut limits) = (Vec::new(), Vec::new(), Vec::new());
             for round in 0..ROUNDS {
                 let one = |server: &mut dyn Server, times: &mut Vec<f64>| {
                     let target = images.target(kind);
-                    // What was made before is not to be written back meanwhile.
+                    // What was made before is not to be written back meanwhile, and what is read is in the page cache, or not.
                     tool("sync", &[]);
+                    if !direct {
+                        let source = kind.source(&images);
+                        tool("cp", &[text(source), "/dev/null"]);
+                    }
                     times.push(server.run(kind, &images, &target, direct));
                     if round == 0 {
                         assert_sound(&target);
-                        let like = if kind == Kind::Commit {
-                            &images.top
-                        } else {
-                            &images.full
-                        };
-                        tool("qemu-img", &["compare", text(like), text(&target)]);
+                        let like = text(kind.source(&images));
+                        tool("qemu-img", &["compare", like, text(&target)]);
                     }
                 };
                 one(&mut vdiskd, &mut ours);
                 if let Some(qsd) = &mut qsd {
                     one(qsd, &mut theirs);
                 }
+                tool("sync", &[]);
+                limits.extend(limit(&images, direct));
             }
-            let (ours, theirs) = (median(ours), median(theirs));
+            let (ours, theirs, limit) = (median(ours), median(theirs), median(limits));
             println!(
-                "{name:<22} {ours:>10.2} {theirs:>10.2} {:>6.2}",
+                "{name:<22} {ours:>10.2} {theirs:>10.2} {:>6.2} {limit:>10.2}",
                 ours / theirs
             );
         }

@@ -464,6 +464,15 @@ impl Driver for File {
         })
     }
 
+    fn write_behind(&self) -> LocalFuture<'_, ()> {
+        Box::pin(async move {
+            if !self.file().is_direct() && !self.no_flush {
+                // 0: up to the end.
+                let _ = self.range(OpKind::WriteBehind, 0, 0).await;
+            }
+        })
+    }
+
     fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(self.sync())
     }

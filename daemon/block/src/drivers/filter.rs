@@ -184,6 +184,10 @@ impl<G: Gate> Driver for Filter<G> {
         })
     }
 
+    fn write_behind(&self) -> LocalFuture<'_, ()> {
+        Box::pin(async move { self.file().write_behind().await })
+    }
+
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
             self.gate.enter(Request::Discard, offset, len).await?;

@@ -116,6 +116,10 @@ impl Driver for Luks {
         Box::pin(self.0.below.flush())
     }
 
+    fn write_behind(&self) -> LocalFuture<'_, ()> {
+        Box::pin(self.0.below.write_behind())
+    }
+
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move { self.0.discard(offset, len).await })
     }

@@ -191,6 +191,12 @@ pub trait Driver: Send + Sync {
     /// Makes every write that has completed durable.
     fn flush(&self) -> LocalFuture<'_, io::Result<()>>;
 
+    /// Begins to move to the disk what was written to memory, so that the next flush is short. Makes nothing durable; ends when the disk
+    /// has taken it up. Errors are for the flush to tell.
+    fn write_behind(&self) -> LocalFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
     /// Frees the range if possible; `Unsupported` if not at all.
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>>;
 

@@ -590,6 +590,15 @@ impl Driver for Qcow2 {
         })
     }
 
+    fn write_behind(&self) -> LocalFuture<'_, ()> {
+        Box::pin(async move {
+            self.file.write_behind().await;
+            if !Arc::ptr_eq(&self.file, &self.data) {
+                self.data.write_behind().await;
+            }
+        })
+    }
+
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
             let result = self.image.discard(offset, len).await;

@@ -118,6 +118,10 @@ impl Driver for Raw {
         Box::pin(self.file.flush())
     }
 
+    fn write_behind(&self) -> LocalFuture<'_, ()> {
+        Box::pin(self.file.write_behind())
+    }
+
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(self.file.discard(self.offset + offset, len))
     }

@@ -13,7 +13,9 @@ use tokio::sync::Semaphore;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, LOOKUP, Sharing, copy, each_piece, is_zero, scratch};
+use super::copy::{
+    CHUNK, CopyError, How, LOOKUP, Sharing, WriteBehind, copy, each_piece, is_zero, scratch,
+};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -316,8 +318,10 @@ impl Work for Backup {
                 self.find(state, roots).await?;
                 let chunk = self.chunk();
                 let mut from = 0;
+                let behind = WriteBehind::new(self.target.clone());
                 each_piece(
                     state,
+                    Some(&behind),
                     chunk,
                     || {
                         if locked(&self.broken).is_some() {

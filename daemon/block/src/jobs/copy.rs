@@ -3,7 +3,8 @@
 use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use futures_util::future::join_all;
 use vdisk_io::{IoFile, IoVecs, give_way};
@@ -19,6 +20,9 @@ pub(crate) const LOOKUP: u64 = 1 << 30;
 
 /// Bytes that are shared in one piece at least.
 const SMALLEST_SHARED: u64 = 65536;
+
+/// Bytes that a job writes before the disk is told of them.
+const BEHIND: u64 = 32 << 20;
 
 /// Requests of one job at a time.
 const WORKERS: usize = 8;
@@ -75,6 +79,36 @@ impl Sharing {
             }
         }
         self.goes_on()
+    }
+}
+
+/// Has the disk write what a job has copied while it goes on: it would have to do so at the job's end, and guests' flushes would
+/// wait behind all of it.
+pub(crate) struct WriteBehind {
+    target: Arc<Node>,
+    /// Since the disk was told.
+    bytes: AtomicU64,
+    under_way: AtomicBool,
+}
+
+impl WriteBehind {
+    pub fn new(target: Arc<Node>) -> WriteBehind {
+        WriteBehind {
+            target,
+            bytes: AtomicU64::new(0),
+            under_way: AtomicBool::new(false),
+        }
+    }
+
+    /// Bytes were written. One worker waits for the disk at a time.
+    async fn wrote(&self, bytes: u64) {
+        let since = self.bytes.fetch_add(bytes, Relaxed) + bytes;
+        if since < BEHIND || self.under_way.swap(true, Relaxed) {
+            return;
+        }
+        self.bytes.store(0, Relaxed);
+        self.target.write_behind().await;
+        self.under_way.store(false, Relaxed);
     }
 }
 
@@ -261,9 +295,10 @@ async fn copy_bytes(
 
 /// Has several workers do pieces until there are none left, or one fails. What was begun is brought to its end.
 ///
-/// `next` gives the next piece; `work` does one, with the buffer of the worker.
+/// `next` gives the next piece; `work` does one, with the buffer of the worker. `behind` has what is written on its way to the disk.
 pub(crate) async fn each_piece(
     state: &JobState,
+    behind: Option<&WriteBehind>,
     chunk: u64,
     next: impl FnMut() -> Option<Range<u64>>,
     work: impl AsyncFn(Range<u64>, &IoVecs) -> Result<(), CopyError>,
@@ -277,8 +312,16 @@ pub(crate) async fn each_piece(
                 return;
             };
             let scratch = scratch_of_mine.get_or_insert_with(|| scratch(chunk));
-            if let Err(stop) = one(state, piece, scratch, &work).await {
-                stopped.borrow_mut().get_or_insert(stop);
+            let len = piece.end - piece.start;
+            match one(state, piece, scratch, &work).await {
+                Ok(()) => {
+                    if let Some(behind) = behind {
+                        behind.wrote(len).await;
+                    }
+                }
+                Err(stop) => {
+                    stopped.borrow_mut().get_or_insert(stop);
+                }
             }
         }
     };

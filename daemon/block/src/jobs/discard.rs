@@ -101,6 +101,7 @@ impl Discard {
         let at = Cell::new(range.start);
         each_piece(
             state,
+            None,
             chunk,
             || {
                 let start = at.get();

@@ -19,7 +19,9 @@ use tokio::sync::oneshot;
 use vdisk_io::{Bits, IoVecs, RangeLock, give_way, quiesce};
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, How, LOOKUP, Sharing, copy, each_piece, is_zero, scratch};
+use super::copy::{
+    CHUNK, CopyError, How, LOOKUP, Sharing, WriteBehind, copy, each_piece, is_zero, scratch,
+};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::{LocalFuture, SlowReason};
@@ -56,6 +58,7 @@ pub enum MirrorSync {
 pub struct Mirror {
     source: Arc<Node>,
     target: Arc<Node>,
+    behind: WriteBehind,
     sync: MirrorSync,
     dirty: Bits,
     pieces: RangeLock,
@@ -85,6 +88,7 @@ impl Mirror {
     ) -> Arc<Mirror> {
         Arc::new(Mirror {
             dirty: Bits::new(source.size(), granularity),
+            behind: WriteBehind::new(target.clone()),
             source,
             target,
             sync,
@@ -110,6 +114,7 @@ impl Mirror {
         let granularity = target.limits().zero_alignment.max(65536);
         Arc::new(Mirror {
             dirty: Bits::new(source.size(), granularity),
+            behind: WriteBehind::new(target.clone()),
             source,
             target,
             sync,
@@ -304,6 +309,7 @@ impl Mirror {
             let mut all = pieces.iter().cloned();
             let copied = each_piece(
                 state,
+                Some(&self.behind),
                 self.chunk(),
                 || all.next(),
                 async |piece, scratch| {

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use vdisk_io::IoVecs;
 
 use super::Work;
-use super::copy::{CHUNK, CopyError, Sharing, after_unit, each_piece, share, shared_len};
+use super::copy::{
+    CHUNK, CopyError, Sharing, WriteBehind, after_unit, each_piece, share, shared_len,
+};
 use super::roots::Roots;
 use super::state::{JobState, Side, Stop};
 use crate::drivers::LocalFuture;
@@ -155,8 +157,10 @@ impl Work for Stream {
             let size = self.node.size();
             state.add_total(size);
             let at = Cell::new(0);
+            let behind = WriteBehind::new(self.node.clone());
             each_piece(
                 state,
+                Some(&behind),
                 CHUNK,
                 || {
                     let start = at.get();

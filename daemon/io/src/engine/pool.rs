@@ -269,6 +269,10 @@ fn run(op: &RawOp) -> io::Result<usize> {
                 libc::pwritev2(op.fd, op.iov, op.iov_count as i32, off, libc::RWF_DSYNC)
             }
             OpKind::Sync => libc::fdatasync(op.fd) as isize,
+            OpKind::WriteBehind => {
+                let len = op.len as libc::off64_t;
+                libc::sync_file_range(op.fd, off, len, libc::SYNC_FILE_RANGE_WRITE) as isize
+            }
             OpKind::BlockDiscard => {
                 let range = [op.offset, op.len];
                 libc::ioctl(op.fd, BLKDISCARD, range.as_ptr()) as isize

@@ -246,7 +246,7 @@ fn build_for(fd: types::Fd, op: &RawOp) -> squeue::Entry {
             .offset(op.offset)
             .mode(mode.mode())
             .build(),
-        (OpKind::BlockDiscard | OpKind::BlockZeroOut | OpKind::Share, ..) => {
+        (OpKind::BlockDiscard | OpKind::BlockZeroOut | OpKind::Share | OpKind::WriteBehind, ..) => {
             unreachable!("the engine gives ioctls to its thread pool")
         }
     }
