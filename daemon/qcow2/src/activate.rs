@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, AUTOCLEAR_REDO};
 use crate::image::Image;
 use crate::meta::Writing;
+use crate::partial::Partial;
 use crate::redo::Redo;
 use crate::refcount::{MAX_TABLE, Refcounts};
 
@@ -22,7 +23,7 @@ impl Image {
     pub async fn activate(&self, redo: Option<&Path>) -> io::Result<()> {
         let counts = self.header().autoclear & AUTOCLEAR_REDO != 0;
         let Some(path) = redo.filter(|_| self.version >= 3) else {
-            return self.prepare().await;
+            return self.prepare(0).await;
         };
         let opened = Redo::open(path);
         if let Ok((_, records)) = &opened
@@ -32,7 +33,9 @@ impl Image {
             // Nothing is changed: the log counts as long as the header says so.
             return Err(Error::NeedsBacking.into());
         }
-        self.prepare().await?;
+        // It counts until all of it is done.
+        let keep = if opened.is_ok() { AUTOCLEAR_REDO } else { 0 };
+        self.prepare(keep).await?;
         let (log, mut records) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -63,20 +66,25 @@ impl Image {
             }
         }
         let next = log.next();
+        let mut noted = true;
         if let Some(w) = &mut self.meta().writing {
             w.redo = Some(log);
-            // What could not be made whole is for the process after this one, too.
-            self.note_partial(w);
-            if let Some(log) = &mut w.redo {
+            // What is partial is for the process after this one, too.
+            noted = self.note_partial(w);
+            if let (Some(log), true) = (&mut w.redo, noted) {
                 log.forget(next);
             }
+        }
+        if !noted && let Err(error) = self.flush_all().await {
+            tracing::warn!(%error, "what was written before the daemon was killed is not durable yet");
         }
         self.meta().header.autoclear |= AUTOCLEAR_REDO;
         self.write_header().await?;
         self.file.flush().await
     }
 
-    pub(crate) async fn prepare(&self) -> io::Result<()> {
+    /// Makes the image ready to be written to, which clears the autoclear bits that are not known here, or are not of `keep`.
+    pub(crate) async fn prepare(&self, keep: u64) -> io::Result<()> {
         let header = self.header();
         if header.dirty {
             tracing::info!("the image was not closed, and its reference counts are made anew");
@@ -123,7 +131,7 @@ impl Image {
             Ok(())
         })
         .await?;
-        self.meta().header.autoclear &= AUTOCLEAR_RAW_DATA | AUTOCLEAR_BITMAPS;
+        self.meta().header.autoclear &= AUTOCLEAR_RAW_DATA | AUTOCLEAR_BITMAPS | keep;
         if self.header() != header {
             self.write_header().await?;
             self.file.flush().await?;
@@ -153,7 +161,7 @@ impl Image {
         let mut meta = self.meta();
         let (redo, partial) = match meta.writing.take() {
             Some(w) => (w.redo, w.partial),
-            None => Default::default(),
+            None => (None, Partial::new(self.layout.table_bits())),
         };
         meta.writing = Some(Writing {
             refs,

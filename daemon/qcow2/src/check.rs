@@ -155,7 +155,7 @@ impl Image {
             (Repair::All | Repair::Leaks, _) if report.leaks > 0 && !check.broken => {
                 if !was_active {
                     // Boxed: making an image ready may need a check.
-                    Box::pin(self.prepare()).await?;
+                    Box::pin(self.prepare(0)).await?;
                 }
                 self.drop_leaks(&check.counts, &check.blocks, &mut report)
                     .await?;

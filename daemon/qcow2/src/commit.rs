@@ -94,18 +94,23 @@ impl Image {
 
     /// As [`Image::flush`], for changes of the image's own: leaves what writers are to be told.
     pub(crate) async fn flush_all(&self) -> io::Result<()> {
+        // What cannot be made whole keeps nothing else from being durable.
+        let whole = self.make_whole().await;
+        self.store().await.and(whole)
+    }
+
+    /// Makes everything durable but partial clusters, of which the log has everything that was answered.
+    pub(crate) async fn store(&self) -> io::Result<()> {
         if self.layout.external {
             self.data.flush().await?;
         }
-        // What cannot be made whole keeps nothing else from being durable.
-        let whole = self.make_whole().await;
         // Whatever is being written now is written when this returns.
         let turn = self.committing.lock().await;
         if !self.is_dirty() && !self.has_dirty_refs() || self.meta().writing.is_none() {
             drop(turn);
-            return self.file.flush().await.and(whole);
+            return self.file.flush().await;
         }
-        self.commit().await.and(whole)
+        self.commit().await
     }
 
     /// Writes what has changed if there is much of it.
@@ -138,12 +143,16 @@ impl Image {
 
     /// Writes what has changed before there is so much that requests must wait for it.
     pub async fn commit_early(&self) -> io::Result<()> {
-        let whole = self.make_whole().await;
-        let _turn = self.committing.lock().await;
-        if !self.meta().is_filling() {
-            return whole;
+        // First, as the other may take long: requests must wait when there is no room for changes.
+        let turn = self.committing.lock().await;
+        if self.meta().is_filling() {
+            self.commit().await?;
         }
-        self.commit().await.and(whole)
+        drop(turn);
+        match self.has_many_partial() {
+            true => self.make_whole().await,
+            false => Ok(()),
+        }
     }
 
     fn has_dirty_refs(&self) -> bool {
@@ -214,8 +223,12 @@ impl Image {
             let offset = meta.header.l1_offset + start as u64 * 8;
             (range, offset, data.collect())
         });
-        let redo = w.redo.as_ref().map_or(0, |r| r.next());
-        self.note_partial(w);
+        let (first, next) = match &w.redo {
+            Some(redo) => (redo.first(), redo.next()),
+            None => (0, 0),
+        };
+        // What was noted before is all that there is of them otherwise.
+        let redo = if self.note_partial(w) { next } else { first };
         Ok(Batch {
             upto,
             table: w.refs.take_table(),
@@ -227,21 +240,21 @@ impl Image {
         })
     }
 
-    /// Notes once more what the file will not have after the commit that follows: clusters that became partial just now.
-    pub(crate) fn note_partial(&self, w: &mut Writing) {
+    /// Notes once more what the file will not have after the commit that follows: clusters that are partial. False if they cannot be
+    /// noted; what was noted of them before must count then.
+    pub(crate) fn note_partial(&self, w: &mut Writing) -> bool {
         let Some(redo) = &mut w.redo else {
-            return;
+            return true;
         };
-        for &cluster in &w.partial {
+        let mut changes = Vec::new();
+        for cluster in w.partial.iter() {
             let (index, i) = self.layout.position(cluster << self.layout.cluster_bits);
             let entry = self.tables.with(index, |t| t.entry(self.layout, i));
-            if let Some(entry) = entry.filter(|e| self.layout.is_partial(*e))
-                && !redo.note(cluster, Entry::default(), self.for_log(entry))
-            {
-                let next = self.changes.load(Ordering::Acquire) + 1;
-                self.unnoted.store(next, Ordering::Release);
+            if let Some(entry) = entry.filter(|e| self.layout.is_partial(*e)) {
+                changes.push((cluster, Entry::default(), self.for_log(entry)));
             }
         }
+        redo.note_all(&changes)
     }
 
     async fn put_all<'a>(
@@ -373,7 +386,7 @@ impl Image {
         if self.meta().writing.is_none() {
             return Ok(());
         }
-        self.flush_all().await?;
+        self.store().await?;
         let upto = match &self.meta().writing {
             Some(w) if !w.unused.is_empty() => w.next_unused,
             _ => return Ok(()),

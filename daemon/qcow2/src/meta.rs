@@ -1,11 +1,12 @@
 //! What changes about an image while it is open, and is not looked at on the fast path.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::ops::Range;
 
 use crate::allocator::Allocator;
 use crate::header::Header;
 use crate::image::Image;
+use crate::partial::Partial;
 use crate::redo::Redo;
 use crate::refcount::Refcounts;
 
@@ -45,8 +46,8 @@ pub(crate) struct Writing {
     pub redo: Option<Redo>,
     /// Where the next compressed cluster may be put: a range of bytes within one cluster of the file.
     pub packing: Option<Range<u64>>,
-    /// Clusters of the guest's disk that have data in parts of them only, by number (see [`crate::partial`]).
-    pub partial: BTreeSet<u64>,
+    /// Clusters of the guest's disk that have data in parts of them only.
+    pub partial: Partial,
     /// L2 tables that have changed, by L1 index.
     pub l2: BTreeMap<usize, DirtyL2>,
     /// L1 entries that have changed.
@@ -78,27 +79,30 @@ impl Writing {
     }
 }
 
+/// Tables that are looked at to find one that may go: others wait meanwhile.
+const MAX_LOOKS: usize = 256;
+
 impl Meta {
     /// Whether a table must stay in memory: the file does not have all that it says.
-    fn is_needed(&self, image: &Image, index: usize) -> bool {
-        let each = 1 << image.layout.table_bits();
-        let clusters = index as u64 * each..(index as u64 + 1) * each;
+    fn is_needed(&self, index: usize) -> bool {
         self.in_commit.contains(&index)
-            || self.writing.as_ref().is_some_and(|w| {
-                w.l2.contains_key(&index) || w.partial.range(clusters).next().is_some()
-            })
+            || self
+                .writing
+                .as_ref()
+                .is_some_and(|w| w.l2.contains_key(&index) || w.partial.is_in_table(index))
     }
 
     /// Makes room after a table was taken in.
     pub fn evict(&mut self, image: &Image, newest: usize) {
         self.order.push_back(newest);
-        let mut looks = 2 * self.order.len();
+        // If none of so many may go, others do with the next one.
+        let mut looks = (2 * self.order.len()).min(MAX_LOOKS);
         while self.order.len() > self.capacity && looks > 0 {
             looks -= 1;
             let Some(oldest) = self.order.pop_front() else {
                 break;
             };
-            let needed = self.is_needed(image, oldest);
+            let needed = self.is_needed(oldest);
             let used = image.tables().take_used(oldest);
             if used || needed || oldest == newest {
                 self.order.push_back(oldest);

@@ -12,8 +12,10 @@
 //! Invariants:
 //! * Whatever makes writes durable, or changes what is behind the image, makes clusters whole first.
 //! * Parts of a partial cluster get data only under the lock of that cluster; those that have data are written in place.
-//! * [`Writing::partial`](crate::meta::Writing) has every partial cluster; tables with one stay in memory.
+//! * [`Writing::partial`](crate::meta::Writing) has every partial cluster; tables with one stay in memory, and are at most half of
+//!   those that there is room for.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use futures_util::future::join_all;
@@ -21,15 +23,81 @@ use futures_util::future::join_all;
 use crate::image::Image;
 use crate::mapping::Entry;
 use crate::meta::Reason;
+use crate::redo::Redo;
 use crate::storage::buffer;
 
 /// Clusters that are made whole at a time.
 const AT_A_TIME: usize = 16;
 
+/// As many of the records that the log has room for may be of partial clusters: a commit notes all of them once more.
+const OF_LOG: usize = 16;
+
+/// As many tables may have partial clusters, whatever the size of the cache.
+const FEWEST_TABLES: usize = 8;
+
+/// The partial clusters of an image.
+#[derive(Debug)]
+pub(crate) struct Partial {
+    /// Numbers of clusters of the guest's disk.
+    clusters: BTreeSet<u64>,
+    /// How many of them each table has, by L1 index.
+    tables: BTreeMap<usize, usize>,
+    table_bits: u32,
+}
+
+impl Partial {
+    /// None. See [`Layout::table_bits`](crate::mapping::Layout::table_bits).
+    pub fn new(table_bits: u32) -> Partial {
+        Partial {
+            clusters: BTreeSet::new(),
+            tables: BTreeMap::new(),
+            table_bits,
+        }
+    }
+
+    fn table(&self, cluster: u64) -> usize {
+        (cluster >> self.table_bits) as usize
+    }
+
+    pub fn insert(&mut self, cluster: u64) {
+        if self.clusters.insert(cluster) {
+            *self.tables.entry(self.table(cluster)).or_default() += 1;
+        }
+    }
+
+    pub fn remove(&mut self, cluster: u64) {
+        if !self.clusters.remove(&cluster) {
+            return;
+        }
+        let table = self.table(cluster);
+        if let Some(n) = self.tables.get_mut(&table) {
+            *n -= 1;
+            if *n == 0 {
+                self.tables.remove(&table);
+            }
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.clusters.is_empty()
+    }
+
+    pub fn is_in_table(&self, index: usize) -> bool {
+        self.tables.contains_key(&index)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        self.clusters.iter().copied()
+    }
+}
+
 impl Image {
     /// How many clusters may be partial at a time.
     fn most_partial(&self) -> usize {
-        usize::try_from(self.options.partial >> self.layout.cluster_bits).unwrap_or(usize::MAX)
+        let most = self.options.partial >> self.layout.cluster_bits;
+        usize::try_from(most)
+            .unwrap_or(usize::MAX)
+            .min(Redo::CAPACITY / OF_LOG)
     }
 
     /// Whether a cluster with this entry may have data in parts of it only.
@@ -37,25 +105,29 @@ impl Image {
         if self.layout.is_partial(entry) {
             return true;
         }
-        self.layout.part() < self.cluster()
-            && entry == Entry::default()
-            && self.partial_clusters() < self.most_partial()
+        self.layout.part() < self.cluster() && entry == Entry::default() && !self.has_partial(1)
     }
 
-    fn partial_clusters(&self) -> usize {
+    /// Whether there are as many partial clusters as there may be, or more than one `of`th of that many.
+    fn has_partial(&self, of: usize) -> bool {
         let meta = self.meta();
-        meta.writing.as_ref().map_or(0, |w| w.partial.len())
+        let tables = (meta.capacity / 2).max(FEWEST_TABLES);
+        let more = |n: usize, most: usize| if of == 1 { n >= most } else { n > most / of };
+        meta.writing.as_ref().is_some_and(|w| {
+            more(w.partial.clusters.len(), self.most_partial())
+                || more(w.partial.tables.len(), tables)
+        })
     }
 
     /// So many clusters are partial that they should be made whole soon.
     pub(crate) fn has_many_partial(&self) -> bool {
-        self.partial_clusters() > self.most_partial() / 4
+        self.has_partial(4)
     }
 
     /// Makes all clusters whole that are partial now. One that fails keeps no other from it.
     pub(crate) async fn make_whole(&self) -> io::Result<()> {
         let all: Vec<u64> = match &self.meta().writing {
-            Some(w) => w.partial.iter().copied().collect(),
+            Some(w) => w.partial.iter().collect(),
             None => return Ok(()),
         };
         let mut result = Ok(());
@@ -75,7 +147,7 @@ impl Image {
         if !layout.is_partial(entry) {
             // It was written, or given up, meanwhile.
             if let Some(w) = &mut self.meta().writing {
-                w.partial.remove(&cluster);
+                w.partial.remove(cluster);
             }
             return Ok(());
         }

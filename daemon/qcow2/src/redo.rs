@@ -98,14 +98,14 @@ impl Redo {
             chunks.iter().map(|b| u64::from_le_bytes(*b)).collect()
         };
         let mut records = Vec::new();
-        let mut first = 1;
+        let (mut first, mut start) = (1, 0);
         if let [magic, same_boot, from, ..] = words[..]
             && (magic == MAGIC || magic == MAGIC_1)
             && same_boot == boot()
         {
             first = from;
             let ring = words.get(HEADER as usize / 8..).unwrap_or_default();
-            for w in ring.chunks_exact(WORDS) {
+            for (i, w) in ring.chunks_exact(WORDS).enumerate() {
                 let record = Record {
                     number: w[0],
                     cluster: w[1],
@@ -119,6 +119,8 @@ impl Redo {
                     },
                 };
                 if w[6] == check(&w[..6]) && record.number >= first {
+                    // The next ones follow these.
+                    start = record.number.saturating_sub(i as u64);
                     records.push(record);
                 }
             }
@@ -128,7 +130,7 @@ impl Redo {
             next: records.last().map_or(first, |r| r.number + 1),
             file,
             path: path.to_owned(),
-            start: 0,
+            start,
             first,
         };
         redo.write_header()?;
@@ -143,20 +145,45 @@ impl Redo {
     /// Notes a change before anybody is told of it. False if it cannot be: then it must be durable first.
     #[must_use]
     pub fn note(&mut self, cluster: u64, old: Entry, new: Entry) -> bool {
-        if self.len() >= Self::CAPACITY {
+        self.note_all(&[(cluster, old, new)])
+    }
+
+    /// As [`Redo::note`], all of them or none that counts.
+    #[must_use]
+    pub fn note_all(&mut self, changes: &[(u64, Entry, Entry)]) -> bool {
+        if self.len() + changes.len() > Self::CAPACITY {
             return false;
         }
-        let record = Record {
-            number: self.next,
-            cluster,
-            old,
-            new,
-        };
-        let bytes = record.words().map(u64::to_le_bytes);
-        let at = HEADER + (self.next - self.start) % Self::CAPACITY as u64 * RECORD;
-        let noted = self.file.write_all_at(bytes.as_flattened(), at).is_ok();
-        self.next += u64::from(noted);
-        noted
+        let before = self.next;
+        let mut rest = changes;
+        while !rest.is_empty() {
+            let slot = ((self.next - self.start) % Self::CAPACITY as u64) as usize;
+            let (some, others) = rest.split_at(rest.len().min(Self::CAPACITY - slot));
+            let records = some.iter().zip(self.next..);
+            let words = records.flat_map(|(&(cluster, old, new), number)| {
+                let record = Record {
+                    number,
+                    cluster,
+                    old,
+                    new,
+                };
+                record.words()
+            });
+            let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+            let at = HEADER + slot as u64 * RECORD;
+            if self.file.write_all_at(&bytes, at).is_err() {
+                self.next = before;
+                return false;
+            }
+            self.next += some.len() as u64;
+            rest = others;
+        }
+        true
+    }
+
+    /// The number of the first record that counts.
+    pub fn first(&self) -> u64 {
+        self.first
     }
 
     /// How many changes are noted that are not durable yet.
@@ -277,7 +304,51 @@ impl Image {
             self.change_entries(*at, 1, Reason::Other, |_, _| new)
                 .await?;
         }
-        self.flush_all().await?;
+        self.store().await?;
         Ok(changes.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changes(from: u64, n: u64) -> Vec<(u64, Entry, Entry)> {
+        let entry = |word| Entry { word, bitmap: 0 };
+        (from..from + n).map(|c| (c, entry(0), entry(c))).collect()
+    }
+
+    fn clusters(records: &[Record]) -> Vec<u64> {
+        records.iter().map(|r| r.cluster).collect()
+    }
+
+    #[test]
+    fn what_counts_is_found_by_the_next_process_and_not_written_over() {
+        let dir = std::env::temp_dir().join(format!("vdisk-log-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("log");
+        let n = Redo::CAPACITY as u64;
+        let (mut log, _) = Redo::open(&path).unwrap();
+        // Empty: the ring begins at its start again.
+        assert!(log.note_all(&changes(0, 5)));
+        log.forget(log.next());
+        assert!(log.note_all(&changes(0, n - 4)));
+        log.forget(log.next() - 3);
+        // Beyond the end of the ring.
+        assert!(log.note_all(&changes(n - 4, 10)));
+        assert_eq!(log.len(), 13);
+        assert!(!log.note_all(&changes(0, n - 12)));
+        drop(log);
+        let (mut log, records) = Redo::open(&path).unwrap();
+        let last: Vec<u64> = (n - 7..n + 6).collect();
+        assert_eq!(clusters(&records), last);
+        // It goes on behind them.
+        assert!(log.note_all(&changes(n + 6, n - 13)));
+        assert!(!log.note(0, Entry::default(), Entry::default()));
+        drop(log);
+        let (_, records) = Redo::open(&path).unwrap();
+        let all: Vec<u64> = (n - 7..2 * n - 7).collect();
+        assert_eq!(clusters(&records), all);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

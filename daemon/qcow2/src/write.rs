@@ -276,8 +276,8 @@ impl Image {
                     meta.l2_changed(index, layout.words(first, n), false);
                     if let Some(w) = &mut meta.writing {
                         w.unrefs.extend(unrefs);
-                        w.partial.extend(partial);
-                        whole.iter().for_each(|c| _ = w.partial.remove(c));
+                        partial.into_iter().for_each(|c| w.partial.insert(c));
+                        whole.into_iter().for_each(|c| w.partial.remove(c));
                     }
                     self.note_change();
                     return Ok(());
@@ -297,7 +297,8 @@ impl Image {
     }
 
     /// As [`Image::write`], or with `missing` as [`Image::populate`], with data that `put` brings to its place. `Unsupported`
-    /// if the data file is not to have it as it is; the range may have been written in part then.
+    /// if the data file is not to have it as it is, `WouldBlock` if the rest of a cluster would have to be copied; the range may have
+    /// been written in part then.
     pub async fn share<'a>(
         &self,
         offset: u64,
@@ -422,8 +423,15 @@ impl Image {
             return Ok(n);
         }
         if layout.is_own(entries[0]) {
-            // It has a place, but not all of what is written is data yet.
-            let end = end.min(start + cluster);
+            // It has a place, and no data here yet: up to where it has some, which others may write in place at any moment.
+            let Lookup::Mapped(m) = self.lookup(at, end - at)? else {
+                return Ok(0);
+            };
+            let end = match (at == start, end.min(start + cluster)) {
+                // Whoever writes there at the same time may be the first or the last.
+                (true, end) if end == start + cluster => end,
+                (_, end) => end.min(at + m.len),
+            };
             let part = data.slice(0, end - at);
             let run = Run {
                 first: entries[0].host() >> layout.cluster_bits,
@@ -527,7 +535,8 @@ impl Image {
                 }
                 Data::Bytes(IoVecs::concat(parts))
             }
-            Data::Shared { .. } => return Err(io::ErrorKind::Unsupported.into()),
+            // The rest would have to be copied.
+            Data::Shared { .. } => return Err(io::ErrorKind::WouldBlock.into()),
         };
         let host = run.first << layout.cluster_bits;
         self.put(host + (from - start), data).await?;

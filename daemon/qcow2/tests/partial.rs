@@ -2,8 +2,11 @@
 
 mod memory;
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 
 use memory::{Memory, Random, block_on, open};
 use vdisk_io::IoVecs;
@@ -24,11 +27,19 @@ fn overlay_with(
     size: u64,
     options: Options,
 ) -> (Rc<Image>, Arc<Memory>, Arc<Memory>) {
-    let file = Memory::new(Vec::new(), None, true);
     let create = CreateOptions {
         cluster_size,
-        backing: Some(("base".into(), "raw".into())),
         ..CreateOptions::new(size)
+    };
+    overlay_of(create, options)
+}
+
+fn overlay_of(create: CreateOptions, options: Options) -> (Rc<Image>, Arc<Memory>, Arc<Memory>) {
+    let file = Memory::new(Vec::new(), None, true);
+    let size = create.size;
+    let create = CreateOptions {
+        backing: Some(("base".into(), "raw".into())),
+        ..create
     };
     block_on(Image::create(Children::new(file.clone()), &create)).unwrap();
     let base = Memory::new(vec![0xbb; size as usize], None, false);
@@ -96,6 +107,47 @@ fn the_rest_of_a_cluster_is_copied_when_it_must_be() {
         image.close().await.unwrap();
         clean(&image).await;
     });
+}
+
+/// A write that needs more of a part than it has must not bring back what another has written in place meanwhile.
+#[test]
+fn writes_beside_a_part_with_data_stay() {
+    for extended_l2 in [false, true] {
+        let create = CreateOptions {
+            extended_l2,
+            ..CreateOptions::new(1 << 20)
+        };
+        let (image, file, _) = overlay_of(create, Options::default());
+        // The second of two parts (or subclusters) has data, and the first has none.
+        let part = if extended_l2 { 2048 } else { PART };
+        block_on(async {
+            image.write(part, data(1, part)).await.unwrap();
+            let Lookup::Mapped(m) = image.lookup(part, 1).unwrap() else {
+                panic!("its table is in memory");
+            };
+            let Kind::Data(host) = m.kind else {
+                panic!("it was written");
+            };
+            file.hold(Some(host - part));
+            let mut wide = pin!(image.write(part / 2, data(2, part / 2 + 512)));
+            poll_fn(|cx| {
+                assert!(wide.as_mut().poll(cx).is_pending());
+                Poll::Ready(())
+            })
+            .await;
+            image.write(part + 1024, data(3, 512)).await.unwrap();
+            file.hold(None);
+            wide.await.unwrap();
+            let mut want = vec![0xbb; 2 * part as usize];
+            want[part as usize..].fill(1);
+            want[part as usize / 2..part as usize + 512].fill(2);
+            want[part as usize + 1024..part as usize + 1536].fill(3);
+            assert!(read(&image, 0, 2 * part).await == want, "{extended_l2}");
+            image.flush().await.unwrap();
+            assert!(read(&image, 0, 2 * part).await == want, "{extended_l2}");
+            image.close().await.unwrap();
+        });
+    }
 }
 
 #[test]

@@ -652,6 +652,8 @@ impl Control {
                 node.driver_name()
             ))
         })?;
+        // Guests wait for the last one only, and hear of what it cannot store.
+        let _ = self.flush_mostly(&node).await;
         let mut drained = Vec::new();
         for backend in &backends {
             drained.push(backend.drain().await);

@@ -398,8 +398,10 @@ impl Control {
         self.persistent.close();
         self.end_jobs(jobs).await;
         let exports: Vec<Arc<Export>> = self.world().exports.values().cloned().collect();
-        join_all(exports.iter().map(|e| e.server.suspend())).await;
         let levels = self.world().graph.levels();
+        // Guests are served meanwhile, and wait for what is left. An error comes again.
+        join_all(levels.iter().flatten().map(|node| self.flush(node))).await;
+        join_all(exports.iter().map(|e| e.server.suspend())).await;
         let flushes = levels.iter().flatten().map(async |node| {
             if let Err(error) = self.flush(node).await {
                 tracing::error!(node = node.name(), %error, "cannot flush");

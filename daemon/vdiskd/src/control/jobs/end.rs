@@ -221,6 +221,10 @@ impl Control {
             error: std::io::Error::other(e.message),
         };
         let overlays = self.world().graph.overlays(&job.source);
+        for overlay in &overlays {
+            // It needs what it has of its own to be whole; what cannot be is told when it is asked for below.
+            let _ = self.flush_mostly(overlay).await;
+        }
         let (start, drained) = self.hold(&job.source).await;
         for overlay in &overlays {
             let was_read_only = overlay.is_read_only();
