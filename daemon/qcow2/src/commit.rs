@@ -36,8 +36,10 @@ struct DirtyL2Table {
 }
 
 struct Batch {
-    /// The changes up to this one are in here.
-    upto: u64,
+    /// The changes up to this one are in here, but for partial clusters.
+    changes: u64,
+    /// Whether there are any.
+    partial: bool,
     table: Option<DirtyTable>,
     blocks: Vec<DirtyBlock>,
     l2: Vec<DirtyL2Table>,
@@ -124,16 +126,16 @@ impl Image {
         if !must() {
             return Ok(());
         }
-        // Of a partial cluster a commit makes nothing durable.
-        let whole = match unnoted() {
-            true => self.make_whole().await,
-            false => Ok(()),
-        };
-        let _turn = self.committing.lock().await;
+        let turn = self.committing.lock().await;
         if must() {
             self.commit().await?;
         }
-        whole
+        drop(turn);
+        match unnoted() {
+            // The log takes nothing, and of partial clusters a commit makes nothing durable.
+            true => self.flush_all().await,
+            false => Ok(()),
+        }
     }
 
     /// So much has changed that [`Image::commit_early`] should be called, by somebody whom no guest waits for.
@@ -188,9 +190,8 @@ impl Image {
         let mut meta = self.meta();
         let meta = &mut *meta;
         let w = meta.writing.as_mut().ok_or_else(read_only)?;
-        // Of what a partial cluster has nothing is durable after this.
-        let partial = u64::from(!w.partial.is_empty());
-        let upto = self.changes.load(Ordering::Acquire).saturating_sub(partial);
+        let changes = self.changes.load(Ordering::Acquire);
+        let partial = !w.partial.is_empty();
         let block = self.options.block_size;
         let mut l2 = Vec::new();
         for (index, dirty) in std::mem::take(&mut w.l2) {
@@ -223,14 +224,10 @@ impl Image {
             let offset = meta.header.l1_offset + start as u64 * 8;
             (range, offset, data.collect())
         });
-        let (first, next) = match &w.redo {
-            Some(redo) => (redo.first(), redo.next()),
-            None => (0, 0),
-        };
-        // What was noted before is all that there is of them otherwise.
-        let redo = if self.note_partial(w) { next } else { first };
+        let redo = w.redo.as_ref().map_or(0, |r| r.next());
         Ok(Batch {
-            upto,
+            changes,
+            partial,
             table: w.refs.take_table(),
             blocks: w.refs.take_blocks(block),
             l2,
@@ -240,8 +237,8 @@ impl Image {
         })
     }
 
-    /// Notes once more what the file will not have after the commit that follows: clusters that are partial. False if they cannot be
-    /// noted; what was noted of them before must count then.
+    /// Notes once more what the file does not have after a commit: clusters that are partial. False if they cannot be noted; what was
+    /// noted of them before must count then.
     pub(crate) fn note_partial(&self, w: &mut Writing) -> bool {
         let Some(redo) = &mut w.redo else {
             return true;
@@ -343,8 +340,14 @@ impl Image {
             w.unrefs.extend(batch.unrefs);
             return;
         }
-        if let Some(redo) = &mut w.redo {
-            redo.forget(batch.redo);
+        let noted = self.note_partial(w);
+        if noted {
+            if let Some(redo) = &mut w.redo {
+                redo.forget(batch.redo);
+            }
+            if self.unnoted.load(Ordering::Acquire) <= batch.changes {
+                self.unnoted.store(0, Ordering::Release);
+            }
         }
         for u in batch.unrefs {
             w.add_unused(u);
@@ -356,7 +359,9 @@ impl Image {
                 reason: Reason::Other,
             });
         }
-        self.committed.store(batch.upto, Ordering::Release);
+        // Of what a partial cluster has nothing is durable.
+        let upto = batch.changes.saturating_sub(batch.partial.into());
+        self.committed.store(upto, Ordering::Release);
     }
 
     /// Brings the fields of the header into the file.

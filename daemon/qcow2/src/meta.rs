@@ -139,7 +139,7 @@ impl Meta {
 
     /// So much has changed that requests must wait until it is written.
     pub fn is_full(&self) -> bool {
-        self.changed_more_than(4, 7)
+        self.changed_more_than(4, 6)
     }
 
     /// So much has changed that it should be written soon.

@@ -29,8 +29,8 @@ use crate::storage::buffer;
 /// Clusters that are made whole at a time.
 const AT_A_TIME: usize = 16;
 
-/// As many of the records that the log has room for may be of partial clusters: a commit notes all of them once more.
-const OF_LOG: usize = 16;
+/// How many clusters may be partial, whatever the options say: those that writers add at the same time have room in the log, too.
+const MOST: usize = Redo::RESERVE / 2;
 
 /// As many tables may have partial clusters, whatever the size of the cache.
 const FEWEST_TABLES: usize = 8;
@@ -95,9 +95,7 @@ impl Image {
     /// How many clusters may be partial at a time.
     fn most_partial(&self) -> usize {
         let most = self.options.partial >> self.layout.cluster_bits;
-        usize::try_from(most)
-            .unwrap_or(usize::MAX)
-            .min(Redo::CAPACITY / OF_LOG)
+        usize::try_from(most).unwrap_or(usize::MAX).min(MOST)
     }
 
     /// Whether a cluster with this entry may have data in parts of it only.
@@ -105,14 +103,14 @@ impl Image {
         if self.layout.is_partial(entry) {
             return true;
         }
-        self.layout.part() < self.cluster() && entry == Entry::default() && !self.has_partial(1)
+        self.layout.part() < self.cluster() && entry == Entry::default() && !self.has_partial(1, 1)
     }
 
-    /// Whether there are as many partial clusters as there may be, or more than one `of`th of that many.
-    fn has_partial(&self, of: usize) -> bool {
+    /// Whether there are, with `others`, more partial clusters than one `of`th of what there may be, or more tables with some.
+    fn has_partial(&self, others: usize, of: usize) -> bool {
         let meta = self.meta();
         let tables = (meta.capacity / 2).max(FEWEST_TABLES);
-        let more = |n: usize, most: usize| if of == 1 { n >= most } else { n > most / of };
+        let more = |n: usize, most: usize| n + others > most / of;
         meta.writing.as_ref().is_some_and(|w| {
             more(w.partial.clusters.len(), self.most_partial())
                 || more(w.partial.tables.len(), tables)
@@ -121,7 +119,7 @@ impl Image {
 
     /// So many clusters are partial that they should be made whole soon.
     pub(crate) fn has_many_partial(&self) -> bool {
-        self.has_partial(4)
+        self.has_partial(0, 4)
     }
 
     /// Makes all clusters whole that are partial now. One that fails keeps no other from it.

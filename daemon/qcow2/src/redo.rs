@@ -81,6 +81,9 @@ impl Redo {
     /// Records in the ring: up to 14 MiB of the runtime folder. It begins at its start again whenever it is empty.
     pub const CAPACITY: usize = 1 << 18;
 
+    /// Records that are left for partial clusters, all of which are noted once more before others are forgotten.
+    pub const RESERVE: usize = Self::CAPACITY / 8;
+
     /// Opens or makes the log at `path`, and returns what an earlier daemon has left there.
     pub fn open(path: &Path) -> io::Result<(Redo, Vec<Record>)> {
         let mut options = File::options();
@@ -145,7 +148,7 @@ impl Redo {
     /// Notes a change before anybody is told of it. False if it cannot be: then it must be durable first.
     #[must_use]
     pub fn note(&mut self, cluster: u64, old: Entry, new: Entry) -> bool {
-        self.note_all(&[(cluster, old, new)])
+        self.len() < Self::CAPACITY - Self::RESERVE && self.note_all(&[(cluster, old, new)])
     }
 
     /// As [`Redo::note`], all of them or none that counts.
@@ -179,11 +182,6 @@ impl Redo {
             rest = others;
         }
         true
-    }
-
-    /// The number of the first record that counts.
-    pub fn first(&self) -> u64 {
-        self.first
     }
 
     /// How many changes are noted that are not durable yet.
@@ -253,6 +251,10 @@ impl Image {
                 chain.push(plain(r.old));
             }
             chain.push(plain(r.new));
+            if self.layout.is_partial(r.old) || self.layout.is_partial(r.new) {
+                // What the file says of it.
+                chain.push(Entry::default());
+            }
             *new = r.new;
         }
         let mut changes = Vec::new();

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use memory::{Memory, Random, block_on, open};
-use vdisk_io::IoVecs;
+use vdisk_io::{IoVecs, give_way};
 use vdisk_qcow2::{
     CHECK_MEMORY, Children, CreateOptions, Image, Kind, Lookup, Options, Repair, Storage,
 };
@@ -42,7 +42,8 @@ fn overlay_of(create: CreateOptions, options: Options) -> (Rc<Image>, Arc<Memory
         ..create
     };
     block_on(Image::create(Children::new(file.clone()), &create)).unwrap();
-    let base = Memory::new(vec![0xbb; size as usize], None, false);
+    // It may be shorter.
+    let base = Memory::new(vec![0xbb; size.min(64 << 20) as usize], None, false);
     let image = open(&file, Some(base.clone() as Arc<dyn Storage>), options).unwrap();
     block_on(image.activate(None)).unwrap();
     (image, file, base)
@@ -384,4 +385,88 @@ fn what_is_partial_outlives_the_process_and_a_commit() {
         image.close().await.unwrap();
         clean(&image).await;
     });
+}
+
+/// Commits may fail until the log is full: what cannot be made whole is kept all the same, and writes go on when they work again.
+#[test]
+fn a_full_log_keeps_what_is_partial() {
+    let log = std::env::temp_dir().join(format!("vdisk-full-{}", std::process::id()));
+    let (image, file, base) = overlay_with(8192, 3 << 30, Options::default());
+    block_on(async {
+        image.close().await.unwrap();
+        image.activate(Some(&log)).await.unwrap();
+        base.fail_reads(Some(8191));
+        image.write(0, data(7, PART)).await.unwrap();
+        // As long as no commit ends, everything stays in the log.
+        file.fail_flushes(true);
+        let mut refused = 0;
+        for at in (8 << 20..3 << 30).step_by(8 << 20) {
+            let zeroed = image.write_zeroes(at, 8 << 20, true).await;
+            refused += u32::from(zeroed.is_err());
+        }
+        assert!(refused > 100, "{refused}");
+        file.fail_flushes(false);
+        for c in 1..100 {
+            image.write(c * 8192, data(8, 8192)).await.unwrap();
+        }
+    });
+    drop(image);
+    base.fail_reads(None);
+    let image = open(&file, Some(base as Arc<dyn Storage>), Options::default()).unwrap();
+    block_on(async {
+        image.activate(Some(&log)).await.unwrap();
+        let mut want = vec![8; 100 * 8192];
+        want[..PART as usize].fill(7);
+        want[PART as usize..8192].fill(0xbb);
+        assert!(read(&image, 0, 100 * 8192).await == want);
+        assert!(read(&image, 2 << 30, 8192).await == vec![0; 8192]);
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
+/// More of a cluster is written while a commit makes other things durable: the process after this one finds all of it.
+#[test]
+fn what_changes_during_a_commit_outlives_the_process() {
+    let log = std::env::temp_dir().join(format!("vdisk-during-{}", std::process::id()));
+    for turns in 0..40 {
+        let file = Memory::new(Vec::new(), Some(turns), true);
+        let base = Memory::new(vec![0xbb; 1 << 20], None, false);
+        let create = CreateOptions {
+            backing: Some(("base".into(), "raw".into())),
+            ..CreateOptions::new(1 << 20)
+        };
+        block_on(Image::create(Children::new(file.clone()), &create)).unwrap();
+        let open_again = || {
+            let behind = Some(base.clone() as Arc<dyn Storage>);
+            let image = open(&file, behind, Options::default()).unwrap();
+            block_on(image.activate(Some(&log))).unwrap();
+            image
+        };
+        let image = open_again();
+        base.fail_reads(Some(CLUSTER - 1));
+        block_on(async {
+            image.write(0, data(7, PART)).await.unwrap();
+            let later = async {
+                for _ in 0..turns {
+                    give_way().await;
+                }
+                image.write(2 * PART, data(8, PART)).await.unwrap();
+            };
+            let (flushed, ()) = futures_util::future::join(image.flush(), later).await;
+            flushed.unwrap_err();
+        });
+        // Killed.
+        drop(image);
+        base.fail_reads(None);
+        let image = open_again();
+        block_on(async {
+            let mut want = vec![0xbb; CLUSTER as usize];
+            want[..PART as usize].fill(7);
+            want[2 * PART as usize..3 * PART as usize].fill(8);
+            assert!(read(&image, 0, CLUSTER).await == want, "{turns}");
+            image.close().await.unwrap();
+            clean(&image).await;
+        });
+    }
 }

@@ -143,10 +143,8 @@ fn main() {
             .map(|(i, socket)| {
                 let (args, run) = (&args, &run);
                 s.spawn(move || {
-                    serve(socket, &args.until, run, i < args.busy).unwrap_or_else(|error| {
-                        eprintln!("{}: {error}", socket.display());
-                        std::process::exit(1);
-                    })
+                    serve(socket, &args.until, run, i < args.busy)
+                        .unwrap_or_else(|error| panic!("{}: {error}", socket.display()))
                 })
             })
             .collect();

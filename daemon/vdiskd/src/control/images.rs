@@ -652,8 +652,9 @@ impl Control {
                 node.driver_name()
             ))
         })?;
-        // Guests wait for the last one only, and hear of what it cannot store.
-        let _ = self.flush_mostly(&node).await;
+        if let Err(error) = self.flush_mostly(&node).await {
+            tracing::warn!(node = name, %error, "what was written cannot be made durable");
+        }
         let mut drained = Vec::new();
         for backend in &backends {
             drained.push(backend.drain().await);

@@ -399,15 +399,18 @@ impl Control {
         self.end_jobs(jobs).await;
         let exports: Vec<Arc<Export>> = self.world().exports.values().cloned().collect();
         let levels = self.world().graph.levels();
-        // Guests are served meanwhile, and wait for what is left. An error comes again.
-        join_all(levels.iter().flatten().map(|node| self.flush(node))).await;
+        let flush_all = async || {
+            let flushes = levels.iter().flatten().map(async |node| {
+                if let Err(error) = self.flush(node).await {
+                    tracing::error!(node = node.name(), %error, "cannot flush");
+                }
+            });
+            join_all(flushes).await;
+        };
+        // Guests are served meanwhile, and wait for what is left.
+        flush_all().await;
         join_all(exports.iter().map(|e| e.server.suspend())).await;
-        let flushes = levels.iter().flatten().map(async |node| {
-            if let Err(error) = self.flush(node).await {
-                tracing::error!(node = node.name(), %error, "cannot flush");
-            }
-        });
-        join_all(flushes).await;
+        flush_all().await;
         for nodes in &levels {
             let closes = nodes.iter().map(async |node| {
                 if let Err(error) = self.close(node).await {

@@ -222,8 +222,11 @@ impl Control {
         };
         let overlays = self.world().graph.overlays(&job.source);
         for overlay in &overlays {
-            // It needs what it has of its own to be whole; what cannot be is told when it is asked for below.
-            let _ = self.flush_mostly(overlay).await;
+            let flushed = self.flush_mostly(overlay).await;
+            flushed.map_err(|error| Stop::Failed {
+                side: Side::Target,
+                error,
+            })?;
         }
         let (start, drained) = self.hold(&job.source).await;
         for overlay in &overlays {
