@@ -136,6 +136,7 @@ impl Frontend {
         self.ack(request::SET_MEM_TABLE, table, &[memory.as_fd()])
     }
 
+    /// Starts queue 0, which interrupts: a guest may wait for what an earlier back-end answered and did not announce.
     pub fn start_queue(&mut self) {
         let pair = |a: u32, b: u32| [a.to_ne_bytes(), b.to_ne_bytes()].concat();
         assert!(self.ack(request::SET_VRING_NUM, &pair(0, SIZE.into()), &[]));
@@ -152,6 +153,7 @@ impl Frontend {
             assert!(self.ack(code, &words(&[0]), &[fd.as_fd()]));
         }
         assert!(self.ack(request::SET_VRING_ENABLE, &pair(0, 1), &[]));
+        assert!(self.wait_call(), "a queue that starts interrupts its guest");
     }
 
     /// Stops queue 0 and returns the available index at which it would go on.

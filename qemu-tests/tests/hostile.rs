@@ -406,6 +406,18 @@ fn a_queue_is_stopped_resumed_and_reset() {
     assert_eq!((f.used(), f.stop_queue()), (1, 1));
 }
 
+/// A guest that waits for what another back-end answered, and was killed before it announced it, is interrupted.
+#[test]
+fn a_queue_that_starts_interrupts_its_guest() {
+    let daemon = daemon();
+    let mut f = Frontend::start(&daemon.socket("victim"));
+    assert_eq!(f.simple(OUT, 1, 512), 0);
+    assert!(f.wait_call());
+    f.stop_queue();
+    // Asserts that it is interrupted.
+    f.start_queue();
+}
+
 #[test]
 fn a_huge_read_is_refused_and_a_large_one_of_zeroes_is_not() {
     let daemon = Daemon::start(&[]);

@@ -205,6 +205,11 @@ impl Queue {
         });
         let id = reactor.add_source(queue.clone(), s.kick);
         queue.id.set(Some(id));
+        // The guest may wait for an answer that an earlier daemon gave and was killed before it announced it:
+        // what comes now would not be announced either, as it lies behind what the guest asks to be told of.
+        if let Some(call) = &queue.inner.borrow().call {
+            signal(call);
+        }
         Ok(queue)
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vdisk_api::{Error, ErrorKind};
 use vdisk_virtio::{DirtyLog, GuestMemory, GuestRegion};
 
-use super::{Connection, clone_fd, invalid, is_set};
+use super::{Connection, invalid, is_set};
 use crate::keeper::connection_name;
 use crate::vhost_user::export::LET_GO_PAUSE;
 use crate::vhost_user::message::{F_LOG_ALL, ProtocolError};
@@ -68,9 +68,6 @@ impl Connection<'_> {
         self.apply_memory(memory).await?;
         for i in 0..self.queues.len() {
             self.start_queue(i).await?;
-            // The guest may wait for an answer that was given, and not announced.
-            let call = clone_fd(&self.fds.vrings[i].call)?;
-            self.with_queue(i, move |q| q.set_call(call)).await;
         }
         tracing::info!(export = self.shared.id(), "front-end taken over");
         Ok(())
