@@ -330,6 +330,145 @@ fn jobs_that_go_on_after_an_error_are_complete() {
     }
 }
 
+/// As above, at the steps of the engine itself, wherever they are in the file.
+#[test]
+fn the_engine_of_a_target_fails() {
+    for event in [
+        "cluster_alloc",
+        "cluster_alloc_space",
+        "write_aio",
+        "l2_alloc_write",
+        "refblock_update",
+        "l1_update",
+    ] {
+        try_all(
+            Kind::Backup,
+            3,
+            &format!("event={event}"),
+            event == "write_aio",
+        );
+    }
+    for event in ["write_aio", "l2_update", "refblock_load"] {
+        try_all(Kind::CommitBelow, 0, &format!("event={event}"), false);
+    }
+}
+
+#[test]
+fn the_engine_of_a_source_fails() {
+    for event in ["l2_load", "read_aio"] {
+        try_all(Kind::Stream, 0, &format!("event={event}"), false);
+        try_all(Kind::Backup, 1, &format!("event={event}"), false);
+    }
+}
+
+/// A step waits, and lets nothing pass that stands on it; the state of a node changes what fails.
+#[test]
+fn steps_wait_and_states_change() {
+    let daemon = Daemon::start(&[]);
+    let image = daemon.path("image");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&image), "16M"],
+    );
+    let node = |more: &[&str]| {
+        let filename = format!("file.file.filename={}", image.display());
+        let add = [
+            "node",
+            "add",
+            "image",
+            "driver=qcow2",
+            "file.driver=blkdebug",
+        ];
+        let file = ["file.node-name=debug", "file.file.driver=file", &filename];
+        daemon.try_ctl(&[&add[..], &file, more].concat())
+    };
+    for (option, why) in [
+        (
+            "file.inject-error.event=vmstate_load",
+            "a step that no driver has",
+        ),
+        ("file.set-state.new_state=2", "event' is missing"),
+        ("file.suspend.event=l2_load", "tag' is missing"),
+    ] {
+        let refused = node(&[option]);
+        assert!(!refused.status.success(), "{option}");
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(error.contains(why), "{option}: {error}");
+    }
+    let both = [
+        "file.inject-error.event=l2_load",
+        "file.inject-error.iotype=read",
+    ];
+    assert!(!node(&both).status.success());
+    let rules = [
+        "file.suspend.tag=here",
+        "file.suspend.event=l2_alloc_write",
+        "file.set-state.event=l2_alloc_write",
+        "file.set-state.new_state=2",
+        "file.inject-error.event=write_aio",
+        "file.inject-error.state=2",
+        "file.inject-error.errno=28",
+        "file.inject-error.once=on",
+    ];
+    assert!(node(&rules).status.success());
+    daemon.export_node("disk", "image", &[]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    let data = vec![7; 4096];
+    assert_eq!(client.write(0, &data), 0);
+    let suspended = || daemon.ctl_json(&["node", "show", "debug"])["Suspended"].clone();
+    assert_eq!(suspended(), serde_json::json!([]));
+    let flushed = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            wait_for("the step", || {
+                (suspended() == serde_json::json!(["here"])).then_some(())
+            });
+            assert!(!flushed.load(Relaxed));
+            daemon.ctl(&["node", "go-on", "debug", "here"]);
+        });
+        assert_eq!(client.flush(), 0);
+        flushed.store(true, Relaxed);
+    });
+    // The table was written, and the next write to the data fails; once.
+    assert_eq!(client.write(1 << 20, &data), -5);
+    assert_eq!(client.write(1 << 20, &data), 0);
+    drop(client);
+    daemon.ctl(&["export", "remove", "disk"]);
+    daemon.ctl(&["node", "remove", "image"]);
+    assert_sound(&image);
+}
+
+/// A copy on write that was put off fails, which the flush says that stands on it; the next one has it done.
+#[test]
+fn copies_that_were_put_off_fail() {
+    for event in ["cow_read", "cow_write"] {
+        let daemon = Daemon::start(&[]);
+        let (base, image) = (daemon.path("base"), daemon.path("image"));
+        std::fs::write(&base, vec![5; 16 << 20]).unwrap();
+        let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+        tool(
+            "qemu-img",
+            &[&create[..], &[text(&base), text(&image)]].concat(),
+        );
+        let below = format!("filename={}", base.display());
+        daemon.ctl(&["node", "add", "base", "driver=file", "read-only=on", &below]);
+        let rule = format!("event={event},once=on");
+        assert!(add(&daemon, "image", &image, &rule, &["backing=base"]));
+        daemon.export_node("disk", "image", &[]);
+        let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+        assert_eq!(client.write(1 << 20, &[7; 4096]), 0);
+        assert_eq!(client.flush(), -5, "{event}");
+        assert_eq!(client.flush(), 0, "{event}");
+        drop(client);
+        daemon.ctl(&["export", "remove", "disk"]);
+        daemon.ctl(&["node", "remove", "image"]);
+        assert_sound(&image);
+        let mut expected = vec![5; 16 << 20];
+        expected[1 << 20..][..4096].fill(7);
+        assert_same(&read_with_qemu(&image), &expected, 0, event);
+    }
+}
+
 /// What happens to a job while one of its requests is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Then {

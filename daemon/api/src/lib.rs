@@ -36,10 +36,11 @@ pub use job::{
     JobSync, cancel_from_map, change_from_map,
 };
 pub use node::{
-    BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions, DRIVERS,
-    DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions, InjectError, InjectWhen, Locking,
-    LuksOptions, NbdOptions, NbdServer, NodeChange, NodeOptions, NodeRef, NullOptions,
-    Qcow2Options, RawOptions, SnapshotAccessOptions, SuspendRequest, ThrottleOptions, file_driver,
+    BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions,
+    DEBUG_EVENTS, DRIVERS, DebugPoint, DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions,
+    InjectError, InjectWhen, Locking, LuksOptions, NbdOptions, NbdServer, NodeChange, NodeOptions,
+    NodeRef, NullOptions, Qcow2Options, RawOptions, SetState, SnapshotAccessOptions,
+    SuspendRequest, ThrottleOptions, file_driver,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

@@ -13,7 +13,7 @@ use vdisk_io::{Bits, IoFile, IoVecs, RangeLock, Recorder};
 
 use crate::bitmap::Bitmap;
 use crate::drivers::{
-    self, Direction, Driver, Inactive, Limits, OpenedDriver, Resolved, SlowReason,
+    self, Direction, Driver, Inactive, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason,
 };
 use crate::jobs::Backup;
 use crate::runtime::Runtime;
@@ -856,6 +856,29 @@ impl Node {
         self.drain(true);
     }
 
+    /// See [`Driver::step`].
+    pub(crate) fn step(
+        &self,
+        event: &'static str,
+        offset: u64,
+        len: u64,
+    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+        self.driver.step(event, offset, len)
+    }
+
+    /// The same, waited for.
+    pub(crate) async fn before_step(
+        &self,
+        event: &'static str,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        match self.driver.step(event, offset, len) {
+            Some(told) => told.await,
+            None => Ok(()),
+        }
+    }
+
     /// The tags of requests that wait until they are told to go on (driver `blkdebug`).
     pub fn suspended(&self) -> Vec<String> {
         self.driver.suspended()
@@ -986,7 +1009,6 @@ mod tests {
     use vdisk_io::{IoThread, IoThreadConfig, Reactor};
 
     use super::*;
-    use crate::drivers::LocalFuture;
 
     /// Storage in memory with blocks of 4096 bytes, which answers only after other tasks had their turn.
     struct Blocks {

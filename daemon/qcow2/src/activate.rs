@@ -12,6 +12,7 @@ use crate::meta::Writing;
 use crate::partial::Partial;
 use crate::redo::Redo;
 use crate::refcount::{MAX_TABLE, Refcounts};
+use crate::storage::{Step, before};
 
 impl Image {
     /// Makes the image ready to be written: reads its refcount table, and does to its header what the
@@ -113,8 +114,10 @@ impl Image {
             }
             .into());
         }
+        let place = header.refcount_table_offset;
+        before(&*self.file, Step::ReftableLoad, place, bytes).await?;
         let table = self
-            .read_metadata(header.refcount_table_offset, bytes, "the refcount table")
+            .read_metadata(place, bytes, "the refcount table")
             .await?;
         let refs = Refcounts::new(
             header.refcount_order,

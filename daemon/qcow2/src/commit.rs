@@ -23,7 +23,7 @@ use crate::image::Image;
 use crate::mapping::{Entry, OFFSET_MASK};
 use crate::meta::{DirtyL2, Reason, Unref, Writing};
 use crate::refcount::{DirtyBlock, DirtyTable};
-use crate::storage::buffer_of;
+use crate::storage::{Step, before, buffer_of};
 use crate::write::read_only;
 
 /// An L2 table that is to be written.
@@ -256,10 +256,13 @@ impl Image {
 
     async fn put_all<'a>(
         &self,
-        writes: impl Iterator<Item = (u64, &'a Vec<u8>)>,
+        writes: impl Iterator<Item = (Step, u64, &'a Vec<u8>)>,
     ) -> io::Result<bool> {
         let writes: Vec<_> = writes
-            .map(|(offset, data)| self.file.write(offset, buffer_of(data)))
+            .map(|(step, offset, data)| async move {
+                before(&*self.file, step, offset, data.len() as u64).await?;
+                self.file.write(offset, buffer_of(data)).await
+            })
             .collect();
         let any = !writes.is_empty();
         try_join_all(writes).await?;
@@ -270,12 +273,17 @@ impl Image {
         let new_blocks = batch.blocks.iter().filter(|b| b.new);
         let moved = batch.table.iter().filter(|t| t.moved.is_some());
         let first = new_blocks
-            .map(|b| (b.offset, &b.data))
-            .chain(moved.clone().map(|t| (t.offset, &t.data)));
+            .map(|b| (Step::RefblockAllocWrite, b.offset, &b.data))
+            .chain(
+                moved
+                    .clone()
+                    .map(|t| (Step::ReftableGrow, t.offset, &t.data)),
+            );
         if self.put_all(first).await? {
             self.sync().await?;
         }
         if moved.count() > 0 {
+            before(&*self.file, Step::RefblockAllocSwitchTable, 0, 0).await?;
             {
                 let mut meta = self.meta();
                 let meta = &mut *meta;
@@ -293,9 +301,9 @@ impl Image {
         let blocks = batch.blocks.iter().filter(|b| !b.new);
         let new_l2 = batch.l2.iter().filter(|t| t.dirty.new);
         let before = table
-            .map(|t| (t.offset, &t.data))
-            .chain(blocks.map(|b| (b.offset, &b.data)))
-            .chain(new_l2.map(|t| (t.offset, &t.data)));
+            .map(|t| (Step::ReftableUpdate, t.offset, &t.data))
+            .chain(blocks.map(|b| (Step::RefblockUpdate, b.offset, &b.data)))
+            .chain(new_l2.map(|t| (Step::L2AllocWrite, t.offset, &t.data)));
         self.put_all(before).await?;
         if self.layout.external
             && let Err(e) = self.data.flush().await
@@ -305,8 +313,9 @@ impl Image {
         }
         self.sync().await?;
         let old_l2 = batch.l2.iter().filter(|t| !t.dirty.new);
-        let l1 = batch.l1.iter().map(|(_, offset, data)| (*offset, data));
-        let last = old_l2.map(|t| (t.offset, &t.data)).chain(l1);
+        let old_l2 = old_l2.map(|t| (Step::L2Update, t.offset, &t.data));
+        let l1 = batch.l1.iter();
+        let last = old_l2.chain(l1.map(|(_, offset, data)| (Step::L1Update, *offset, data)));
         if self.put_all(last).await? {
             self.sync().await?;
         }
@@ -450,6 +459,7 @@ impl Image {
         };
         let bits = self.layout.cluster_bits;
         for c in u.first..u.first + u.clusters {
+            before(&*self.file, Step::ClusterFree, c << bits, self.cluster()).await?;
             let count = self.with_refs(|w| w.refs.get(c)).await?;
             if count == 0 {
                 let offset = c << bits;

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::header::{Header, MAX_L1};
 use crate::mapping::{Entry, Kind, Layout, Mapping, OFFSET_MASK};
 use crate::meta::Meta;
-use crate::storage::{Missing, Storage, buffer, read_or_zero};
+use crate::storage::{Missing, Step, Storage, before, buffer, read_or_zero};
 use crate::tables::{Table, Tables};
 
 /// How an image is used.
@@ -375,9 +375,9 @@ impl Image {
             }
             .into());
         }
-        let bytes = self
-            .read_metadata(offset, self.cluster(), "an L2 table")
-            .await?;
+        let cluster = self.cluster();
+        before(&*self.file, Step::L2Load, offset, cluster).await?;
+        let bytes = self.read_metadata(offset, cluster, "an L2 table").await?;
         Ok(Table::new(self.layout, words(&bytes)))
     }
 
@@ -448,6 +448,7 @@ impl Image {
             return Ok(data);
         }
         let raw = IoVecs::zeroed(len as usize, 512);
+        before(&*self.file, Step::ReadCompressed, offset, len).await?;
         read_or_zero(&*self.file, offset, raw.clone()).await?;
         let mut data = vec![0; self.cluster() as usize];
         if !self.compression.decompress(&raw.to_vec(), &mut data) {
@@ -478,8 +479,14 @@ impl Image {
             let len = m.len as usize;
             let part = iov.slice(done, len);
             match (m.kind, self.backing()) {
-                (Kind::Data(host), _) => read_or_zero(&*self.data, host, part).await?,
-                (Kind::Unallocated, Some(backing)) => read_or_zero(&*backing, at, part).await?,
+                (Kind::Data(host), _) => {
+                    before(&*self.file, Step::ReadAio, host, m.len).await?;
+                    read_or_zero(&*self.data, host, part).await?;
+                }
+                (Kind::Unallocated, Some(backing)) => {
+                    before(&*self.file, Step::ReadBackingAio, at, m.len).await?;
+                    read_or_zero(&*backing, at, part).await?;
+                }
                 (Kind::Zero | Kind::Unallocated, _) => part.zero_in_turns().await,
                 (Kind::Compressed { offset, len: raw }, _) => {
                     let data = self.decompress(at, offset, raw).await?;

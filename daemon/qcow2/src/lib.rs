@@ -41,5 +41,5 @@ pub use image::{Children, Image, Lookup, Options, Progress};
 pub use mapping::{Kind, Mapping};
 pub use measure::Measure;
 pub use snapshot::Snapshot;
-pub use storage::{LocalFuture, Storage};
+pub use storage::{LocalFuture, Step, Storage};
 pub use write::Put;

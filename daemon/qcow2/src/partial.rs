@@ -24,7 +24,7 @@ use crate::image::Image;
 use crate::mapping::Entry;
 use crate::meta::Reason;
 use crate::redo::Redo;
-use crate::storage::buffer;
+use crate::storage::{Step, before, buffer};
 
 /// Clusters that are made whole at a time.
 const AT_A_TIME: usize = 16;
@@ -151,9 +151,12 @@ impl Image {
         }
         // All of them to their end: none may write here when the cluster is not held any more.
         let copies = layout.lacks(entry).into_iter().map(|lack| async move {
-            let data = buffer((lack.end - lack.start) as usize);
+            let (len, place) = (lack.end - lack.start, entry.host() + lack.start);
+            let data = buffer(len as usize);
+            before(&*self.file, Step::CowRead, 0, 0).await?;
             self.read_old(at + lack.start, &data).await?;
-            self.data.write(entry.host() + lack.start, data).await
+            before(&*self.file, Step::CowWrite, place, len).await?;
+            self.data.write(place, data).await
         });
         let done = join_all(copies).await;
         done.into_iter().fold(Ok(()), io::Result::and)?;

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::header::MAX_L1;
 use crate::image::{Image, silent};
 use crate::meta::{Reason, Unref};
-use crate::storage::buffer_of;
+use crate::storage::{Step, before, buffer_of};
 use crate::write::read_only;
 
 impl Image {
@@ -145,6 +145,7 @@ impl Image {
         self.flush_all().await?;
         let bits = self.layout.cluster_bits;
         let clusters = (entries * 8).div_ceil(self.cluster());
+        before(&*self.file, Step::L1GrowAllocTable, 0, 0).await?;
         let run = self
             .with_refs(|w| w.alloc.take_exactly(&mut w.refs, clusters))
             .await?;
@@ -152,14 +153,15 @@ impl Image {
         let table: Vec<u8> = (0..entries as usize)
             .flat_map(|i| self.tables.l1(i).to_be_bytes())
             .collect();
-        self.file
-            .write(run.first << bits, buffer_of(&table))
-            .await?;
+        let (place, data) = (run.first << bits, buffer_of(&table));
+        before(&*self.file, Step::L1GrowWriteTable, place, entries * 8).await?;
+        self.file.write(place, data).await?;
         // The counts, and the new table.
         self.flush_all().await?;
         let old = self.header();
+        before(&*self.file, Step::L1GrowActivateTable, 0, 0).await?;
         // The place first, then the length: with one of them the header is right in between, too.
-        self.meta().header.l1_offset = run.first << bits;
+        self.meta().header.l1_offset = place;
         self.write_header().await?;
         self.file.flush().await?;
         self.meta().header.l1_entries = entries as u32;

@@ -8,6 +8,69 @@ use vdisk_io::IoVecs;
 
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
+/// A step of the engine, for a storage that has some of them fail or wait: for tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    L1Update,
+    L1GrowAllocTable,
+    L1GrowWriteTable,
+    L1GrowActivateTable,
+    L2Load,
+    L2Update,
+    L2AllocCowRead,
+    L2AllocWrite,
+    ReadAio,
+    ReadBackingAio,
+    ReadCompressed,
+    WriteAio,
+    WriteCompressed,
+    CowRead,
+    CowWrite,
+    ReftableLoad,
+    ReftableGrow,
+    ReftableUpdate,
+    RefblockLoad,
+    RefblockUpdate,
+    RefblockAllocWrite,
+    RefblockAllocSwitchTable,
+    ClusterAlloc,
+    ClusterAllocSpace,
+    ClusterFree,
+}
+
+impl Step {
+    /// As QAPI's `BlkdebugEvent` calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Step::L1Update => "l1_update",
+            Step::L1GrowAllocTable => "l1_grow_alloc_table",
+            Step::L1GrowWriteTable => "l1_grow_write_table",
+            Step::L1GrowActivateTable => "l1_grow_activate_table",
+            Step::L2Load => "l2_load",
+            Step::L2Update => "l2_update",
+            Step::L2AllocCowRead => "l2_alloc_cow_read",
+            Step::L2AllocWrite => "l2_alloc_write",
+            Step::ReadAio => "read_aio",
+            Step::ReadBackingAio => "read_backing_aio",
+            Step::ReadCompressed => "read_compressed",
+            Step::WriteAio => "write_aio",
+            Step::WriteCompressed => "write_compressed",
+            Step::CowRead => "cow_read",
+            Step::CowWrite => "cow_write",
+            Step::ReftableLoad => "reftable_load",
+            Step::ReftableGrow => "reftable_grow",
+            Step::ReftableUpdate => "reftable_update",
+            Step::RefblockLoad => "refblock_load",
+            Step::RefblockUpdate => "refblock_update",
+            Step::RefblockAllocWrite => "refblock_alloc_write",
+            Step::RefblockAllocSwitchTable => "refblock_alloc_switch_table",
+            Step::ClusterAlloc => "cluster_alloc",
+            Step::ClusterAllocSpace => "cluster_alloc_space",
+            Step::ClusterFree => "cluster_free",
+        }
+    }
+}
+
 /// A file or device that an image lies in, or that stands behind it. Offsets and lengths are bytes, of any
 /// alignment.
 ///
@@ -49,6 +112,25 @@ pub trait Storage: Send + Sync {
     /// Waits until every request that was in flight when this was called has ended: see
     /// [`vdisk_io::quiesce`].
     fn quiesce(&self) -> LocalFuture<'_, ()>;
+
+    /// Comes before a step that concerns a range of the file (of no bytes if none): an error is what the step ends with. None if
+    /// nothing is to be done.
+    fn step(&self, _: Step, _offset: u64, _len: u64) -> Option<LocalFuture<'_, io::Result<()>>> {
+        None
+    }
+}
+
+/// Comes before a step, which is not to be done after an error.
+pub(crate) async fn before(
+    file: &dyn Storage,
+    step: Step,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    match file.step(step, offset, len) {
+        Some(told) => told.await,
+        None => Ok(()),
+    }
 }
 
 /// Stands where guest data would be, of an image that is only to be looked at.

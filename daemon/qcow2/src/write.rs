@@ -15,7 +15,7 @@ use crate::image::{Image, Lookup};
 use crate::mapping::{COPIED, Entry, Kind, Mapping, OFFSET_MASK};
 use crate::meta::{Reason, Unref, Writing};
 use crate::refcount::{Attempt, Need, Stop};
-use crate::storage::{LocalFuture, buffer};
+use crate::storage::{LocalFuture, Step, before, buffer};
 use crate::tables::Table;
 
 /// Bytes that are allocated and written in one piece, at most.
@@ -100,8 +100,10 @@ impl Image {
             if !self.meta().writing.as_mut().is_some_and(missing) {
                 continue;
             }
+            let cluster = self.cluster();
+            before(&*self.file, Step::RefblockLoad, offset, cluster).await?;
             let data = self
-                .read_metadata(offset, self.cluster(), "a refcount block")
+                .read_metadata(offset, cluster, "a refcount block")
                 .await?;
             if let Some(w) = &mut self.meta().writing {
                 w.refs.insert(index, data);
@@ -111,6 +113,7 @@ impl Image {
 
     /// Takes `want` clusters in one piece, or fewer, and makes sure that the file has them.
     pub(crate) async fn allocate(&self, want: u64) -> io::Result<Run> {
+        before(&*self.file, Step::ClusterAlloc, 0, 0).await?;
         let run = self.with_refs(|w| w.alloc.take(&mut w.refs, want)).await?;
         if self.overlaps_tables(run) {
             return Err(Error::Overlap.into());
@@ -166,7 +169,9 @@ impl Image {
         if !self.file.grows() {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        self.file.set_size(size.next_multiple_of(step)).await
+        let (old, new) = (self.file.size(), size.next_multiple_of(step));
+        before(&*self.file, Step::ClusterAllocSpace, old, new - old).await?;
+        self.file.set_size(new).await
     }
 
     // Tables.
@@ -190,8 +195,10 @@ impl Image {
             )
         } else {
             loop {
+                let place = old & OFFSET_MASK;
+                let told = before(&*self.file, Step::L2AllocCowRead, place, self.cluster()).await;
                 // It may have been dropped meanwhile.
-                if let Err(e) = self.load_table_held(index).await {
+                if let Err(e) = told.and(self.load_table_held(index).await) {
                     self.give_back(run);
                     return Err(e);
                 }
@@ -328,6 +335,7 @@ impl Image {
 
     /// Brings data to its place in the data file.
     async fn put(&self, host: u64, data: Data<'_>) -> io::Result<()> {
+        before(&*self.file, Step::WriteAio, host, data.len()).await?;
         match data {
             Data::Bytes(iov) => self.data.write(host, iov).await,
             Data::Shared { at, len, put } => put(host, at, len).await,
@@ -523,6 +531,7 @@ impl Image {
             data if !head && !tail => data,
             Data::Bytes(iov) => {
                 let mut parts = vec![iov];
+                before(&*self.file, Step::CowRead, 0, 0).await?;
                 if head {
                     let head = buffer((range.start - whole) as usize);
                     self.read_old(whole, &head).await?;
@@ -533,6 +542,8 @@ impl Image {
                     self.read_old(range.end, &tail).await?;
                     parts.push(tail);
                 }
+                let place = (run.first << layout.cluster_bits) + (from - start);
+                before(&*self.file, Step::CowWrite, place, whole_end - from).await?;
                 Data::Bytes(IoVecs::concat(parts))
             }
             // The rest would have to be copied.
@@ -614,7 +625,9 @@ impl Image {
             let entry = layout.compressed(place, small.len() as u64);
             let padded = buffer(room as usize);
             padded.copy_from_slice(0, &small);
+            let told = before(&*self.file, Step::WriteCompressed, place, room).await;
             let written = match entry {
+                Some(_) if told.is_err() => told,
                 Some(_) => self.file.write(place, padded).await,
                 None => Err(Error::TooLarge.into()),
             };

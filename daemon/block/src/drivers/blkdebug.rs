@@ -1,12 +1,14 @@
-//! Driver `blkdebug`: requests fail as they are told to, or wait until they are told to go on, for tests.
+//! Driver `blkdebug`: requests, and steps of the driver above, fail as they are told to, or wait until they are told to go on, for
+//! tests.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use tokio::sync::watch;
 use vdisk_api::{
-    BlkdebugOptions, Error, InjectError, InjectWhen, NodeOptions, Result, SuspendRequest,
+    BlkdebugOptions, DebugPoint, Error, InjectError, InjectWhen, NodeOptions, Result, SetState,
+    SuspendRequest,
 };
 
 use super::filter::{Filter, Gate, Request};
@@ -16,19 +18,23 @@ use crate::node::Node;
 struct Blkdebug {
     rules: Vec<Rule>,
     suspensions: Vec<Suspension>,
+    set_states: Vec<SetState>,
+    state: AtomicU64,
     /// How many wait for requests in flight; one more until the node is in the graph.
     draining: AtomicU64,
 }
 
 struct Rule {
     what: InjectError,
-    /// Requests that it was for, so far.
+    /// Requests, or steps, that it was for, so far.
     seen: AtomicU64,
+    /// Its step has come, and all requests fail from now on.
+    struck: AtomicBool,
 }
 
 struct Suspension {
     what: SuspendRequest,
-    /// Requests that it was for, so far.
+    /// Requests, or steps, that it was for, so far.
     seen: AtomicU64,
     state: watch::Sender<Suspense>,
 }
@@ -54,6 +60,7 @@ pub(super) fn open(
     let rule = |what: &InjectError| Rule {
         what: *what,
         seen: AtomicU64::new(0),
+        struck: AtomicBool::new(false),
     };
     let suspension = |what: &SuspendRequest| Suspension {
         what: what.clone(),
@@ -63,6 +70,8 @@ pub(super) fn open(
     let gate = Blkdebug {
         rules: options.inject_error.iter().map(rule).collect(),
         suspensions: options.suspend.iter().map(suspension).collect(),
+        set_states: options.set_state.clone(),
+        state: AtomicU64::new(1),
         draining: AtomicU64::new(1),
     };
     Ok(OpenedDriver {
@@ -72,40 +81,71 @@ pub(super) fn open(
     })
 }
 
-/// Whether a request is of a kind, and touches the byte at `at`.
-fn is_for(when: InjectWhen, at: Option<u64>, request: Request, offset: u64, len: u64) -> bool {
-    let kind = match when {
-        InjectWhen::Any => true,
-        InjectWhen::Read => request == Request::Read,
-        InjectWhen::Write => request == Request::Write,
-        InjectWhen::WriteZeroes => request == Request::WriteZeroes,
-        InjectWhen::Discard => request == Request::Discard,
-        InjectWhen::Flush => request == Request::Flush,
-    };
-    let here = at.is_none_or(|at| {
-        request != Request::Flush && offset <= at && at < offset.saturating_add(len)
-    });
-    kind && here
+/// What rules are about: a request, or a step, with the bytes that it touches (none for a flush).
+#[derive(Clone, Copy)]
+struct Happening {
+    what: What,
+    offset: u64,
+    len: u64,
 }
 
-impl Rule {
-    fn is_for(&self, request: Request, offset: u64, len: u64) -> bool {
-        is_for(self.what.when, self.what.offset, request, offset, len)
+#[derive(Clone, Copy)]
+enum What {
+    Request(Request),
+    Step(&'static str),
+}
+
+impl Happening {
+    fn touches(&self, at: Option<u64>) -> bool {
+        at.is_none_or(|at| self.offset <= at && at < self.offset.saturating_add(self.len))
     }
 
-    /// Whether a request that the rule is for fails.
-    fn strikes(&self) -> bool {
-        let number = self.seen.fetch_add(1, Relaxed);
-        match self.what.once {
-            true => number == self.what.after,
-            false => number >= self.what.after,
+    fn is_of(&self, point: DebugPoint, when: InjectWhen) -> bool {
+        match self.what {
+            What::Step(event) => point.event == Some(event),
+            What::Request(request) => {
+                let kind = match when {
+                    InjectWhen::Any => true,
+                    InjectWhen::Read => request == Request::Read,
+                    InjectWhen::Write => request == Request::Write,
+                    InjectWhen::WriteZeroes => request == Request::WriteZeroes,
+                    InjectWhen::Discard => request == Request::Discard,
+                    InjectWhen::Flush => request == Request::Flush,
+                };
+                point.event.is_none() && kind
+            }
         }
     }
 }
 
+impl Rule {
+    /// Whether what happens is to fail.
+    fn strikes(&self, happens: Happening) -> bool {
+        if !happens.touches(self.what.offset) {
+            return false;
+        }
+        if matches!(happens.what, What::Request(_)) && self.struck.load(Relaxed) {
+            return true;
+        }
+        if !happens.is_of(self.what.point, self.what.when) {
+            return false;
+        }
+        let number = self.seen.fetch_add(1, Relaxed);
+        let strikes = match self.what.once {
+            true => number == self.what.after,
+            false => number >= self.what.after,
+        };
+        if strikes && !self.what.once && self.what.point.event.is_some() {
+            self.struck.store(true, Relaxed);
+        }
+        strikes
+    }
+}
+
 impl Suspension {
-    fn is_for(&self, request: Request, offset: u64, len: u64) -> bool {
-        is_for(self.what.when, self.what.offset, request, offset, len)
+    fn is_for(&self, happens: Happening) -> bool {
+        happens.touches(self.what.offset)
+            && happens.is_of(self.what.point, self.what.when)
             && self.seen.fetch_add(1, Relaxed) == self.what.after
     }
 
@@ -140,23 +180,23 @@ impl Suspension {
     }
 }
 
-impl Gate for Blkdebug {
-    fn name(&self) -> &'static str {
-        "blkdebug"
-    }
-
-    fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
-        let debugs = !self.rules.is_empty() || !self.suspensions.is_empty();
-        debugs.then_some(SlowReason::Debugged)
-    }
-
-    fn enter(&self, request: Request, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
-        let mut rules = self.rules.iter();
-        let struck = rules.find(|r| r.is_for(request, offset, len) && r.strikes());
-        let errno = struck.map(|r| r.what.errno);
-        let mut suspensions = self.suspensions.iter();
-        let suspended = suspensions.find(|s| s.is_for(request, offset, len));
-        Box::pin(async move {
+impl Blkdebug {
+    /// None if no rule is about it.
+    fn meet(&self, happens: Happening) -> Option<LocalFuture<'_, io::Result<()>>> {
+        let state = self.state.load(Relaxed);
+        let counts = |point: DebugPoint| point.state == 0 || point.state == state;
+        let mut rules = self.rules.iter().filter(|r| counts(r.what.point));
+        let errno = rules.find(|r| r.strikes(happens)).map(|r| r.what.errno);
+        let mut suspensions = self.suspensions.iter().filter(|s| counts(s.what.point));
+        let suspended = suspensions.find(|s| s.is_for(happens));
+        let mut changes = self.set_states.iter().filter(|s| counts(s.point));
+        if let Some(change) = changes.find(|s| happens.is_of(s.point, InjectWhen::Any)) {
+            self.state.store(change.new_state, Relaxed);
+        }
+        if errno.is_none() && suspended.is_none() {
+            return None;
+        }
+        Some(Box::pin(async move {
             if let Some(suspension) = suspended
                 && self.draining.load(SeqCst) == 0
             {
@@ -166,7 +206,48 @@ impl Gate for Blkdebug {
                 None => Ok(()),
                 Some(errno) => Err(io::Error::from_raw_os_error(errno)),
             }
+        }))
+    }
+}
+
+impl Gate for Blkdebug {
+    fn name(&self) -> &'static str {
+        "blkdebug"
+    }
+
+    fn slow_reason(&self, _: Direction) -> Option<SlowReason> {
+        let debugs =
+            !self.rules.is_empty() || !self.suspensions.is_empty() || !self.set_states.is_empty();
+        debugs.then_some(SlowReason::Debugged)
+    }
+
+    fn enter(&self, request: Request, offset: u64, len: u64) -> LocalFuture<'_, io::Result<()>> {
+        // The steps that every node has.
+        let steps: &[&'static str] = match request {
+            Request::Flush => &["flush_to_os", "flush_to_disk"],
+            Request::Write => &["pwritev"],
+            Request::WriteZeroes => &["pwritev_zero"],
+            Request::Read | Request::Discard => &[],
+        };
+        Box::pin(async move {
+            let what = [What::Request(request)].into_iter();
+            for what in what.chain(steps.iter().copied().map(What::Step)) {
+                if let Some(met) = self.meet(Happening { what, offset, len }) {
+                    met.await?;
+                }
+            }
+            Ok(())
         })
+    }
+
+    fn step(
+        &self,
+        event: &'static str,
+        offset: u64,
+        len: u64,
+    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+        let what = What::Step(event);
+        self.meet(Happening { what, offset, len })
     }
 
     /// Whoever changes the graph does not wait for requests that are suspended.

@@ -54,6 +54,7 @@ async fn keep(file: &Node, offset: u64, data: &IoVecs) -> io::Result<()> {
         if !status.own {
             let data = data.slice((at - offset) as usize, status.len as usize);
             let data = (!status.zero).then_some(data);
+            file.before_step("cor_write", at, status.len).await?;
             file.populate(at, status.len, data).await?;
         }
         at += status.len;

@@ -75,6 +75,16 @@ pub(super) trait Gate: Send + Sync {
     /// See [`Driver::enter`].
     fn enter_graph(&self) {}
 
+    /// See [`Driver::step`].
+    fn step(
+        &self,
+        _event: &'static str,
+        _offset: u64,
+        _len: u64,
+    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+        None
+    }
+
     /// See [`Driver::suspended`].
     fn suspended(&self) -> Vec<String> {
         Vec::new()
@@ -264,6 +274,15 @@ impl<G: Gate> Driver for Filter<G> {
 
     fn enter(&self) {
         self.gate.enter_graph();
+    }
+
+    fn step(
+        &self,
+        event: &'static str,
+        offset: u64,
+        len: u64,
+    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+        self.gate.step(event, offset, len)
     }
 
     fn suspended(&self) -> Vec<String> {

@@ -290,6 +290,17 @@ pub trait Driver: Send + Sync {
     /// The node is part of the graph now.
     fn enter(&self) {}
 
+    /// Comes before a step of what stands on this driver that concerns a range of it (of no bytes if none): an error is what the
+    /// step ends with. None if nothing is to be done. `event` is one of [`vdisk_api::DEBUG_EVENTS`].
+    fn step(
+        &self,
+        _event: &'static str,
+        _offset: u64,
+        _len: u64,
+    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+        None
+    }
+
     /// The tags of requests that wait until they are told to go on.
     fn suspended(&self) -> Vec<String> {
         Vec::new()

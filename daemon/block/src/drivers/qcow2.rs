@@ -18,7 +18,7 @@ use vdisk_api::{BackingRef, Error, ErrorKind, NodeOptions, Qcow2Options, Result}
 use vdisk_io::{Generation, IoFile, IoVecs, Reactor};
 use vdisk_luks::SECTOR;
 use vdisk_qcow2::{
-    Children, Header, Image, Kind, Lookup, Options, Storage, USUAL_HEADER, header_extent,
+    Children, Header, Image, Kind, Lookup, Options, Step, Storage, USUAL_HEADER, header_extent,
 };
 
 use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
@@ -95,6 +95,10 @@ impl Storage for NodeStorage {
 
     fn quiesce(&self) -> LocalFuture<'_, ()> {
         Box::pin(vdisk_io::quiesce())
+    }
+
+    fn step(&self, step: Step, offset: u64, len: u64) -> Option<LocalFuture<'_, io::Result<()>>> {
+        self.0.step(step.name(), offset, len)
     }
 }
 

@@ -98,7 +98,13 @@ impl Driver for Raw {
     }
 
     fn read(&self, offset: u64, iov: IoVecs) -> LocalFuture<'_, io::Result<()>> {
-        Box::pin(self.file.read(self.offset + offset, iov))
+        let at = self.offset + offset;
+        Box::pin(async move {
+            self.file
+                .before_step("read_aio", at, iov.len() as u64)
+                .await?;
+            self.file.read(at, iov).await
+        })
     }
 
     fn read_blocking(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
@@ -111,7 +117,13 @@ impl Driver for Raw {
         iov: IoVecs,
         flags: WriteFlags,
     ) -> LocalFuture<'_, io::Result<()>> {
-        Box::pin(self.file.write(self.offset + offset, iov, flags))
+        let at = self.offset + offset;
+        Box::pin(async move {
+            self.file
+                .before_step("write_aio", at, iov.len() as u64)
+                .await?;
+            self.file.write(at, iov, flags).await
+        })
     }
 
     fn flush(&self) -> LocalFuture<'_, io::Result<()>> {
