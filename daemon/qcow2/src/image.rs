@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::header::{Header, MAX_L1};
 use crate::mapping::{Entry, Kind, Layout, Mapping, OFFSET_MASK};
 use crate::meta::Meta;
+use crate::partial::CopySpeed;
 use crate::storage::{Missing, Step, Storage, before, buffer, read_or_zero};
 use crate::tables::{Table, Tables};
 
@@ -44,8 +45,8 @@ pub struct Options {
     pub discard_no_unref: bool,
     /// Another time there may be something behind it: what reads as zeroes must say so.
     pub hides_backing: bool,
-    /// Bytes of clusters whose copies on write are put off at a time (see [`crate::partial`]): bounds how long a flush can
-    /// take.
+    /// Bytes of clusters whose copies on write are put off at a time, at most (see [`crate::partial`]); fewer if they could not
+    /// be copied in a second.
     pub partial: u64,
     /// Metadata is written in multiples of this many bytes, a power of two.
     pub block_size: usize,
@@ -61,7 +62,7 @@ impl Default for Options {
             pass_discard_other: false,
             discard_no_unref: false,
             hides_backing: false,
-            partial: 512 << 20,
+            partial: 2 << 30,
             block_size: 512,
         }
     }
@@ -148,6 +149,7 @@ pub struct Image {
     pub(crate) unnoted: AtomicU64,
     /// The storage has failed a flush that tables were written with: the next flush says so.
     pub(crate) untold: AtomicBool,
+    pub(crate) copy_speed: CopySpeed,
     /// Bitmaps that record writes.
     pub(crate) active_bitmaps: ArcSwapOption<Live>,
     decompressing: Semaphore,
@@ -229,6 +231,7 @@ impl Image {
             committed: AtomicU64::new(0),
             unnoted: AtomicU64::new(0),
             untold: AtomicBool::new(false),
+            copy_speed: CopySpeed::default(),
             active_bitmaps: ArcSwapOption::empty(),
             decompressing: Semaphore::new(MAX_DECOMPRESSING),
             decompressed: Mutex::default(),

@@ -17,6 +17,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 
@@ -24,7 +26,7 @@ use crate::image::Image;
 use crate::mapping::Entry;
 use crate::meta::Reason;
 use crate::redo::Redo;
-use crate::storage::{Step, before, buffer};
+use crate::storage::{Step, before, buffer, read_or_zero};
 
 /// Clusters that are made whole at a time.
 const AT_A_TIME: usize = 16;
@@ -34,6 +36,32 @@ const MOST: usize = Redo::RESERVE / 2;
 
 /// As many tables may have partial clusters, whatever the size of the cache.
 const FEWEST_TABLES: usize = 8;
+
+/// How fast an image's partial clusters were made whole lately, in bytes per second. A flush has to wait for all of them: they
+/// may not be more than it can copy in a second.
+#[derive(Debug)]
+pub(crate) struct CopySpeed(AtomicU64);
+
+impl Default for CopySpeed {
+    fn default() -> CopySpeed {
+        CopySpeed(AtomicU64::new(512 << 20))
+    }
+}
+
+impl CopySpeed {
+    fn note(&self, bytes: u64, took: Duration) {
+        let nanos = took.as_nanos().max(1);
+        let now = u128::from(bytes) * 1_000_000_000 / nanos;
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        let old = self.0.load(Relaxed);
+        // One of several threads that tell it at the same time is enough.
+        self.0.store(old - old / 8 + now / 8, Relaxed);
+    }
+
+    fn in_a_second(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
 
 /// The partial clusters of an image.
 #[derive(Debug)]
@@ -94,7 +122,8 @@ impl Partial {
 impl Image {
     /// How many clusters may be partial at a time.
     fn most_partial(&self) -> usize {
-        let most = self.options.partial >> self.layout.cluster_bits;
+        let bytes = self.options.partial.min(self.copy_speed.in_a_second());
+        let most = (bytes >> self.layout.cluster_bits).max(1);
         usize::try_from(most).unwrap_or(usize::MAX).min(MOST)
     }
 
@@ -119,7 +148,7 @@ impl Image {
 
     /// So many clusters are partial that they should be made whole soon.
     pub(crate) fn has_many_partial(&self) -> bool {
-        self.has_partial(0, 4)
+        self.has_partial(0, 2)
     }
 
     /// Makes all clusters whole that are partial now. One that fails keeps no other from it.
@@ -130,7 +159,12 @@ impl Image {
         };
         let mut result = Ok(());
         for some in all.chunks(AT_A_TIME) {
+            let begun = Instant::now();
             let done = join_all(some.iter().map(|c| self.make_one_whole(*c))).await;
+            if some.len() == AT_A_TIME {
+                let bytes = (some.len() as u64) << self.layout.cluster_bits;
+                self.copy_speed.note(bytes, begun.elapsed());
+            }
             result = done.into_iter().fold(result, io::Result::and);
             vdisk_io::give_way().await;
         }
@@ -149,14 +183,27 @@ impl Image {
             }
             return Ok(());
         }
-        // All of them to their end: none may write here when the cluster is not held any more.
-        let copies = layout.lacks(entry).into_iter().map(|lack| async move {
-            let (len, place) = (lack.end - lack.start, entry.host() + lack.start);
-            let data = buffer(len as usize);
+        // What it lacks is in the backing file alone: one read is cheaper than two, with a little too much.
+        let lacks = layout.lacks(entry);
+        let (start, end) = (
+            lacks.first().map_or(0, |lack| lack.start),
+            lacks.last().map_or(0, |lack| lack.end),
+        );
+        let data = buffer((end - start) as usize);
+        let have = self.size().saturating_sub(at + start).min(end - start);
+        if let Some(backing) = self.backing()
+            && have > 0
+        {
             before(&*self.file, Step::CowRead, 0, 0).await?;
-            self.read_old(at + lack.start, &data).await?;
+            read_or_zero(&*backing, at + start, data.slice(0, have as usize)).await?;
+        }
+        let data = &data;
+        // All of them to their end: none may write here when the cluster is not held any more.
+        let copies = lacks.into_iter().map(|lack| async move {
+            let (len, place) = (lack.end - lack.start, entry.host() + lack.start);
             before(&*self.file, Step::CowWrite, place, len).await?;
-            self.data.write(place, data).await
+            let part = data.slice((lack.start - start) as usize, len as usize);
+            self.data.write(place, part).await
         });
         let done = join_all(copies).await;
         done.into_iter().fold(Ok(()), io::Result::and)?;
@@ -164,5 +211,27 @@ impl Image {
             layout.with_data(old, old.host(), 0, layout.cluster())
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Storage that takes longer may have fewer copies put off, and gets more when it is faster again.
+    #[test]
+    fn as_much_is_put_off_as_can_be_copied_in_a_second() {
+        let speed = CopySpeed::default();
+        let near = |bytes: u64| speed.in_a_second().abs_diff(bytes) < bytes / 10;
+        for _ in 0..64 {
+            speed.note(1 << 20, Duration::from_millis(50));
+        }
+        assert!(near(20 << 20), "{speed:?}");
+        for _ in 0..64 {
+            speed.note(1 << 20, Duration::from_micros(500));
+        }
+        assert!(near(2000 << 20), "{speed:?}");
+        speed.note(1 << 20, Duration::ZERO);
+        speed.note(0, Duration::from_secs(1));
     }
 }

@@ -82,7 +82,7 @@ impl Redo {
     pub const CAPACITY: usize = 1 << 18;
 
     /// Records that are left for partial clusters, all of which are noted once more before others are forgotten.
-    pub const RESERVE: usize = Self::CAPACITY / 8;
+    pub const RESERVE: usize = Self::CAPACITY / 4;
 
     /// Opens or makes the log at `path`, and returns what an earlier daemon has left there.
     pub fn open(path: &Path) -> io::Result<(Redo, Vec<Record>)> {

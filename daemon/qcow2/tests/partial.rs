@@ -297,13 +297,13 @@ fn there_are_only_so_many_of_them() {
     let (image, _, _) = overlay(4 << 20, options);
     block_on(async {
         let write = |c: u64| image.write(c * CLUSTER, data(7, PART));
-        for c in 0..2 {
+        for c in 0..4 {
             write(c).await.unwrap();
         }
         assert!(!image.is_filling());
-        write(2).await.unwrap();
+        write(4).await.unwrap();
         assert!(image.is_filling());
-        for c in 3..12 {
+        for c in 5..12 {
             write(c).await.unwrap();
         }
         // The last ones were copied at once.

@@ -18,6 +18,9 @@ const SPAN: u64 = 1 << 30;
 /// The disk of images that are empty at first: large enough that hardly a cluster is written twice.
 const EMPTY_SPAN: u64 = 64 << 30;
 
+/// What overlays stand on: so large that most writes of a measurement are the first ones to their clusters.
+const BASE_SPAN: u64 = 4 << 30;
+
 /// Compares vdiskd with qemu-storage-daemon over vhost-user-blk.
 #[derive(Debug, Parser)]
 struct Args {
@@ -83,7 +86,11 @@ fn workloads(seconds: f64) -> Vec<Vec<Workload>> {
     let group = |storages: &[&'static str], op, block, depth: usize| -> Vec<Workload> {
         let one = |storage: &&'static str| {
             let fresh = matches!(*storage, "sparse" | "empty" | "empty-seq" | "overlay");
-            let large = fresh && *storage != "overlay";
+            let span = match *storage {
+                "overlay" => BASE_SPAN,
+                _ if fresh => EMPTY_SPAN,
+                _ => SPAN,
+            };
             Workload {
                 storage,
                 queues: 1,
@@ -93,7 +100,7 @@ fn workloads(seconds: f64) -> Vec<Vec<Workload>> {
                     block,
                     depth,
                     sequential: block > 4096,
-                    span: if large { EMPTY_SPAN } else { SPAN },
+                    span,
                     duration,
                 },
             }
@@ -190,11 +197,15 @@ fn pin(pid: u32, cpu: &str) {
 }
 
 fn image(dir: &Path, name: &str) -> PathBuf {
+    written(dir, name, SPAN)
+}
+
+fn written(dir: &Path, name: &str, size: u64) -> PathBuf {
     let path = dir.join(name);
     // Written, not sparse: reads go to the storage.
     let block: Vec<u8> = (0..1u32 << 20).map(|i| (i % 251) as u8).collect();
     let mut file = std::fs::File::create(&path).expect("the scratch folder is writable");
-    for _ in 0..SPAN >> 20 {
+    for _ in 0..size >> 20 {
         std::io::Write::write_all(&mut file, &block).expect("there is room for the images");
     }
     drop(file);
@@ -258,6 +269,7 @@ fn keep_warm(server: &dyn Server, storage: &str) {
         let name = entry.file_name().to_string_lossy().into_owned();
         let stem = name
             .strip_prefix(prefix)
+            .or((name == "base").then_some("base"))
             .map(|n| n.trim_end_matches(".img"));
         if stem.is_some_and(|s| stems.contains(&s))
             && let Ok(file) = std::fs::File::open(entry.path())
@@ -315,9 +327,11 @@ fn images(dir: &Path, prefix: &str, rounds: usize, storages: &BTreeSet<&str>) ->
             out.push(image);
         }
     }
-    let base = storages
-        .contains("overlay")
-        .then(|| image(dir, &format!("{prefix}base")));
+    // Nobody writes to it: it is one for all.
+    let base = storages.contains("overlay").then(|| dir.join("base"));
+    if let Some(base) = base.as_ref().filter(|b| !b.exists()) {
+        written(dir, text(base), BASE_SPAN);
+    }
     for round in 0..rounds {
         let size = EMPTY_SPAN.to_string();
         for (storage, driver) in [

@@ -169,6 +169,7 @@ impl Engine {
 
     /// Starts everything queued and waits for events if told to.
     pub fn enter(&mut self, wait: Wait, stats: &ThreadStats) {
+        self.pool.wake();
         match &mut self.backend {
             Backend::Uring(u) => u.enter(wait, stats),
             Backend::Fallback(f) => f.enter(wait, self.pool.has_done(), stats),

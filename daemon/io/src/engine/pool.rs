@@ -1,5 +1,6 @@
 //! Threads that do blocking operations for one I/O thread.
 
+use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -75,29 +76,37 @@ fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-pub(crate) struct Pool(Arc<Inner>);
+pub(crate) struct Pool {
+    inner: Arc<Inner>,
+    /// Work for which no worker was woken yet: one that is woken for the first of many takes the CPU for it alone.
+    unwoken: Cell<usize>,
+}
 
 impl Pool {
     pub fn new(shared: &Arc<Shared>) -> Pool {
-        Pool(Arc::new(Inner {
-            state: Mutex::default(),
-            work: Condvar::new(),
-            done: Mutex::default(),
-            has_done: AtomicBool::new(false),
-            pending: AtomicUsize::new(0),
-            shared: shared.clone(),
-        }))
+        Pool {
+            inner: Arc::new(Inner {
+                state: Mutex::default(),
+                work: Condvar::new(),
+                done: Mutex::default(),
+                has_done: AtomicBool::new(false),
+                pending: AtomicUsize::new(0),
+                shared: shared.clone(),
+            }),
+            unwoken: Cell::new(0),
+        }
     }
 
+    /// Queues an operation, which is done after [`Pool::wake`].
     pub fn push(&self, key: u32, op: RawOp) {
-        self.0.pending.fetch_add(1, Ordering::Relaxed);
-        self.add(Work::One(Job { key, op }), locked(&self.0.state));
+        self.inner.pending.fetch_add(1, Ordering::Relaxed);
+        self.add(Work::One(Job { key, op }), locked(&self.inner.state));
     }
 
     /// Does a write to the page cache, after those to the same file that were pushed before.
     pub fn push_write(&self, key: u32, op: RawOp) {
-        self.0.pending.fetch_add(1, Ordering::Relaxed);
-        let mut state = locked(&self.0.state);
+        self.inner.pending.fetch_add(1, Ordering::Relaxed);
+        let mut state = locked(&self.inner.state);
         let job = Job { key, op };
         if let Some(writes) = state.writes.get_mut(&op.file_id) {
             writes.push_back(job);
@@ -110,7 +119,7 @@ impl Pool {
     fn add(&self, work: Work, mut state: MutexGuard<'_, State>) {
         state.work.push_back(work);
         if state.work.len() > state.idle && state.workers < MAX_WORKERS {
-            let inner = self.0.clone();
+            let inner = self.inner.clone();
             let spawned = std::thread::Builder::new()
                 .name("vdiskd-worker".into())
                 .spawn(move || inner.work());
@@ -126,23 +135,29 @@ impl Pool {
                     });
                     let writes = state.writes.drain().flat_map(|(_, jobs)| jobs);
                     let failed: Vec<_> = one.chain(writes).map(|j| (j.key, -errno)).collect();
-                    self.0.finish(&failed);
+                    self.inner.finish(&failed);
                 }
                 Err(_) => {}
             }
         }
-        drop(state);
-        self.0.work.notify_one();
+        self.unwoken.set(self.unwoken.get() + 1);
+    }
+
+    /// Has workers begin with what was pushed.
+    pub fn wake(&self) {
+        for _ in 0..self.unwoken.take() {
+            self.inner.work.notify_one();
+        }
     }
 
     /// A file is no longer open; nothing is in flight on it.
     pub fn forget_file(&self, file: u32) {
-        locked(&self.0.state).folios.remove(&file);
+        locked(&self.inner.state).folios.remove(&file);
     }
 
     /// Takes a job back that no worker has started.
     pub fn cancel(&self, key: u32) {
-        let mut state = locked(&self.0.state);
+        let mut state = locked(&self.inner.state);
         let is_it = |w: &Work| matches!(w, Work::One(j) if j.key == key);
         let mut found = false;
         if let Some(at) = state.work.iter().position(is_it) {
@@ -156,30 +171,30 @@ impl Pool {
         }
         drop(state);
         if found {
-            self.0.finish(&[(key, -libc::ECANCELED)]);
+            self.inner.finish(&[(key, -libc::ECANCELED)]);
         }
     }
 
     /// Threads of the pool have something to do, or do it.
     pub fn is_busy(&self) -> bool {
-        self.0.pending.load(Ordering::Relaxed) > 0
+        self.inner.pending.load(Ordering::Relaxed) > 0
     }
 
     pub fn has_done(&self) -> bool {
-        self.0.has_done.load(Ordering::Acquire)
+        self.inner.has_done.load(Ordering::Acquire)
     }
 
     pub fn take_done(&self) -> Vec<(u32, i32)> {
-        let mut done = locked(&self.0.done);
-        self.0.has_done.store(false, Ordering::Release);
+        let mut done = locked(&self.inner.done);
+        self.inner.has_done.store(false, Ordering::Release);
         std::mem::take(&mut *done)
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        locked(&self.0.state).closing = true;
-        self.0.work.notify_all();
+        locked(&self.inner.state).closing = true;
+        self.inner.work.notify_all();
     }
 }
 
