@@ -5,6 +5,7 @@
 //! values out of range are refused by name. D-Bus (and any later front) only translates to these types.
 
 mod bitmap;
+mod blkdebug;
 mod command;
 mod error;
 mod export;
@@ -19,6 +20,9 @@ mod throttle;
 mod transaction;
 
 pub use bitmap::{BitmapAction, BitmapOptions};
+pub use blkdebug::{
+    BlkdebugOptions, DEBUG_EVENTS, DebugPoint, InjectError, InjectWhen, SetState, SuspendRequest,
+};
 pub use command::{Command, Reply, SnapshotAction};
 pub use error::{Error, ErrorKind, Result};
 pub use export::{
@@ -36,11 +40,10 @@ pub use job::{
     JobSync, cancel_from_map, change_from_map,
 };
 pub use node::{
-    BackingRef, BlkdebugOptions, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions,
-    DEBUG_EVENTS, DRIVERS, DebugPoint, DetectZeroes, Discard, DriverOptions, FILTERS, FileOptions,
-    InjectError, InjectWhen, Locking, LuksOptions, NbdOptions, NbdServer, NodeChange, NodeOptions,
-    NodeRef, NullOptions, Qcow2Options, RawOptions, SetState, SnapshotAccessOptions,
-    SuspendRequest, ThrottleOptions, file_driver,
+    BackingRef, CacheOptions, CopyBeforeWriteOptions, CopyOnReadOptions, DRIVERS, DetectZeroes,
+    Discard, DriverOptions, FILTERS, FileOptions, Locking, LuksOptions, NbdOptions, NbdServer,
+    NodeChange, NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions, SnapshotAccessOptions,
+    ThrottleOptions, file_driver,
 };
 pub use secret::{MAX_SECRET, Secret, SecretOptions, SecretSource};
 pub use size::{format_size, parse_size};

@@ -15,6 +15,7 @@ mod check;
 mod commit;
 mod compress;
 mod create;
+mod entries;
 mod error;
 mod header;
 mod image;
