@@ -23,6 +23,7 @@ enum Kind {
     CommitActive,
     CommitBelow,
     Stream,
+    StreamBelow,
 }
 
 /// A chain of three images, the top one of which a client uses, and an image to copy to.
@@ -113,6 +114,7 @@ impl Disk {
             Kind::CommitActive => ("Commit", "n2", &["base-node", "s", "n0"]),
             Kind::CommitBelow => ("Commit", "n1", &[]),
             Kind::Stream => ("Stream", "n2", &[]),
+            Kind::StreamBelow => ("Stream", "n1", &[]),
         };
         let count = (2 + (options.len() + more.len()) / 3).to_string();
         let path = format!("/org/vdisk1/node/{node}");
@@ -264,6 +266,11 @@ fn the_base_of_an_active_commit_fails() {
 #[test]
 fn the_base_of_a_commit_fails() {
     target_fails(Kind::CommitBelow, 0);
+}
+
+#[test]
+fn a_backing_file_that_is_streamed_into_fails() {
+    target_fails(Kind::StreamBelow, 1);
 }
 
 /// The images that a job reads fail.
@@ -613,6 +620,7 @@ fn active_commits_end_at_every_request() {
 fn merges_end_at_every_request() {
     every_request(Kind::CommitBelow, 0, &["write"]);
     every_request(Kind::Stream, 0, &["read"]);
+    every_request(Kind::StreamBelow, 1, &["write"]);
 }
 
 /// The daemon is killed while a job runs: the images are what the job's documentation says.
@@ -625,6 +633,7 @@ fn killed_with_a_job_under_way() {
         Kind::CommitActive,
         Kind::CommitBelow,
         Kind::Stream,
+        Kind::StreamBelow,
     ] {
         let mut disk = Disk::new(3, "").unwrap();
         let (method, node) = match kind {
@@ -633,6 +642,7 @@ fn killed_with_a_job_under_way() {
             Kind::CommitActive => ("commit", "n2"),
             Kind::CommitBelow => ("commit", "n1"),
             Kind::Stream => ("stream", "n2"),
+            Kind::StreamBelow => ("stream", "n1"),
         };
         let copy = disk.daemon.path("killed.qcow2");
         let mut args = vec![method, node];

@@ -119,7 +119,7 @@ impl Control {
             }
             (Task::Commit(c), _) if c.active => self.last_part(job, &c.mirror).await,
             (Task::Commit(c), _) => self.stand_on_base(job, c).await,
-            (Task::Stream(_, base), _) => self.end_stream(job, &parts.source, base).await,
+            (Task::Stream(s), _) => self.end_stream(job, &parts.source, &s.base).await,
             (Task::Backup(backup, _), _) => backup.check(),
             (Task::Discard(discard), _) => {
                 job.life()
@@ -301,7 +301,7 @@ impl Control {
 
     /// What is left to do when a job has taken effect, while guests go on.
     async fn after(&mut self, job: &Job, parts: Parts) {
-        let (removed, base) = match &parts.task {
+        let (removed, written) = match &parts.task {
             Task::Commit(c) => {
                 let pivoted = c.active && job.state.ending() == Some(Ending::Pivot);
                 let keep = c.chain.last().map(String::as_str);
@@ -312,31 +312,32 @@ impl Control {
                 };
                 (removed, (!pivoted).then(|| parts.target.clone()))
             }
-            Task::Stream(stream, base) => {
+            Task::Stream(s) => {
                 let mut world = self.world();
                 let mut implicit = Vec::new();
-                let mut below = Some(stream.backing().clone());
+                let mut below = Some(s.stream.backing().clone());
+                let base = &s.base.node;
                 while let Some(node) = below.take()
-                    && !base.node.as_ref().is_some_and(|b| Arc::ptr_eq(b, &node))
+                    && !base.as_ref().is_some_and(|b| Arc::ptr_eq(b, &node))
                     && world.graph.is_implicit(node.name())
                 {
                     implicit.push(node.name().to_owned());
                     below = world.graph.backing(node.name()).ok().flatten();
                 }
-                let keep = base.node.as_ref().map(|b| b.name().to_owned());
+                let keep = base.as_ref().map(|b| b.name().to_owned());
                 let removed = world.graph.remove_chain(&implicit, keep.as_deref());
-                (removed, None)
+                (removed, s.was_read_only.then(|| parts.target.clone()))
             }
             _ => return,
         };
-        if base.is_none() && matches!(parts.task, Task::Commit(_)) {
+        if written.is_none() && matches!(parts.task, Task::Commit(_)) {
             let base = parts.target.name().to_owned();
             self.bitmaps_added(&base);
         }
         drop(parts);
-        if let Some(base) = base {
-            self.make_read_only(&base).await;
-            self.events.push(Event::NodeChanged(base.name().to_owned()));
+        if let Some(node) = written {
+            self.make_read_only(&node).await;
+            self.events.push(Event::NodeChanged(node.name().to_owned()));
         }
         for node in removed {
             self.removed(&node);
@@ -383,10 +384,12 @@ impl Control {
                 image_failed(&what, &error)
             }
         };
-        if let Some(parts) = self.end(job, false).await
-            && matches!(parts.task, Task::Commit(_))
-        {
-            self.make_read_only(&parts.target).await;
+        if let Some(parts) = self.end(job, false).await {
+            match &parts.task {
+                Task::Commit(_) => self.make_read_only(&parts.target).await,
+                Task::Stream(s) if s.was_read_only => self.make_read_only(&parts.target).await,
+                _ => {}
+            }
         }
         self.conclude(job, Some(error));
     }

@@ -74,7 +74,7 @@ enum Task {
     Backup(Arc<Backup>, Option<Increment>),
     Convert(Arc<Mirror>),
     Commit(Commit),
-    Stream(Arc<Stream>, Base),
+    Stream(Streaming),
     Discard(Arc<Discard>),
 }
 
@@ -128,6 +128,15 @@ struct Commit {
     base: Base,
 }
 
+/// An image gets what is in its backing files.
+#[derive(Clone)]
+struct Streaming {
+    stream: Arc<Stream>,
+    base: Base,
+    /// It is written for the job only.
+    was_read_only: bool,
+}
+
 /// A job, and what says that the other host knows that all is there.
 pub(in crate::control) type HandOver = (String, oneshot::Receiver<std::io::Result<()>>);
 
@@ -145,7 +154,7 @@ impl Task {
             Task::Mirror(m, _) | Task::Convert(m) => m.clone(),
             Task::Commit(c) => c.mirror.clone(),
             Task::Backup(b, _) => b.clone(),
-            Task::Stream(s, _) => s.clone(),
+            Task::Stream(s) => s.stream.clone(),
             Task::Discard(d) => d.clone(),
         }
     }
@@ -166,7 +175,7 @@ impl Task {
             Task::Commit(c) => c.mirror.stop(),
             Task::Backup(b, _) => b.stop(),
             Task::Discard(d) => d.stop(),
-            Task::Stream(..) => {}
+            Task::Stream(_) => {}
         }
     }
 }

@@ -14,7 +14,8 @@ use vdisk_block::jobs::{
 use vdisk_block::{Backend, Descriptors, Node, Permissions, Use};
 
 use super::{
-    Base, Commit, Group, Increment, Job, JobEvent, Life, Parts, PreparedJob, Status, Task,
+    Base, Commit, Group, Increment, Job, JobEvent, Life, Parts, PreparedJob, Status, Streaming,
+    Task,
 };
 use crate::control::{Control, Event, World, bitmaps};
 
@@ -26,7 +27,7 @@ fn claims(world: &World, task: &Task) -> Vec<String> {
     match task {
         Task::Mirror(..) | Task::Backup(..) | Task::Convert(_) | Task::Discard(_) => Vec::new(),
         Task::Commit(c) => c.chain.clone(),
-        Task::Stream(stream, _) => {
+        Task::Stream(Streaming { stream, .. }) => {
             let mut claimed = vec![stream.node().name().to_owned()];
             let mut below = Some(stream.backing().clone());
             while let Some(node) = below {
@@ -419,7 +420,12 @@ impl Control {
                 m.start();
                 m.add(&increment.begin(job.id()));
             }
-            Task::Convert(_) | Task::Stream(..) => {}
+            Task::Convert(_) => {}
+            Task::Stream(s) if s.was_read_only => {
+                let (_, _drained) = self.hold(&job.source).await;
+                self.make_writable(&parts.source).await?;
+            }
+            Task::Stream(_) => {}
             Task::Discard(d) => d.start(),
             Task::Backup(..) => {
                 let (start, drained) = self.hold(&job.source).await;
@@ -570,12 +576,6 @@ impl Control {
         sharing: Sharing,
     ) -> Result<Parts> {
         let world = self.world();
-        if node.is_read_only() {
-            return Err(Error::invalid(format!(
-                "{what}: node '{}' is read-only: stream into the one that is written, or add this without read-only",
-                node.name()
-            )));
-        }
         let backing = world.graph.backing(node.name())?.ok_or_else(|| {
             Error::invalid(format!(
                 "{what}: node '{}' has no backing file: there is nothing to stream",
@@ -607,7 +607,11 @@ impl Control {
         };
         let stream = Stream::new(node.clone(), backing, base.clone(), sharing);
         Ok(Parts {
-            task: Task::Stream(stream, Base { node: base, named }),
+            task: Task::Stream(Streaming {
+                stream,
+                base: Base { node: base, named },
+                was_read_only: node.is_read_only(),
+            }),
             source: node.clone(),
             target: node.clone(),
         })
