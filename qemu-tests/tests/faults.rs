@@ -208,8 +208,17 @@ fn left(kind: Kind, failed: bool) -> usize {
 }
 
 fn try_all(kind: Kind, at: usize, rule: &str, writes: bool) {
+    try_some(kind, at, rule, writes, &STEPS);
+}
+
+/// As above, of a step of the engine: those that come later are like the first ones.
+fn try_event(kind: Kind, at: usize, event: &str, writes: bool) {
+    try_some(kind, at, &format!("event={event}"), writes, &STEPS[..3]);
+}
+
+fn try_some(kind: Kind, at: usize, rule: &str, writes: bool, steps: &[u64]) {
     let (mut failures, mut successes) = (0, 0);
-    for after in STEPS {
+    for after in steps {
         let what = format!("{kind:?}, {rule} of {at} after {after}");
         let rule = format!("{rule},once=on,after={after}");
         let Some(mut disk) = Disk::new(at, &rule) else {
@@ -343,29 +352,22 @@ fn the_engine_of_a_target_fails() {
     for event in [
         "cluster_alloc",
         "cluster_alloc_space",
-        "write_aio",
         "l2_alloc_write",
         "refblock_update",
         "l1_update",
     ] {
-        try_all(
-            Kind::Backup,
-            3,
-            &format!("event={event}"),
-            event == "write_aio",
-        );
+        try_event(Kind::Backup, 3, event, false);
     }
-    for event in ["write_aio", "l2_update", "refblock_load"] {
-        try_all(Kind::CommitBelow, 0, &format!("event={event}"), false);
+    try_event(Kind::Backup, 3, "write_aio", true);
+    for event in ["l2_update", "refblock_load"] {
+        try_event(Kind::CommitBelow, 0, event, false);
     }
 }
 
 #[test]
 fn the_engine_of_a_source_fails() {
-    for event in ["l2_load", "read_aio"] {
-        try_all(Kind::Stream, 0, &format!("event={event}"), false);
-        try_all(Kind::Backup, 1, &format!("event={event}"), false);
-    }
+    try_event(Kind::Stream, 0, "l2_load", false);
+    try_event(Kind::Backup, 1, "read_aio", false);
 }
 
 /// A step waits, and lets nothing pass that stands on it; the state of a node changes what fails.
@@ -620,7 +622,6 @@ fn active_commits_end_at_every_request() {
 fn merges_end_at_every_request() {
     every_request(Kind::CommitBelow, 0, &["write"]);
     every_request(Kind::Stream, 0, &["read"]);
-    every_request(Kind::StreamBelow, 1, &["write"]);
 }
 
 /// The daemon is killed while a job runs: the images are what the job's documentation says.
