@@ -156,9 +156,9 @@ fn a_backing_file_is_committed_under_load() {
     assert_eq!(sequence.last_write(&disk, "n4"), sequence.written());
 }
 
-/// A backing file in the middle, which is opened for reading, gets what is below it, and is read-only again afterwards.
-#[test]
-fn a_backing_file_is_streamed_into_under_load() {
+/// A chain of four images is written to while `change` is done to it; what is left of it is sound, needs nothing that is gone, and
+/// has everything.
+fn streamed_under_load(left: &[usize], change: impl FnOnce(&Chain, &Sequence)) {
     let mut chain = Chain::new("qcow2");
     let sequence = Sequence::new(SIZE);
     std::thread::scope(|s| {
@@ -168,6 +168,25 @@ fn a_backing_file_is_streamed_into_under_load() {
             chain.grow();
         }
         sequence.wait_for_more(100);
+        change(&chain, &sequence);
+        sequence.wait_for_more(300);
+        writer.end();
+    });
+    chain.close();
+    for (i, image) in chain.images.iter().enumerate() {
+        match left.contains(&i) {
+            true => assert_sound(image),
+            false => std::fs::remove_file(image).unwrap(),
+        }
+    }
+    let disk = read_with_qemu(&chain.images[3]);
+    assert_eq!(sequence.last_write(&disk, "n3"), sequence.written());
+}
+
+/// A backing file in the middle, which is opened for reading, gets what is below it, and is read-only again afterwards.
+#[test]
+fn a_backing_file_is_streamed_into_under_load() {
+    streamed_under_load(&[2, 3], |chain, _| {
         chain.daemon.ctl(&["stream", "n2"]);
         assert_eq!(chain.below(&chain.images[3]), ["n3", "n2"]);
         let node = chain.daemon.ctl_json(&["node", "show", "n2"]);
@@ -176,32 +195,13 @@ fn a_backing_file_is_streamed_into_under_load() {
         assert_eq!(export["Path"], "fast", "{export}");
         chain.daemon.ctl(&["node", "remove", "n1"]);
         chain.daemon.ctl(&["node", "remove", "n0"]);
-        sequence.wait_for_more(300);
-        writer.end();
     });
-    chain.close();
-    for image in [2, 3] {
-        assert_sound(&chain.images[image]);
-    }
-    for gone in 0..2 {
-        std::fs::remove_file(&chain.images[gone]).unwrap();
-    }
-    let disk = read_with_qemu(&chain.images[3]);
-    assert_eq!(sequence.last_write(&disk, "n3"), sequence.written());
 }
 
 /// The active layer gets what is below it, down to a base or all of it.
 #[test]
 fn backing_files_are_streamed_under_load() {
-    let mut chain = Chain::new("qcow2");
-    let sequence = Sequence::new(SIZE);
-    std::thread::scope(|s| {
-        let writer = Writer::start(s, &sequence, &chain.daemon.socket("disk"));
-        for _ in 0..3 {
-            sequence.wait_for_more(300);
-            chain.grow();
-        }
-        sequence.wait_for_more(100);
+    streamed_under_load(&[3], |chain, sequence| {
         chain.daemon.ctl(&["stream", "n3", "--base", "n0"]);
         assert_eq!(chain.below(&chain.images[3]), ["n3", "n0"]);
         let children = chain.daemon.ctl_json(&["node", "show", "n3"])["Children"].to_string();
@@ -215,16 +215,7 @@ fn backing_files_are_streamed_under_load() {
         sequence.wait_for_more(100);
         chain.daemon.ctl(&["stream", "n3"]);
         assert_eq!(chain.below(&chain.images[3]), ["n3"]);
-        sequence.wait_for_more(300);
-        writer.end();
     });
-    chain.close();
-    assert_sound(&chain.images[3]);
-    for gone in 0..3 {
-        std::fs::remove_file(&chain.images[gone]).unwrap();
-    }
-    let disk = read_with_qemu(&chain.images[3]);
-    assert_eq!(sequence.last_write(&disk, "n3"), sequence.written());
 }
 
 /// All kinds of requests and all kinds of images; QEMU reads what is left, and QSD's commit would have left the same.

@@ -447,6 +447,37 @@ fn steps_wait_and_states_change() {
     assert_sound(&image);
 }
 
+/// A base that cannot be read where the guest has written does not matter.
+#[test]
+fn what_was_overwritten_need_not_be_readable() {
+    let daemon = Daemon::start(&[]);
+    let (base, image) = (daemon.path("base"), daemon.path("image"));
+    std::fs::write(&base, vec![5; 16 << 20]).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+    tool(
+        "qemu-img",
+        &[&create[..], &[text(&base), text(&image)]].concat(),
+    );
+    let at = (1 << 20) + 8192;
+    let below = format!("file.filename={}", base.display());
+    let sector = format!("inject-error.sector={}", at / 512);
+    let add_base = ["node", "add", "base", "driver=blkdebug", "read-only=on"];
+    let fails = ["file.driver=file", "inject-error.iotype=read", &sector];
+    daemon.ctl(&[&add_base[..], &fails, &[&below]].concat());
+    assert!(add(&daemon, "image", &image, "", &["backing=base"]));
+    daemon.export_node("disk", "image", &[]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.read(at, &mut vec![0; 4096]), -5);
+    assert_eq!(client.write(at, &[7; 4096]), 0);
+    assert_eq!(client.flush(), 0);
+    drop(client);
+    daemon.ctl(&["export", "remove", "disk"]);
+    daemon.ctl(&["node", "remove", "image"]);
+    let mut expected = vec![5; 16 << 20];
+    expected[at as usize..][..4096].fill(7);
+    assert_same(&read_with_qemu(&image), &expected, 0, "image");
+}
+
 /// A copy on write that was put off fails, which the flush says that stands on it; the next one has it done.
 #[test]
 fn copies_that_were_put_off_fail() {

@@ -13,7 +13,7 @@ use vdisk_io::{Bits, IoFile, IoVecs, RangeLock, Recorder};
 
 use crate::bitmap::Bitmap;
 use crate::drivers::{
-    self, Direction, Driver, Inactive, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason,
+    self, Direction, Driver, Inactive, Limits, OpenedDriver, Resolved, SlowReason, Told,
 };
 use crate::jobs::Backup;
 use crate::runtime::Runtime;
@@ -857,12 +857,7 @@ impl Node {
     }
 
     /// See [`Driver::step`].
-    pub(crate) fn step(
-        &self,
-        event: &'static str,
-        offset: u64,
-        len: u64,
-    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+    pub(crate) fn step(&self, event: &'static str, offset: u64, len: u64) -> Told<'_> {
         self.driver.step(event, offset, len)
     }
 
@@ -1009,6 +1004,7 @@ mod tests {
     use vdisk_io::{IoThread, IoThreadConfig, Reactor};
 
     use super::*;
+    use crate::drivers::LocalFuture;
 
     /// Storage in memory with blocks of 4096 bytes, which answers only after other tasks had their turn.
     struct Blocks {

@@ -300,11 +300,11 @@ impl Image {
         let table = batch.table.iter().filter(|t| t.moved.is_none());
         let blocks = batch.blocks.iter().filter(|b| !b.new);
         let new_l2 = batch.l2.iter().filter(|t| t.dirty.new);
-        let before = table
+        let early = table
             .map(|t| (Step::ReftableUpdate, t.offset, &t.data))
             .chain(blocks.map(|b| (Step::RefblockUpdate, b.offset, &b.data)))
             .chain(new_l2.map(|t| (Step::L2AllocWrite, t.offset, &t.data)));
-        self.put_all(before).await?;
+        self.put_all(early).await?;
         if self.layout.external
             && let Err(e) = self.data.flush().await
         {

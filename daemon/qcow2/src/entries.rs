@@ -139,9 +139,12 @@ impl Image {
         } else {
             loop {
                 let place = old & OFFSET_MASK;
-                let told = before(&*self.file, Step::L2AllocCowRead, place, self.cluster()).await;
                 // It may have been dropped meanwhile.
-                if let Err(e) = told.and(self.load_table_held(index).await) {
+                let loaded = async {
+                    before(&*self.file, Step::L2AllocCowRead, place, self.cluster()).await?;
+                    self.load_table_held(index).await
+                };
+                if let Err(e) = loaded.await {
                     self.give_back(run);
                     return Err(e);
                 }

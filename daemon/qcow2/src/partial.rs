@@ -17,16 +17,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
+use vdisk_io::IoVecs;
 
 use crate::image::Image;
 use crate::mapping::Entry;
 use crate::meta::Reason;
 use crate::redo::Redo;
 use crate::storage::{Step, before, buffer, read_or_zero};
+
+/// Bytes between two pieces that are read along with them: cheaper than a second read.
+const READ_ALONG: u64 = 16 << 10;
 
 /// Clusters that are made whole at a time.
 const AT_A_TIME: usize = 16;
@@ -122,8 +127,10 @@ impl Partial {
 impl Image {
     /// How many clusters may be partial at a time.
     fn most_partial(&self) -> usize {
-        let bytes = self.options.partial.min(self.copy_speed.in_a_second());
-        let most = (bytes >> self.layout.cluster_bits).max(1);
+        // So many that the speed is noticed when it grows again.
+        let fewest = (2 * AT_A_TIME as u64) << self.layout.cluster_bits;
+        let bytes = self.copy_speed.in_a_second().max(fewest);
+        let most = (bytes.min(self.options.partial) >> self.layout.cluster_bits).max(1);
         usize::try_from(most).unwrap_or(usize::MAX).min(MOST)
     }
 
@@ -161,14 +168,45 @@ impl Image {
         for some in all.chunks(AT_A_TIME) {
             let begun = Instant::now();
             let done = join_all(some.iter().map(|c| self.make_one_whole(*c))).await;
-            if some.len() == AT_A_TIME {
+            let done = done.into_iter().fold(Ok(()), io::Result::and);
+            if some.len() == AT_A_TIME && done.is_ok() {
                 let bytes = (some.len() as u64) << self.layout.cluster_bits;
                 self.copy_speed.note(bytes, begun.elapsed());
             }
-            result = done.into_iter().fold(result, io::Result::and);
+            result = result.and(done);
             vdisk_io::give_way().await;
         }
         result
+    }
+
+    /// Reads what the cluster at `at` lacks, from the beginning of the first to the end of the last. It is in the backing file
+    /// alone.
+    async fn read_lacks(&self, at: u64, lacks: &[Range<u64>]) -> io::Result<IoVecs> {
+        let start = lacks.first().map_or(0, |lack| lack.start);
+        let end = lacks.last().map_or(0, |lack| lack.end);
+        let data = buffer((end - start) as usize);
+        let Some(backing) = self.backing() else {
+            return Ok(data);
+        };
+        let (data, backing) = (&data, &*backing);
+        let read = async |range: Range<u64>| {
+            let len = range.end - range.start;
+            let have = self.size().saturating_sub(at + range.start).min(len);
+            if have == 0 {
+                return Ok(());
+            }
+            before(&*self.file, Step::CowRead, 0, 0).await?;
+            let part = data.slice((range.start - start) as usize, have as usize);
+            read_or_zero(backing, at + range.start, part).await
+        };
+        let lacking: u64 = lacks.iter().map(|lack| lack.end - lack.start).sum();
+        // What lies between is not needed, and need not be readable.
+        if lacks.len() > 1 && end - start - lacking <= READ_ALONG && read(start..end).await.is_ok()
+        {
+            return Ok(data.clone());
+        }
+        try_join_all(lacks.iter().cloned().map(read)).await?;
+        Ok(data.clone())
     }
 
     async fn make_one_whole(&self, cluster: u64) -> io::Result<()> {
@@ -183,21 +221,9 @@ impl Image {
             }
             return Ok(());
         }
-        // What it lacks is in the backing file alone: one read is cheaper than two, with a little too much.
         let lacks = layout.lacks(entry);
-        let (start, end) = (
-            lacks.first().map_or(0, |lack| lack.start),
-            lacks.last().map_or(0, |lack| lack.end),
-        );
-        let data = buffer((end - start) as usize);
-        let have = self.size().saturating_sub(at + start).min(end - start);
-        if let Some(backing) = self.backing()
-            && have > 0
-        {
-            before(&*self.file, Step::CowRead, 0, 0).await?;
-            read_or_zero(&*backing, at + start, data.slice(0, have as usize)).await?;
-        }
-        let data = &data;
+        let start = lacks.first().map_or(0, |lack| lack.start);
+        let data = &self.read_lacks(at, &lacks).await?;
         // All of them to their end: none may write here when the cluster is not held any more.
         let copies = lacks.into_iter().map(|lack| async move {
             let (len, place) = (lack.end - lack.start, entry.host() + lack.start);

@@ -39,6 +39,34 @@ pub enum Step {
 }
 
 impl Step {
+    pub const ALL: [Step; 25] = [
+        Step::L1Update,
+        Step::L1GrowAllocTable,
+        Step::L1GrowWriteTable,
+        Step::L1GrowActivateTable,
+        Step::L2Load,
+        Step::L2Update,
+        Step::L2AllocCowRead,
+        Step::L2AllocWrite,
+        Step::ReadAio,
+        Step::ReadBackingAio,
+        Step::ReadCompressed,
+        Step::WriteAio,
+        Step::WriteCompressed,
+        Step::CowRead,
+        Step::CowWrite,
+        Step::ReftableLoad,
+        Step::ReftableGrow,
+        Step::ReftableUpdate,
+        Step::RefblockLoad,
+        Step::RefblockUpdate,
+        Step::RefblockAllocWrite,
+        Step::RefblockAllocSwitchTable,
+        Step::ClusterAlloc,
+        Step::ClusterAllocSpace,
+        Step::ClusterFree,
+    ];
+
     /// As QAPI's `BlkdebugEvent` calls it.
     pub fn name(self) -> &'static str {
         match self {

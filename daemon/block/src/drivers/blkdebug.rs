@@ -12,7 +12,7 @@ use vdisk_api::{
 };
 
 use super::filter::{Filter, Gate, Request};
-use super::{Direction, LocalFuture, OpenedDriver, SlowReason};
+use super::{Direction, LocalFuture, OpenedDriver, SlowReason, Told};
 use crate::node::Node;
 
 struct Blkdebug {
@@ -182,7 +182,7 @@ impl Suspension {
 
 impl Blkdebug {
     /// None if no rule is about it.
-    fn meet(&self, happens: Happening) -> Option<LocalFuture<'_, io::Result<()>>> {
+    fn meet(&self, happens: Happening) -> Told<'_> {
         let state = self.state.load(Relaxed);
         let counts = |point: DebugPoint| point.state == 0 || point.state == state;
         let mut rules = self.rules.iter().filter(|r| counts(r.what.point));
@@ -240,12 +240,7 @@ impl Gate for Blkdebug {
         })
     }
 
-    fn step(
-        &self,
-        event: &'static str,
-        offset: u64,
-        len: u64,
-    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+    fn step(&self, event: &'static str, offset: u64, len: u64) -> Told<'_> {
         let what = What::Step(event);
         self.meet(Happening { what, offset, len })
     }
@@ -275,5 +270,20 @@ impl Gate for Blkdebug {
     fn go_on(&self, tag: &str) -> bool {
         let mut all = self.suspensions.iter().filter(|s| s.what.tag == tag);
         all.any(|s| s.go_on())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Whatever step the engine has can be named in options, and is named once.
+    #[test]
+    fn each_step_of_the_engine_is_an_event() {
+        let steps = vdisk_qcow2::Step::ALL.map(|s| s.name());
+        for (i, name) in steps.iter().enumerate() {
+            assert!(vdisk_api::DEBUG_EVENTS.contains(name), "{name}");
+            assert!(!steps[..i].contains(name), "{name}");
+        }
+        // The others are those of every node.
+        assert_eq!(vdisk_api::DEBUG_EVENTS.len(), steps.len() + 5);
     }
 }

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use vdisk_api::Result;
 use vdisk_io::IoVecs;
 
-use super::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason};
+use super::{Direction, Driver, Limits, LocalFuture, Resolved, SlowReason, Told};
 use crate::jobs::Backup;
 use crate::node::{Node, WriteFlags, ZeroFlags};
 use crate::status::BlockStatus;
@@ -76,12 +76,7 @@ pub(super) trait Gate: Send + Sync {
     fn enter_graph(&self) {}
 
     /// See [`Driver::step`].
-    fn step(
-        &self,
-        _event: &'static str,
-        _offset: u64,
-        _len: u64,
-    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+    fn step(&self, _event: &'static str, _offset: u64, _len: u64) -> Told<'_> {
         None
     }
 
@@ -276,12 +271,7 @@ impl<G: Gate> Driver for Filter<G> {
         self.gate.enter_graph();
     }
 
-    fn step(
-        &self,
-        event: &'static str,
-        offset: u64,
-        len: u64,
-    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+    fn step(&self, event: &'static str, offset: u64, len: u64) -> Told<'_> {
         self.gate.step(event, offset, len)
     }
 

@@ -34,6 +34,9 @@ pub use inactive::Inactive;
 
 pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
+/// What [`Driver::step`] has a step wait for, if it does.
+pub type Told<'a> = Option<LocalFuture<'a, io::Result<()>>>;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     Read,
@@ -292,12 +295,7 @@ pub trait Driver: Send + Sync {
 
     /// Comes before a step of what stands on this driver that concerns a range of it (of no bytes if none): an error is what the
     /// step ends with. None if nothing is to be done. `event` is one of [`vdisk_api::DEBUG_EVENTS`].
-    fn step(
-        &self,
-        _event: &'static str,
-        _offset: u64,
-        _len: u64,
-    ) -> Option<LocalFuture<'_, io::Result<()>>> {
+    fn step(&self, _event: &'static str, _offset: u64, _len: u64) -> Told<'_> {
         None
     }
 

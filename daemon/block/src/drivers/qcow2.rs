@@ -21,7 +21,9 @@ use vdisk_qcow2::{
     Children, Header, Image, Kind, Lookup, Options, Step, Storage, USUAL_HEADER, header_extent,
 };
 
-use super::{Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, reactor};
+use super::{
+    Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, Told, reactor,
+};
 use crate::crypt::{Encrypted, unlock};
 use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
@@ -97,7 +99,7 @@ impl Storage for NodeStorage {
         Box::pin(vdisk_io::quiesce())
     }
 
-    fn step(&self, step: Step, offset: u64, len: u64) -> Option<LocalFuture<'_, io::Result<()>>> {
+    fn step(&self, step: Step, offset: u64, len: u64) -> Told<'_> {
         self.0.step(step.name(), offset, len)
     }
 }
