@@ -143,18 +143,16 @@ impl Image {
         self.meta().is_filling() || self.has_many_partial()
     }
 
-    /// Writes what has changed before there is so much that requests must wait for it.
-    pub async fn commit_early(&self) -> io::Result<()> {
+    /// Writes what has changed before there is so much that requests must wait for it, and makes a few clusters whole. Whether
+    /// there are more, which should follow a little later: guests' own requests come first.
+    pub async fn commit_early(&self) -> io::Result<bool> {
         // First, as the other may take long: requests must wait when there is no room for changes.
         let turn = self.committing.lock().await;
         if self.meta().is_filling() {
             self.commit().await?;
         }
         drop(turn);
-        match self.has_many_partial() {
-            true => self.make_whole().await,
-            false => Ok(()),
-        }
+        self.make_some_whole().await
     }
 
     fn has_dirty_refs(&self) -> bool {

@@ -310,7 +310,7 @@ fn there_are_only_so_many_of_them() {
         let whole = |c: u64| is_data(&image, (c + 1) * CLUSTER - 1);
         let which: Vec<u64> = (0..12).filter(|c| whole(*c)).collect();
         assert_eq!(which, [8, 9, 10, 11]);
-        image.commit_early().await.unwrap();
+        while image.commit_early().await.unwrap() {}
         assert!(!image.is_filling() && (0..12).all(whole));
         // They may be given up, or replaced.
         for c in 20..24 {
@@ -335,6 +335,40 @@ fn there_are_only_so_many_of_them() {
             [0, 0xbb]
         );
         assert_eq!(read(&image, 24 * CLUSTER - 1, 2).await, [9, 0xbb]);
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
+/// A few at a time are made whole while nobody waits, each once, and one that fails keeps no other from it.
+#[test]
+fn clusters_are_made_whole_a_few_at_a_time() {
+    let options = Options {
+        partial: 64 * CLUSTER,
+        ..Options::default()
+    };
+    let (image, _, base) = overlay(8 << 20, options);
+    block_on(async {
+        for c in 0..64 {
+            image.write(c * CLUSTER, data(7, PART)).await.unwrap();
+        }
+        let whole = || (0..64).filter(|c| is_data(&image, (c + 1) * CLUSTER - 1));
+        assert_eq!(whole().count(), 0);
+        base.fail_reads(Some(3 * CLUSTER - 1));
+        let (mut steps, mut failed) = (0, 0);
+        loop {
+            let before = whole().count();
+            match image.commit_early().await {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => failed += 1,
+            }
+            assert!(whole().count() <= before + 16);
+            steps += 1;
+        }
+        assert_eq!((steps, failed), (4, 1));
+        assert_eq!(whole().count(), 63);
+        base.fail_reads(None);
         image.close().await.unwrap();
         clean(&image).await;
     });

@@ -36,6 +36,9 @@ const TIDY_DELAY: Duration = Duration::from_secs(1);
 /// After a commit in the background that has failed, until the next one.
 const COMMIT_AGAIN: Duration = Duration::from_secs(1);
 
+/// Between copies that were put off and nobody waits for: guests' requests have the time in between.
+const COPY_AGAIN: Duration = Duration::from_millis(5);
+
 /// Clusters that are compressed at a time, of all images: as many as there are CPUs, and threads are left for other work.
 static COMPRESSING: LazyLock<Semaphore> = LazyLock::new(|| {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -425,14 +428,20 @@ impl Qcow2 {
         let this = reactor.clone();
         reactor.spawn(async move {
             let _guard = guard;
-            let failed = match image.upgrade() {
-                Some(image) => image.commit_early().await.err(),
-                None => None,
-            };
-            drop(counted);
-            if let Some(error) = failed {
-                tracing::warn!(image = file, %error, "tables cannot be written, which is tried again");
-                this.sleep(COMMIT_AGAIN).await;
+            let mut counted = Some(counted);
+            while let Some(image) = image.upgrade() {
+                let more = image.commit_early().await;
+                drop(counted.take());
+                match more {
+                    Ok(true) => this.sleep(COPY_AGAIN).await,
+                    Ok(false) => break,
+                    Err(error) => {
+                        tracing::warn!(image = file, %error, "tables cannot be written, which is tried again");
+                        this.sleep(COMMIT_AGAIN).await;
+                        break;
+                    }
+                }
+                counted = Some(Counted::new(&this));
             }
         });
     }
