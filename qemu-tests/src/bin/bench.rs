@@ -617,8 +617,34 @@ fn beside(
     line
 }
 
-fn measure(server: &dyn Server, w: &Workload, round: usize) -> (Measured, u64) {
+/// What an image that was written anew has in the page cache. The next one gets its memory: some machines take free memory back
+/// to their host, and what it costs to get it again is no daemon's. What one daemon has written is not left for the disk to
+/// write while the other is measured.
+struct Written(std::fs::File);
+
+impl Written {
+    fn new(server: &dyn Server, storage: &str) -> Option<Written> {
+        let (dir, prefix) = server.images();
+        let file = std::fs::File::open(dir.join(format!("{prefix}{storage}.img"))).ok()?;
+        file.sync_all().expect("the disk works");
+        Some(Written(file))
+    }
+
+    fn give_back(self) {
+        let _ = rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed);
+    }
+}
+
+fn measure(
+    server: &dyn Server,
+    w: &Workload,
+    round: usize,
+    written: &mut Option<Written>,
+) -> (Measured, u64) {
     keep_warm(server, w.storage);
+    if let Some(written) = written.take() {
+        written.give_back();
+    }
     let mut client = Client::connect(
         &server.socket(&w.storage(round)),
         w.queues,
@@ -633,7 +659,11 @@ fn measure(server: &dyn Server, w: &Workload, round: usize) -> (Measured, u64) {
     client.run(&warm);
     let before = cpu_ns(server.pid());
     let m = client.run(&w.load);
-    (m, cpu_ns(server.pid()) - before)
+    let cpu = cpu_ns(server.pid()) - before;
+    if w.fresh {
+        *written = Written::new(server, &w.storage(round));
+    }
+    (m, cpu)
 }
 
 /// What fio reaches on the same file with io_uring: the limit of the storage.
@@ -704,10 +734,13 @@ fn main() {
     let mut results = Vec::new();
     for group in groups {
         let mut figures: Vec<BTreeMap<&str, Figures>> = vec![BTreeMap::new(); group.len()];
+        let mut written = None;
         for round in 0..args.rounds {
+            // What one leaves behind is not always the other's.
+            servers.reverse();
             for (w, figures) in group.iter().zip(&mut figures) {
                 for server in &servers {
-                    let (m, cpu) = measure(*server, w, round);
+                    let (m, cpu) = measure(*server, w, round, &mut written);
                     figures.entry(server.name()).or_default().add(&m, cpu);
                 }
             }
