@@ -301,6 +301,50 @@ fn with_eight_tables() -> (Arc<Memory>, Options) {
     (file, options)
 }
 
+/// Whatever of a growing disk was there when the process was killed: what guests had written before is.
+#[test]
+fn what_was_answered_outlives_a_resize_that_was_not_finished() {
+    let dir = std::env::temp_dir().join(format!("vdisk-resize-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let log = dir.join("log");
+    let base = Memory::new(vec![0xbb; 4 << 20], None, false) as Arc<dyn Storage>;
+    let empty = created(&CreateOptions {
+        backing: Some(("base".into(), "raw".into())),
+        ..CreateOptions::new(1 << 20)
+    });
+    let (mut unfinished, mut noted) = (0, 0);
+    for polls in 0..120 {
+        let file = Memory::new(empty.data(), Some(polls + 1), false);
+        let image = open(&file, Some(base.clone()), Options::default()).unwrap();
+        block_on(async {
+            image.activate(Some(&log)).await.unwrap();
+            image.write(65536, data(7, 65536)).await.unwrap();
+        });
+        let mut resize = Box::pin(image.resize(2 << 20));
+        let mut context = Context::from_waker(Waker::noop());
+        let ready = (0..polls).any(|_| resize.as_mut().poll(&mut context).is_ready());
+        drop(resize);
+        unfinished += u32::from(!ready);
+        noted += u32::from(image.is_dirty() && !ready && polls > 0);
+        // Killed.
+        drop(image);
+        let image = open(&file, Some(base.clone()), Options::default()).unwrap();
+        block_on(async {
+            image.activate(Some(&log)).await.unwrap();
+            assert!(read(&image, 65536, 65536).await == [7; 65536], "{polls}");
+            let size = image.size();
+            image.resize(4 << 20).await.unwrap();
+            let new = read(&image, size, (4 << 20) - size as usize).await;
+            assert!(new.iter().all(|b| *b == 0), "{polls}");
+            image.close().await.unwrap();
+            let report = image.check(Repair::Leaks, CHECK_MEMORY).await.unwrap();
+            assert_eq!(report.corruptions, 0, "{report:#?}");
+        });
+    }
+    assert!(noted > 0 && unfinished > noted, "{noted} of {unfinished}");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
 #[test]
 fn an_early_commit_that_fails_is_told_by_the_next_flush() {
     let (file, options) = with_eight_tables();
