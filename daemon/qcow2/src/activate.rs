@@ -80,8 +80,7 @@ impl Image {
             tracing::warn!(%error, "what was written before the daemon was killed is not durable yet");
         }
         self.meta().header.autoclear |= AUTOCLEAR_REDO;
-        self.write_header().await?;
-        self.file.flush().await
+        self.write_header().await
     }
 
     /// Makes the image ready to be written to, which clears the autoclear bits that are not known here, or are not of `keep`.
@@ -137,7 +136,6 @@ impl Image {
         self.meta().header.autoclear &= AUTOCLEAR_RAW_DATA | AUTOCLEAR_BITMAPS | keep;
         if self.header() != header {
             self.write_header().await?;
-            self.file.flush().await?;
         }
         self.load_bitmaps().await
     }

@@ -590,14 +590,12 @@ impl Image {
         };
         set_header(false);
         self.write_header().await?;
-        self.file.flush().await?;
         self.meta().header.bitmaps = directory;
         let bytes = self.header().encode()?;
         self.file.write(0, buffer_of(&bytes)).await?;
         self.file.flush().await?;
         set_header(true);
-        self.write_header().await?;
-        self.file.flush().await
+        self.write_header().await
     }
 }
 

@@ -233,7 +233,6 @@ impl Image {
         self.fix_flags(true).await?;
         self.flush_all().await?;
         self.write_header().await?;
-        self.file.flush().await?;
         self.with_refs(|w| {
             w.alloc.look_again();
             Ok(())

@@ -291,9 +291,20 @@ impl Image {
                     meta.header.refcount_table_clusters =
                         u32::try_from(clusters).map_err(|_| Error::TooLarge)?;
                 }
+                meta.header_is_unsure = true;
             }
-            self.write_header().await?;
-            self.sync().await?;
+        }
+        // What it says must be there before the tables are written that it refers to.
+        let unsure = std::mem::take(&mut self.meta().header_is_unsure);
+        if unsure {
+            let put = match self.put_header().await {
+                Ok(()) => self.sync().await,
+                failed => failed,
+            };
+            if put.is_err() {
+                self.meta().header_is_unsure = true;
+                return put;
+            }
         }
         let table = batch.table.iter().filter(|t| t.moved.is_none());
         let blocks = batch.blocks.iter().filter(|b| !b.new);
@@ -371,8 +382,23 @@ impl Image {
         self.committed.store(upto, Ordering::Release);
     }
 
-    /// Brings the fields of the header into the file.
+    /// Makes the fields of the header durable. If that fails, the next commit does it before anything else.
     pub(crate) async fn write_header(&self) -> io::Result<()> {
+        self.meta().header_is_unsure = true;
+        self.put_header().await?;
+        self.file.flush().await?;
+        self.meta().header_is_unsure = false;
+        Ok(())
+    }
+
+    /// Changes fields of the header that tables depend on, for [`Image::write_header`].
+    pub(crate) fn change_header(&self, change: impl FnOnce(&mut Header)) {
+        let mut meta = self.meta();
+        change(&mut meta.header);
+        meta.header_is_unsure = true;
+    }
+
+    async fn put_header(&self) -> io::Result<()> {
         let mut bytes = [0; Header::PATCHED];
         let old = self
             .read_metadata(0, Header::PATCHED as u64, "the header")
@@ -515,13 +541,15 @@ impl Image {
         if end < self.file.size() && self.file.grows() {
             self.file.set_size(end).await?;
         }
-        if self.header().autoclear & AUTOCLEAR_REDO != 0 {
+        let has_log = self.header().autoclear & AUTOCLEAR_REDO != 0;
+        if has_log || self.meta().header_is_unsure {
             self.meta().header.autoclear &= !AUTOCLEAR_REDO;
             if let Err(e) = self.write_header().await {
-                self.meta().header.autoclear |= AUTOCLEAR_REDO;
+                if has_log {
+                    self.meta().header.autoclear |= AUTOCLEAR_REDO;
+                }
                 return Err(e);
             }
-            self.file.flush().await?;
         }
         let writing = self.meta().writing.take();
         if let Some(redo) = writing.and_then(|w| w.redo) {

@@ -219,6 +219,7 @@ impl Image {
                 order: Default::default(),
                 capacity: capacity.max(1),
                 in_commit: Default::default(),
+                header_is_unsure: false,
                 writing: None,
             }),
             clusters: RangeLock::default(),

@@ -68,6 +68,8 @@ pub(crate) struct Meta {
     pub capacity: usize,
     /// L2 tables that are being written: must stay.
     pub in_commit: HashSet<usize>,
+    /// The file may not have the header as it is here.
+    pub header_is_unsure: bool,
     pub writing: Option<Writing>,
 }
 

@@ -79,9 +79,11 @@ impl Image {
             prepared?;
             self.flush_all().await?;
         }
-        self.meta().header.size = size;
-        self.write_header().await?;
-        self.file.flush().await?;
+        self.change_header(|h| h.size = size);
+        if let Err(e) = self.write_header().await {
+            self.change_header(|h| h.size = before);
+            return Err(e);
+        }
         self.set_size(size);
         self.fit_bitmaps(size);
         if self.layout.external && size < before && self.data.grows() {
@@ -161,12 +163,10 @@ impl Image {
         let old = self.header();
         before(&*self.file, Step::L1GrowActivateTable, 0, 0).await?;
         // The place first, then the length: with one of them the header is right in between, too.
-        self.meta().header.l1_offset = place;
+        self.change_header(|h| h.l1_offset = place);
         self.write_header().await?;
-        self.file.flush().await?;
-        self.meta().header.l1_entries = entries as u32;
+        self.change_header(|h| h.l1_entries = entries as u32);
         self.write_header().await?;
-        self.file.flush().await?;
         if let Some(w) = &mut self.meta().writing {
             let old_clusters = (u64::from(old.l1_entries) * 8).div_ceil(self.cluster());
             w.add_unused(Unref {

@@ -275,6 +275,7 @@ impl Image {
             let mut meta = self.meta();
             meta.header.l1_offset = first << self.layout.cluster_bits;
             meta.header.l1_entries = new.len() as u32;
+            meta.header_is_unsure = true;
             meta.order.clear();
             for (i, entry) in new.iter().enumerate() {
                 self.tables.put(i, None);
@@ -282,7 +283,6 @@ impl Image {
             }
         }
         self.write_header().await?;
-        self.file.flush().await?;
         self.forget_decompressed();
         self.count_tree(&old, false).await?;
         let old_bytes = u64::from(old_header.l1_entries) * 8;
@@ -347,8 +347,7 @@ impl Image {
 
     async fn set_dirty(&self, dirty: bool) -> io::Result<()> {
         self.meta().header.dirty = dirty && self.version >= 3;
-        self.write_header().await?;
-        self.file.flush().await
+        self.write_header().await
     }
 
     /// Counts were raised in part: they are made anew.
@@ -412,14 +411,11 @@ impl Image {
         // goes.
         self.meta().header.snapshots_offset = first << self.layout.cluster_bits;
         self.write_header().await?;
-        self.file.flush().await?;
         self.meta().header.snapshots = n as u32;
         self.write_header().await?;
-        self.file.flush().await?;
         if n == 0 {
             self.meta().header.snapshots_offset = 0;
             self.write_header().await?;
-            self.file.flush().await?;
         }
         // What the table has for those that went.
         let used = used.next_multiple_of(self.cluster());

@@ -301,6 +301,60 @@ fn with_eight_tables() -> (Arc<Memory>, Options) {
     (file, options)
 }
 
+/// After a change of the whole image in which a write has failed, whichever it was, the file has what was flushed since.
+#[test]
+fn what_fails_loses_nothing_that_is_flushed_afterwards() {
+    let empty = created(&CreateOptions {
+        cluster_size: 512,
+        ..CreateOptions::new(1 << 20)
+    });
+    for what in ["resize", "create", "apply", "delete"] {
+        let mut failed = 0;
+        for writes in 0.. {
+            let file = Memory::new(empty.data(), None, false);
+            let image = open(&file, None, Options::default()).unwrap();
+            let done = block_on(async {
+                image.activate(None).await.unwrap();
+                image.write(0, data(1, 4096)).await.unwrap();
+                image.create_snapshot("a", (1, 2)).await.unwrap();
+                image.write(4096, data(1, 4096)).await.unwrap();
+                image.flush().await.unwrap();
+                file.fail_after(Some(writes));
+                let done = match what {
+                    "resize" => image.resize(16 << 20).await,
+                    "create" => image.create_snapshot("b", (1, 2)).await.map(drop),
+                    "apply" => image.apply_snapshot("a").await.map(drop),
+                    _ => image.delete_snapshot("a").await.map(drop),
+                };
+                file.fail_after(None);
+                // The L1 table has something new with it.
+                image.write(1 << 19, data(2, 4096)).await.unwrap();
+                image.flush().await.unwrap();
+                done.is_ok()
+            });
+            // The machine is switched off.
+            drop(image);
+            let image = open(&file, None, Options::default()).unwrap();
+            block_on(async {
+                image.activate(None).await.unwrap();
+                let grown = done && what == "resize";
+                assert_eq!(image.size(), if grown { 16 << 20 } else { 1 << 20 });
+                assert!(read(&image, 0, 4096).await == [1; 4096], "{what} {writes}");
+                let got = read(&image, 1 << 19, 4096).await;
+                assert!(got == [2; 4096], "{what} {writes}");
+                image.close().await.unwrap();
+                let report = image.check(Repair::Leaks, CHECK_MEMORY).await.unwrap();
+                assert_eq!(report.corruptions, 0, "{what} {writes}: {report:#?}");
+            });
+            match done {
+                true => break,
+                false => failed += 1,
+            }
+        }
+        assert!(failed > 4, "{what} {failed}");
+    }
+}
+
 /// Whatever of a growing disk was there when the process was killed: what guests had written before is.
 #[test]
 fn what_was_answered_outlives_a_resize_that_was_not_finished() {
