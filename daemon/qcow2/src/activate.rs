@@ -54,16 +54,26 @@ impl Image {
         }
         if !records.is_empty() {
             match self.redo(&records).await {
-                Ok(n) => tracing::info!(
+                Ok(Ok(n)) => tracing::info!(
                     log = %path.display(),
                     clusters = n,
                     "what was written before the daemon was killed is in the image"
                 ),
-                Err(error) => tracing::warn!(
+                Ok(Err(why)) => tracing::warn!(
                     log = %path.display(),
-                    %error,
+                    why,
                     "what an earlier daemon noted cannot be done, and is left out"
                 ),
+                Err(error) => {
+                    // The log counts until it is done: by whoever opens the image next.
+                    self.meta().writing = None;
+                    return Err(io::Error::new(
+                        error.kind(),
+                        format!(
+                            "what was written before the daemon was killed cannot be brought into the image: {error}"
+                        ),
+                    ));
+                }
             }
         }
         let next = log.next();
@@ -79,7 +89,7 @@ impl Image {
         if !noted && let Err(error) = self.flush_all().await {
             tracing::warn!(%error, "what was written before the daemon was killed is not durable yet");
         }
-        self.meta().header.autoclear |= AUTOCLEAR_REDO;
+        self.change_header(|h| h.autoclear |= AUTOCLEAR_REDO);
         self.write_header().await
     }
 
@@ -158,7 +168,8 @@ impl Image {
 
     /// Starts writing with these reference counts. What is allocated lies behind cluster `end`.
     pub(crate) fn start_writing(&self, refs: Refcounts, end: u64) {
-        let grows = self.file.grows();
+        let bits = self.layout.cluster_bits;
+        let limit = (!self.file.grows()).then(|| self.file.size() >> bits);
         let mut meta = self.meta();
         let (redo, partial) = match meta.writing.take() {
             Some(w) => (w.redo, w.partial),
@@ -166,7 +177,7 @@ impl Image {
         };
         meta.writing = Some(Writing {
             refs,
-            alloc: Allocator::new(self.layout.cluster_bits, end, grows),
+            alloc: Allocator::new(bits, end, limit),
             redo,
             partial,
             packing: None,

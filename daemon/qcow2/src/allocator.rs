@@ -1,6 +1,6 @@
 //! Which clusters of the file are free.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::Error;
 use crate::refcount::{Attempt, Refcounts, Stop};
@@ -36,19 +36,23 @@ pub(crate) struct Allocator {
     end: u64,
     /// Clusters from here on have never been written to.
     fresh: u64,
+    /// There is no place for clusters from here on.
+    limit: u64,
     /// Clusters at the end that were in use although there was nothing.
     skipped: u64,
 }
 
 impl Allocator {
-    /// Gives out what lies behind cluster `end`, the end of the file. `grows` says whether that reads as zeroes.
-    pub fn new(cluster_bits: u32, end: u64, grows: bool) -> Allocator {
+    /// Gives out what lies behind cluster `end`, the end of what is in use. `limit` is the number of clusters that there are, if the file
+    /// cannot grow. If it can, what lies behind the end reads as zeroes.
+    pub fn new(cluster_bits: u32, end: u64, limit: Option<u64>) -> Allocator {
         Allocator {
             cluster_bits,
             free: BTreeMap::new(),
             scanned: end,
             end,
-            fresh: if grows { end } else { u64::MAX },
+            fresh: if limit.is_none() { end } else { u64::MAX },
+            limit: limit.unwrap_or(u64::MAX),
             skipped: 0,
         }
     }
@@ -128,6 +132,10 @@ impl Allocator {
         if !refs.has_room(self.scanned) || !refs.has_block(self.scanned)? {
             // Nothing here is in use. The block that will be needed takes the first place.
             let at = self.scanned;
+            if at == 0 {
+                // That is the header's place: the refcount table is not what it was.
+                return Err(Stop::Error(Error::Overlap));
+            }
             self.need_room(refs, at)?;
             refs.add_block(at, at);
             refs.set(at, 1)?;
@@ -166,17 +174,21 @@ impl Allocator {
         Ok((n > 0).then(|| self.at_end(first, n)))
     }
 
-    fn too_large(&self, cluster: u64) -> Attempt<()> {
-        if cluster >= MAX_OFFSET >> self.cluster_bits {
+    /// Whether there is a place for all clusters before this one.
+    fn fits(&self, end: u64) -> Attempt<()> {
+        if end >= MAX_OFFSET >> self.cluster_bits {
             return Err(Stop::Error(Error::TooLarge));
+        }
+        if end > self.limit {
+            return Err(Stop::Error(Error::Full));
         }
         Ok(())
     }
 
     /// Makes sure that there are blocks for `want` clusters at the end, and returns the first of them.
     fn prepare_end(&mut self, refs: &mut Refcounts, want: u64) -> Attempt<u64> {
-        self.too_large(self.end + want)?;
         loop {
+            self.fits(self.end + want)?;
             let (mut at, last) = (self.end, self.end + want);
             while at < last && refs.has_room(at) && refs.has_block(at)? {
                 refs.get(at)?;
@@ -190,6 +202,7 @@ impl Allocator {
                 continue;
             }
             // It counts itself, or is counted by one before it, which is in memory.
+            self.fits(last + 1)?;
             let place = self.end;
             refs.add_block(at, place);
             refs.set(place, 1)?;
@@ -215,7 +228,7 @@ impl Allocator {
         }
         // Everything that could stop us half-way comes first: blocks that are there already and will count the
         // new table, and the end of what offsets can express.
-        self.too_large(last)?;
+        self.fits(last)?;
         refs_loaded(refs, self.end..last)?;
         refs.widen_table(entries);
         let run = self.take_exactly(refs, clusters)?;
@@ -244,6 +257,25 @@ impl Allocator {
             self.scanned = self.end;
         }
         Ok(())
+    }
+
+    /// As [`Allocator::ensure_block`], when other clusters are in use that nothing counts yet: where the end is fixed a new block
+    /// lies among those that it counts, of which these are all that are in use.
+    pub fn ensure_block_beside(
+        &mut self,
+        refs: &mut Refcounts,
+        cluster: u64,
+        in_use: &BTreeSet<u64>,
+    ) -> Attempt<()> {
+        if self.limit == u64::MAX || !refs.has_room(cluster) || refs.has_block(cluster)? {
+            return self.ensure_block(refs, cluster);
+        }
+        let first = cluster / refs.per_block() * refs.per_block();
+        let until = (first + refs.per_block()).min(self.limit);
+        let place = (first..until).find(|c| *c > 0 && !in_use.contains(c));
+        let place = place.ok_or(Stop::Error(Error::Full))?;
+        refs.add_block(cluster, place);
+        refs.set(place, 1)
     }
 
     fn insert(&mut self, first: u64, len: u64) {

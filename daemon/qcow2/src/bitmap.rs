@@ -490,16 +490,30 @@ impl Image {
         }
         match live.changed {
             true => self.store_directory(&live, &new, &mut old).await?,
-            false => self.store_in_place(&live.all, &new).await?,
+            false => {
+                let stored = self.store_in_place(&live.all, &new).await;
+                if stored.is_err() {
+                    // They go on in memory, and the file may say already that it has them.
+                    for b in &live.all {
+                        let flags = Image::flags_of(b) | IN_USE;
+                        let _ = self.write_bitmap_flags(&b.info, flags).await;
+                    }
+                    let _ = self.file.flush().await;
+                }
+                stored?;
+            }
         }
         self.active_bitmaps.store(None);
         for offset in old {
-            self.unref(Unref {
+            let one = Unref {
                 first: offset >> self.layout.cluster_bits,
                 clusters: 1,
                 reason: Reason::Other,
-            })
-            .await?;
+            };
+            // What is stored is stored.
+            if let Err(error) = self.unref(one).await {
+                tracing::warn!(offset, %error, "the former place of a bitmap cannot be given back");
+            }
         }
         Ok(())
     }

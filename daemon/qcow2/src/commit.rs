@@ -13,9 +13,9 @@
 //! have too many references (a leak), never too few.
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use crate::error::Error;
 use crate::header::{AUTOCLEAR_REDO, Header};
@@ -47,6 +47,8 @@ struct Batch {
     unrefs: Vec<Unref>,
     /// Changes noted up to this one are in here.
     redo: u64,
+    /// What comes before entries that refer to it is durable: a new table may be referred to by the file.
+    referred: AtomicBool,
 }
 
 /// A batch whose end is told however the writing of it ends: a task may be dropped with its I/O thread.
@@ -108,7 +110,8 @@ impl Image {
         }
         // Whatever is being written now is written when this returns.
         let turn = self.committing.lock().await;
-        if !self.is_dirty() && !self.has_dirty_refs() || self.meta().writing.is_none() {
+        let is_dirty = self.is_dirty() || self.has_dirty_refs() || self.header_is_unsure();
+        if !is_dirty || self.meta().writing.is_none() {
             drop(turn);
             return self.file.flush().await;
         }
@@ -178,6 +181,10 @@ impl Image {
     /// Flushes the file, for tables: a failure is told by the next [`Image::flush`] as well.
     async fn sync(&self) -> io::Result<()> {
         let result = self.file.flush().await;
+        self.told(result)
+    }
+
+    fn told(&self, result: io::Result<()>) -> io::Result<()> {
         if result.is_err() {
             self.untold.store(true, Ordering::Release);
         }
@@ -232,6 +239,7 @@ impl Image {
             l1,
             unrefs: std::mem::take(&mut w.unrefs),
             redo,
+            referred: AtomicBool::new(false),
         })
     }
 
@@ -263,48 +271,37 @@ impl Image {
             })
             .collect();
         let any = !writes.is_empty();
-        try_join_all(writes).await?;
+        // All of them to their end: one that still ran could overwrite what the next commit writes.
+        let done = join_all(writes).await;
+        done.into_iter().fold(Ok(()), io::Result::and)?;
         Ok(any)
     }
 
     async fn write_batch(&self, batch: &Batch) -> io::Result<()> {
         let new_blocks = batch.blocks.iter().filter(|b| b.new);
-        let moved = batch.table.iter().filter(|t| t.moved.is_some());
-        let first = new_blocks
-            .map(|b| (Step::RefblockAllocWrite, b.offset, &b.data))
-            .chain(
-                moved
-                    .clone()
-                    .map(|t| (Step::ReftableGrow, t.offset, &t.data)),
-            );
-        if self.put_all(first).await? {
+        let new_blocks = new_blocks.map(|b| (Step::RefblockAllocWrite, b.offset, &b.data));
+        if self.put_all(new_blocks).await? {
             self.sync().await?;
         }
-        if moved.count() > 0 {
+        let moved = batch.table.as_ref().filter(|t| t.moved.is_some());
+        if let Some(table) = moved {
+            // The header may refer to this place already, if a commit has failed after it.
+            self.put_all([(Step::ReftableGrow, table.offset, &table.data)].into_iter())
+                .await?;
+            self.sync().await?;
             before(&*self.file, Step::RefblockAllocSwitchTable, 0, 0).await?;
-            {
-                let mut meta = self.meta();
-                let meta = &mut *meta;
-                if let Some(w) = &meta.writing {
-                    let (offset, clusters) = w.refs.table_place();
-                    meta.header.refcount_table_offset = offset;
-                    meta.header.refcount_table_clusters =
-                        u32::try_from(clusters).map_err(|_| Error::TooLarge)?;
-                }
-                meta.header_is_unsure = true;
-            }
+            // It may have moved again meanwhile, which the next commit writes.
+            let clusters = (table.data.len() as u64).div_ceil(self.cluster());
+            let clusters = u32::try_from(clusters).map_err(|_| Error::TooLarge)?;
+            self.change_header(|h| {
+                h.refcount_table_offset = table.offset;
+                h.refcount_table_clusters = clusters;
+            });
         }
         // What it says must be there before the tables are written that it refers to.
-        let unsure = std::mem::take(&mut self.meta().header_is_unsure);
-        if unsure {
-            let put = match self.put_header().await {
-                Ok(()) => self.sync().await,
-                failed => failed,
-            };
-            if put.is_err() {
-                self.meta().header_is_unsure = true;
-                return put;
-            }
+        if self.header_is_unsure() {
+            let put = self.put_header().await;
+            self.told(put)?;
         }
         let table = batch.table.iter().filter(|t| t.moved.is_none());
         let blocks = batch.blocks.iter().filter(|b| !b.new);
@@ -321,6 +318,7 @@ impl Image {
             return Err(e);
         }
         self.sync().await?;
+        batch.referred.store(true, Ordering::Relaxed);
         let old_l2 = batch.l2.iter().filter(|t| !t.dirty.new);
         let old_l2 = old_l2.map(|t| (Step::L2Update, t.offset, &t.data));
         let l1 = batch.l1.iter();
@@ -337,7 +335,8 @@ impl Image {
         for t in &batch.l2 {
             meta.in_commit.remove(&t.index);
             if !ok {
-                meta.l2_changed(t.index, t.dirty.range.clone(), t.dirty.new);
+                let new = t.dirty.new && !batch.referred.load(Ordering::Relaxed);
+                meta.l2_changed(t.index, t.dirty.range.clone(), new);
             }
         }
         if let (Some((range, ..)), false) = (&batch.l1, ok) {
@@ -384,28 +383,39 @@ impl Image {
 
     /// Makes the fields of the header durable. If that fails, the next commit does it before anything else.
     pub(crate) async fn write_header(&self) -> io::Result<()> {
-        self.meta().header_is_unsure = true;
-        self.put_header().await?;
-        self.file.flush().await?;
-        self.meta().header_is_unsure = false;
-        Ok(())
+        self.meta().header_changes += 1;
+        self.put_header().await
     }
 
     /// Changes fields of the header that tables depend on, for [`Image::write_header`].
     pub(crate) fn change_header(&self, change: impl FnOnce(&mut Header)) {
         let mut meta = self.meta();
         change(&mut meta.header);
-        meta.header_is_unsure = true;
+        meta.header_changes += 1;
+    }
+
+    /// Whether the file may not have the header as it is in memory.
+    fn header_is_unsure(&self) -> bool {
+        let meta = self.meta();
+        meta.header_changes != meta.header_stored
     }
 
     async fn put_header(&self) -> io::Result<()> {
+        let _turn = self.header_turn.lock().await;
         let mut bytes = [0; Header::PATCHED];
         let old = self
             .read_metadata(0, Header::PATCHED as u64, "the header")
             .await?;
         bytes.copy_from_slice(&old);
-        self.meta().header.patch(&mut bytes);
-        self.file.write(0, buffer_of(&bytes)).await
+        let changes = {
+            let meta = self.meta();
+            meta.header.patch(&mut bytes);
+            meta.header_changes
+        };
+        self.file.write(0, buffer_of(&bytes)).await?;
+        self.file.flush().await?;
+        self.meta().header_stored = changes;
+        Ok(())
     }
 
     // Giving clusters back.
@@ -520,8 +530,10 @@ impl Image {
             return Ok(());
         }
         self.tidy_still().await?;
-        self.store_bitmaps().await?;
-        let done = self.close_stored().await;
+        let done = match self.store_bitmaps().await {
+            Ok(()) => self.close_stored().await,
+            failed => failed,
+        };
         if done.is_err() {
             // It may be written to again: what the bitmaps say must not be taken for all of it then.
             self.load_bitmaps().await?;
@@ -542,11 +554,13 @@ impl Image {
             self.file.set_size(end).await?;
         }
         let has_log = self.header().autoclear & AUTOCLEAR_REDO != 0;
-        if has_log || self.meta().header_is_unsure {
-            self.meta().header.autoclear &= !AUTOCLEAR_REDO;
-            if let Err(e) = self.write_header().await {
+        if has_log || self.header_is_unsure() {
+            self.change_header(|h| h.autoclear &= !AUTOCLEAR_REDO);
+            if let Err(e) = self.put_header().await {
                 if has_log {
-                    self.meta().header.autoclear |= AUTOCLEAR_REDO;
+                    // The log must count again before anything is noted in it.
+                    self.change_header(|h| h.autoclear |= AUTOCLEAR_REDO);
+                    let _ = self.put_header().await;
                 }
                 return Err(e);
             }

@@ -45,6 +45,8 @@ pub enum Error {
     NeedsBacking,
     #[error("the image would be larger than the format allows")]
     TooLarge,
+    #[error("there is no room left in what it is stored in")]
+    Full,
     #[error("new data would be put over the image's own tables: it is corrupt")]
     Overlap,
 }
@@ -54,7 +56,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl From<Error> for std::io::Error {
     fn from(e: Error) -> std::io::Error {
         let kind = match e {
-            Error::TooLarge => std::io::ErrorKind::StorageFull,
+            Error::TooLarge | Error::Full => std::io::ErrorKind::StorageFull,
             _ => std::io::ErrorKind::InvalidData,
         };
         std::io::Error::new(kind, e)

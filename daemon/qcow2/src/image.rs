@@ -139,6 +139,8 @@ pub struct Image {
     pub(crate) block_loads: RangeLock,
     pub(crate) growing: tokio::sync::Mutex<()>,
     pub(crate) committing: tokio::sync::Mutex<()>,
+    /// Held by whoever writes the header.
+    pub(crate) header_turn: tokio::sync::Mutex<()>,
     /// Held by whoever frees unused clusters.
     pub(crate) tidying: tokio::sync::Mutex<()>,
     /// Counts changes of the tables.
@@ -219,7 +221,8 @@ impl Image {
                 order: Default::default(),
                 capacity: capacity.max(1),
                 in_commit: Default::default(),
-                header_is_unsure: false,
+                header_changes: 0,
+                header_stored: 0,
                 writing: None,
             }),
             clusters: RangeLock::default(),
@@ -227,6 +230,7 @@ impl Image {
             block_loads: RangeLock::default(),
             growing: Default::default(),
             committing: Default::default(),
+            header_turn: Default::default(),
             tidying: Default::default(),
             changes: AtomicU64::new(0),
             committed: AtomicU64::new(0),

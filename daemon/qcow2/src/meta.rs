@@ -68,8 +68,9 @@ pub(crate) struct Meta {
     pub capacity: usize,
     /// L2 tables that are being written: must stay.
     pub in_commit: HashSet<usize>,
-    /// The file may not have the header as it is here.
-    pub header_is_unsure: bool,
+    /// How often the header has changed, and which of these changes the file has for certain.
+    pub header_changes: u64,
+    pub header_stored: u64,
     pub writing: Option<Writing>,
 }
 

@@ -7,6 +7,7 @@
 //! The file is a ring of records behind a header. A record counts if its number is at least the one in the header, which
 //! moves on when a commit has made the changes before it durable.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -128,6 +129,9 @@ impl Redo {
                 }
             }
             records.sort_by_key(|r| r.number);
+        } else {
+            // What others have left must not count beside what is noted from now on.
+            file.set_len(0)?;
         }
         let redo = Redo {
             next: records.last().map_or(first, |r| r.number + 1),
@@ -175,7 +179,8 @@ impl Redo {
             let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
             let at = HEADER + slot as u64 * RECORD;
             if self.file.write_all_at(&bytes, at).is_err() {
-                self.next = before;
+                // Some of them may be there: their places are not used again as long as they count.
+                self.next = before + changes.len() as u64;
                 return false;
             }
             self.next += some.len() as u64;
@@ -230,8 +235,8 @@ impl Image {
     }
 
     /// Does again what an earlier daemon has answered, and could not bring into the tables. Nothing is done if the image
-    /// is not as that daemon left it. Returns the number of entries that have changed.
-    pub(crate) async fn redo(&self, records: &[Record]) -> io::Result<usize> {
+    /// is not as that daemon left it: then the result is why. Otherwise it is the number of entries that have changed.
+    pub(crate) async fn redo(&self, records: &[Record]) -> io::Result<Result<usize, String>> {
         let bits = self.layout.cluster_bits;
         let plain = |e: Entry| {
             if e.is_compressed() || self.layout.external {
@@ -247,10 +252,7 @@ impl Image {
                 r.new.bitmap &= !NEEDS_BACKING;
             }
             let (chain, new) = last.entry(r.cluster).or_default();
-            if chain.is_empty() {
-                chain.push(plain(r.old));
-            }
-            chain.push(plain(r.new));
+            chain.extend([plain(r.old), plain(r.new)]);
             if self.layout.is_partial(r.old) || self.layout.is_partial(r.new) {
                 // What the file says of it.
                 chain.push(Entry::default());
@@ -261,10 +263,9 @@ impl Image {
         for (cluster, (chain, new)) in last {
             let at = cluster << bits;
             let other = || {
-                io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    format!("the image has changed since: guest offset {at:#x}"),
-                )
+                Ok(Err(format!(
+                    "the image has changed since: guest offset {at:#x}"
+                )))
             };
             // Of a disk that was growing: nobody was told of it.
             if at >= self.size() {
@@ -272,7 +273,7 @@ impl Image {
             }
             let now = self.entries(at, 1).await?[0];
             if !chain.contains(&plain(now)) {
-                return Err(other());
+                return other();
             }
             let host = new.host();
             let external = self.layout.external;
@@ -282,22 +283,28 @@ impl Image {
                 || self.layout.is_partial(new)
                     && new.bitmap >> (self.cluster() / self.layout.part()) != 0
             {
-                return Err(other());
+                return other();
             }
             if plain(now) != plain(new) {
                 changes.push((at, now.host(), new));
             }
         }
         // All places are taken before anything is allocated.
-        for (_, before, new) in &changes {
-            let host = new.host();
-            if host != 0 && host != *before && !self.layout.external {
-                let count = self.with_refs(|w| w.refs.get(host >> bits)).await?;
-                if count == 0 {
-                    self.set_count(host >> bits, 1).await?;
-                }
+        let moved = changes.iter().filter(|(_, before, new)| {
+            new.host() != 0 && new.host() != *before && !self.layout.external
+        });
+        let places: BTreeSet<u64> = moved.map(|(_, _, new)| new.host() >> bits).collect();
+        for &place in &places {
+            let count = self.with_refs(|w| w.refs.get(place)).await?;
+            if count == 0 {
+                self.with_refs(|w| {
+                    w.alloc.ensure_block_beside(&mut w.refs, place, &places)?;
+                    w.refs.set(place, 1)
+                })
+                .await?;
             }
         }
+        self.grow_to_end().await?;
         for (at, _, new) in &changes {
             self.own_table(self.layout.position(*at).0).await?;
             let new = match self.layout.external {
@@ -308,7 +315,7 @@ impl Image {
                 .await?;
         }
         self.store().await?;
-        Ok(changes.len())
+        Ok(Ok(changes.len()))
     }
 }
 

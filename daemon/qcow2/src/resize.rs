@@ -82,6 +82,7 @@ impl Image {
         self.change_header(|h| h.size = size);
         if let Err(e) = self.write_header().await {
             self.change_header(|h| h.size = before);
+            let _ = self.write_header().await;
             return Err(e);
         }
         self.set_size(size);

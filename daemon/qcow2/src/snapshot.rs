@@ -275,7 +275,7 @@ impl Image {
             let mut meta = self.meta();
             meta.header.l1_offset = first << self.layout.cluster_bits;
             meta.header.l1_entries = new.len() as u32;
-            meta.header_is_unsure = true;
+            meta.header_changes += 1;
             meta.order.clear();
             for (i, entry) in new.iter().enumerate() {
                 self.tables.put(i, None);
