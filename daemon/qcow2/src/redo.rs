@@ -332,6 +332,24 @@ mod tests {
         records.iter().map(|r| r.cluster).collect()
     }
 
+    /// After the machine was started anew, what was noted before says nothing, now and later.
+    #[test]
+    fn what_was_noted_before_the_machine_started_does_not_come_back() {
+        let path = std::env::temp_dir().join(format!("vdisk-boot-{}", std::process::id()));
+        let (mut log, _) = Redo::open(&path).unwrap();
+        assert!(log.note_all(&changes(0, 9)));
+        let other = (boot() ^ 1).to_le_bytes();
+        log.file.write_all_at(&other, 8).unwrap();
+        drop(log);
+        let (mut log, records) = Redo::open(&path).unwrap();
+        assert!(records.is_empty());
+        assert!(log.note_all(&changes(20, 2)));
+        drop(log);
+        let (log, records) = Redo::open(&path).unwrap();
+        assert_eq!(clusters(&records), [20, 21]);
+        log.remove();
+    }
+
     #[test]
     fn what_counts_is_found_by_the_next_process_and_not_written_over() {
         let dir = std::env::temp_dir().join(format!("vdisk-log-{}", std::process::id()));

@@ -355,6 +355,100 @@ fn what_fails_loses_nothing_that_is_flushed_afterwards() {
     }
 }
 
+/// What a killed process has noted is done by the first one that can, in a file and on a device.
+#[test]
+fn a_log_that_cannot_be_done_is_done_later() {
+    let dir = std::env::temp_dir().join(format!("vdisk-later-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let log = dir.join("log");
+    for device in [false, true] {
+        let mut failed = 0;
+        for writes in 0.. {
+            let file = created(&CreateOptions {
+                cluster_size: 512,
+                ..CreateOptions::new(1 << 20)
+            });
+            if device {
+                file.fix_size(1 << 20);
+            }
+            let image = open(&file, None, Options::default()).unwrap();
+            block_on(async {
+                image.activate(Some(&log)).await.unwrap();
+                // Reference counts of this need several blocks that the file does not have yet.
+                image.write(0, data(1, 300 << 10)).await.unwrap();
+            });
+            // Killed.
+            drop(image);
+            file.fail_after(Some(writes));
+            let image = open(&file, None, Options::default()).unwrap();
+            let done = block_on(image.activate(Some(&log)));
+            drop(image);
+            file.fail_after(None);
+            let image = open(&file, None, Options::default()).unwrap();
+            block_on(async {
+                image.activate(Some(&log)).await.unwrap();
+                assert!(
+                    read(&image, 0, 300 << 10).await == vec![1; 300 << 10],
+                    "{writes}"
+                );
+                image.flush().await.unwrap();
+            });
+            // The machine is switched off: the log says nothing then.
+            drop(image);
+            std::fs::remove_file(&log).unwrap();
+            let image = open(&file, None, Options::default()).unwrap();
+            block_on(async {
+                image.activate(None).await.unwrap();
+                assert!(
+                    read(&image, 0, 300 << 10).await == vec![1; 300 << 10],
+                    "{writes}"
+                );
+                image.close().await.unwrap();
+                let report = image.check(Repair::Leaks, CHECK_MEMORY).await.unwrap();
+                assert_eq!(report.corruptions, 0, "{writes}: {report:#?}");
+            });
+            match done {
+                Ok(()) => break,
+                Err(_) => failed += 1,
+            }
+        }
+        assert!(failed > 3, "{failed}");
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// A device that ends where a block of reference counts would have to begin.
+#[test]
+fn a_device_that_is_full_goes_on_being_written() {
+    let file = created(&CreateOptions {
+        cluster_size: 512,
+        ..CreateOptions::new(1 << 20)
+    });
+    // A block counts 128 KiB.
+    file.fix_size(256 << 10);
+    let image = open(&file, None, Options::default()).unwrap();
+    block_on(async {
+        image.activate(None).await.unwrap();
+        let mut written = 0;
+        let error = loop {
+            match image.write(written, data(1, 4096)).await {
+                Ok(()) => written += 4096,
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(written > 200 << 10, "{written}");
+        image.flush().await.unwrap();
+        image.discard(0, 64 << 10).await.unwrap();
+        image.tidy().await.unwrap();
+        image.write(0, data(2, 32 << 10)).await.unwrap();
+        image.flush().await.unwrap();
+        assert!(read(&image, 0, 32 << 10).await == vec![2; 32 << 10]);
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
 /// Whatever of a growing disk was there when the process was killed: what guests had written before is.
 #[test]
 fn what_was_answered_outlives_a_resize_that_was_not_finished() {
@@ -433,6 +527,41 @@ fn an_early_commit_that_fails_is_told_by_the_next_flush() {
         image.commit_early().await.unwrap();
         assert!(!image.is_filling() && !image.is_dirty());
         image.flush().await.unwrap();
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
+/// A write of a commit that has failed must not come to its place after that of the next one.
+#[test]
+fn a_commit_that_fails_waits_for_all_that_it_writes() {
+    let (file, options) = with_eight_tables();
+    let image = open(&file, None, options).unwrap();
+    block_on(async {
+        image.activate(None).await.unwrap();
+        let write = async |at: u64| {
+            for table in 0..2 {
+                let at = table * (32 << 10) + at;
+                image.write(at, data(7, 512)).await.unwrap();
+            }
+        };
+        write(0).await;
+        image.flush().await.unwrap();
+        write(512).await;
+        // The first of both tables is slow, and the other one fails, after the reference counts.
+        let bytes = file.data();
+        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let table = word(word(40) as usize) & !(1 << 63);
+        file.hold(Some(table));
+        file.fail_after(Some(2));
+        let mut flush = pin!(image.flush());
+        for _ in 0..20 {
+            let mut context = Context::from_waker(Waker::noop());
+            assert!(flush.as_mut().poll(&mut context).is_pending());
+        }
+        file.hold(None);
+        flush.await.unwrap_err();
+        file.fail_after(None);
         image.close().await.unwrap();
         clean(&image).await;
     });

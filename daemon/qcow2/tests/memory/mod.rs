@@ -68,6 +68,8 @@ struct State {
     writes: u64,
     /// Flushes fail.
     flushes_fail: bool,
+    /// It keeps its size, as a device does.
+    fixed: bool,
     /// What has this byte cannot be read.
     bad: Option<u64>,
     /// Writes that begin here do not end.
@@ -123,6 +125,13 @@ impl Memory {
     /// Lets flushes fail, or not.
     pub fn fail_flushes(&self, fail: bool) {
         self.state.lock().unwrap().flushes_fail = fail;
+    }
+
+    /// Makes it a device of this size, in bytes.
+    pub fn fix_size(&self, size: usize) {
+        let mut s = self.state.lock().unwrap();
+        s.data.resize(size, 0);
+        s.fixed = true;
     }
 
     /// Lets reads of this byte fail, until it is called with None.
@@ -324,12 +333,12 @@ impl Storage for Memory {
     }
 
     fn grows(&self) -> bool {
-        true
+        !self.state.lock().unwrap().fixed
     }
 
     fn set_size(&self, size: u64) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async move {
-            if size > MAX_SIZE {
+            if size > MAX_SIZE || !self.grows() {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             self.change(Change::Size(size)).await
