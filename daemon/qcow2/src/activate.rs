@@ -70,7 +70,8 @@ impl Image {
                     return Err(io::Error::new(
                         error.kind(),
                         format!(
-                            "what was written before the daemon was killed cannot be brought into the image: {error}"
+                            "what was written before the daemon was killed cannot be brought into the image: {error}; it stays in {}: try again, or remove that to do without it",
+                            path.display()
                         ),
                     ));
                 }
@@ -170,6 +171,8 @@ impl Image {
     pub(crate) fn start_writing(&self, refs: Refcounts, end: u64) {
         let bits = self.layout.cluster_bits;
         let limit = (!self.file.grows()).then(|| self.file.size() >> bits);
+        // A part of a cluster at the end of a device is no place.
+        let end = limit.map_or(end, |limit| end.min(limit));
         let mut meta = self.meta();
         let (redo, partial) = match meta.writing.take() {
             Some(w) => (w.redo, w.partial),

@@ -429,9 +429,10 @@ impl Qcow2 {
         reactor.spawn(async move {
             let _guard = guard;
             let mut counted = Some(counted);
-            while let Some(image) = image.upgrade() {
-                let more = image.commit_early().await;
-                drop(counted.take());
+            // An image that is closed meanwhile goes, and its file with it.
+            while let Some(open) = image.upgrade() {
+                let more = open.commit_early().await;
+                drop((open, counted.take()));
                 match more {
                     Ok(true) => this.sleep(COPY_AGAIN).await,
                     Ok(false) => break,
