@@ -304,7 +304,6 @@ impl Image {
                 .await?;
             }
         }
-        self.grow_to_end().await?;
         for (at, _, new) in &changes {
             self.own_table(self.layout.position(*at).0).await?;
             let new = match self.layout.external {
@@ -314,6 +313,8 @@ impl Image {
             self.change_entries(*at, 1, Reason::Other, |_, _| new)
                 .await?;
         }
+        // What counts all that may lie behind it.
+        self.grow_to_end().await?;
         self.store().await?;
         Ok(Ok(changes.len()))
     }
