@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::Notify;
 use vdisk_io::{Generation, IoThread, Reactor};
 
+use crate::chain::BackingChain;
+use crate::drivers::{Direction, Resolved};
 use crate::node::Node;
 
 /// The root of an export (or a job): its node and the clients that send requests to it.
@@ -16,7 +18,7 @@ pub struct Backend {
     node: Mutex<Arc<Node>>,
     /// It goes where its node's users go.
     moves: bool,
-    /// Changes with the graph below; what a client remembered under another value is stale.
+    /// Changes with each drain, during which the graph below may change: what a client remembered under another value is stale.
     generation: AtomicU64,
     /// How many drains hold all clients back.
     drains: AtomicU32,
@@ -94,7 +96,7 @@ impl Backend {
         locked(&self.clients).push(shared.clone());
         Client {
             generation: Cell::new(self.generation.load(Ordering::Acquire)),
-            node: RefCell::new(self.node()),
+            chain: RefCell::new(BackingChain::of(self.node())),
             backend: self.clone(),
             reactor: reactor.clone(),
             counts: Default::default(),
@@ -158,17 +160,13 @@ impl DrainGuard {
         if self.backend.moves && Arc::ptr_eq(&node, old) {
             *node = new.clone();
         }
-        self.backend.generation.fetch_add(1, Ordering::Release);
-    }
-
-    /// Makes clients look at the graph anew, for instance at a changed size.
-    pub fn invalidate(&self) {
-        self.backend.generation.fetch_add(1, Ordering::Release);
     }
 }
 
 impl Drop for DrainGuard {
     fn drop(&mut self) {
+        // Clients look at the graph anew before their next request.
+        self.backend.generation.fetch_add(1, Ordering::Release);
         if self.backend.drains.fetch_sub(1, Ordering::SeqCst) != 1 {
             return;
         }
@@ -186,7 +184,7 @@ pub struct Client {
     reactor: Rc<Reactor>,
     /// Requests counted in each generation of the thread.
     counts: [Cell<u64>; 2],
-    node: RefCell<Arc<Node>>,
+    chain: RefCell<BackingChain>,
     generation: Cell<u64>,
 }
 
@@ -198,7 +196,7 @@ impl Client {
     /// Whether requests must wait. Asked once before a batch of them is taken.
     #[inline]
     pub fn is_drained(&self) -> bool {
-        self.backend.drains.load(Ordering::Relaxed) != 0
+        self.backend.drains.load(Ordering::Acquire) != 0
     }
 
     /// Counts a request. Only while [`Client::is_drained`] is false. What is returned belongs to the request
@@ -240,12 +238,37 @@ impl Client {
     /// Runs `f` with the node that requests go to at this moment.
     #[inline]
     pub fn with_node<R>(&self, f: impl FnOnce(&Arc<Node>) -> R) -> R {
-        let generation = self.backend.generation.load(Ordering::Relaxed);
+        self.with_chain(|chain| f(chain.top()))
+    }
+
+    /// Requests at these offsets, which may lie anywhere, are about to be resolved: has the memory fetched into the CPU's cache that this
+    /// will look at, for all of them at once.
+    #[inline]
+    pub fn anticipate(&self, offsets: impl Iterator<Item = u64>) {
+        self.with_chain(|chain| offsets.for_each(|at| chain.anticipate(at)));
+    }
+
+    /// Tells `then` where the bytes of a counted request with these memory segments are; None if nobody knows. It must be used at once.
+    #[inline]
+    pub fn resolve<R>(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        segments: &[libc::iovec],
+        then: impl FnOnce(Resolved<'_>) -> R,
+    ) -> Option<R> {
+        self.with_chain(|chain| chain.resolve(direction, offset, len, segments, then))
+    }
+
+    #[inline]
+    fn with_chain<R>(&self, f: impl FnOnce(&BackingChain) -> R) -> R {
+        let generation = self.backend.generation.load(Ordering::Acquire);
         if generation != self.generation.get() {
             self.generation.set(generation);
-            *self.node.borrow_mut() = self.backend.node();
+            *self.chain.borrow_mut() = BackingChain::of(self.backend.node());
         }
-        f(&self.node.borrow())
+        f(&self.chain.borrow())
     }
 }
 

@@ -2,7 +2,7 @@
 //! through them.
 //!
 //! Requests enter at a [`Backend`], through one [`Client`] for each queue. A client first asks the node
-//! to [resolve](Node::resolve) the request, which answers at once where the data is, or that the slow
+//! to [resolve](Client::resolve) the request, which answers at once where the data is, or that the slow
 //! path is needed: the `async` methods of [`Node`], which run on the client's I/O thread.
 //!
 //! Invariants:
@@ -15,6 +15,7 @@
 
 mod backend;
 mod bitmap;
+mod chain;
 mod crypt;
 mod descriptors;
 mod directories;

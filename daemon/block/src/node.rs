@@ -398,31 +398,31 @@ impl Node {
 
     // The fast path.
 
-    /// Tells `then` where the bytes of a request with these memory segments are; None if nobody knows.
+    /// Where reads go that find nothing here.
+    pub(crate) fn backing(&self) -> Option<Arc<Node>> {
+        self.driver.backing()
+    }
+
+    /// See [`Driver::anticipate`].
     #[inline]
-    pub fn resolve<R>(
+    pub(crate) fn anticipate(&self, offset: u64) -> bool {
+        self.driver.anticipate(offset)
+    }
+
+    /// As [`Node::resolve_range`]; false if the backing node is to be asked.
+    #[inline]
+    pub(crate) fn resolve_here(
         &self,
         direction: Direction,
         offset: u64,
         len: u64,
-        segments: &[libc::iovec],
-        then: impl FnOnce(Resolved<'_>) -> R,
-    ) -> Option<R> {
-        let (mut then, mut found) = (Some(then), None);
-        let mut tell = |resolved: Resolved<'_>| {
-            // Asked of the file itself: what is between, and what it stands on, may change.
-            let resolved = match resolved {
-                Resolved::Direct { file, .. } | Resolved::Encrypted { file, .. }
-                    if !file.takes(segments) =>
-                {
-                    Resolved::Slow(SlowReason::Unaligned)
-                }
-                other => other,
-            };
-            found = then.take().map(|then| then(resolved));
-        };
-        self.resolve_range(direction, offset, len, &mut tell);
-        found
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) -> bool {
+        match self.why_slow(direction, offset, len) {
+            Some(reason) => then(Resolved::Slow(reason)),
+            None => return self.driver.resolve_here(direction, offset, len, then),
+        }
+        true
     }
 
     #[inline]
@@ -1004,6 +1004,7 @@ mod tests {
     use vdisk_io::{IoThread, IoThreadConfig, Reactor};
 
     use super::*;
+    use crate::chain::BackingChain;
     use crate::drivers::LocalFuture;
 
     /// Storage in memory with blocks of 4096 bytes, which answers only after other tasks had their turn.
@@ -1268,7 +1269,7 @@ mod tests {
             iov_len: 4096,
         };
         let is_fast = |skip| {
-            node.resolve(Direction::Read, 0, 4096, &[at(skip)], |r| {
+            BackingChain::of(node.clone()).resolve(Direction::Read, 0, 4096, &[at(skip)], |r| {
                 matches!(r, Resolved::Direct { .. })
             })
         };
@@ -1283,9 +1284,10 @@ mod tests {
         for (offset, len) in [(4096, 1), (0, 4097), (u64::MAX, 1), (u64::MAX, u64::MAX)] {
             assert!(node.check(Direction::Read, offset, len).is_err());
         }
-        let refused = node.resolve(Direction::Write, 4096, 512, &[], |r| {
-            matches!(r, Resolved::Slow(SlowReason::Refused))
-        });
+        let refused =
+            BackingChain::of(node.clone()).resolve(Direction::Write, 4096, 512, &[], |r| {
+                matches!(r, Resolved::Slow(SlowReason::Refused))
+            });
         assert_eq!(refused, Some(true));
         assert_eq!(
             node.slow_reason(Direction::Write),

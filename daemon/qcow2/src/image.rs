@@ -303,39 +303,39 @@ impl Image {
     /// Where the bytes from `offset` on are, `len` (at least one) at most. The range lies within the disk.
     #[inline]
     pub fn lookup(&self, offset: u64, len: u64) -> Result<Lookup> {
-        let mut found: Option<Mapping> = None;
-        let end = offset.saturating_add(len);
-        let mut at = offset;
-        for _ in 0..MAX_STEPS {
-            if at >= end {
+        match self.one(offset)? {
+            Lookup::Mapped(m) if m.len < len => self.lookup_more(offset, m, len),
+            Lookup::Mapped(m) => Ok(Lookup::Mapped(Mapping { len, ..m })),
+            needs => Ok(needs),
+        }
+    }
+
+    /// What follows what was found, as far as it is of the same kind.
+    fn lookup_more(&self, offset: u64, mut found: Mapping, len: u64) -> Result<Lookup> {
+        for _ in 1..MAX_STEPS {
+            let at = offset.saturating_add(found.len);
+            if found.len >= len || at == u64::MAX {
                 break;
             }
-            let next = match self.one(at)? {
-                Lookup::Mapped(m) => m,
-                // What is known so far is an answer.
-                needs => match found {
-                    None => return Ok(needs),
-                    Some(_) => break,
-                },
+            // What is known so far is an answer.
+            let Lookup::Mapped(next) = self.one(at)? else {
+                break;
             };
-            found = match found {
-                None => Some(next),
-                Some(m) => match m.join(next) {
-                    Some(both) => Some(both),
-                    None => break,
-                },
-            };
-            at = at.saturating_add(next.len);
+            match found.join(next) {
+                Some(both) => found = both,
+                None => break,
+            }
         }
-        let m = found.unwrap_or(Mapping {
-            kind: Kind::Unallocated,
-            len,
-            writable: false,
-        });
-        Ok(Lookup::Mapped(Mapping {
-            len: m.len.min(len),
-            ..m
-        }))
+        found.len = found.len.min(len);
+        Ok(Lookup::Mapped(found))
+    }
+
+    /// A lookup at `offset` will follow: has the entry fetched into the CPU's cache. False if there is
+    /// no table in memory that has it.
+    #[inline]
+    pub fn anticipate(&self, offset: u64) -> bool {
+        let (index, entry) = self.layout.position(offset);
+        self.tables.prefetch(self.layout, index, entry)
     }
 
     #[inline]

@@ -2,7 +2,7 @@
 //!
 //! Invariant: tables are changed, taken in and dropped under the lock of [`crate::meta::Meta`] only.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwapOption;
@@ -127,6 +127,8 @@ impl Table {
 struct Slot {
     l1: AtomicU64,
     table: ArcSwapOption<Table>,
+    /// Where the words of the table are, or were: for fetching them into the CPU's cache, never followed.
+    words: AtomicPtr<AtomicU64>,
 }
 
 /// By L1 index. Memory is taken for those parts of the L1 table only in which there is something.
@@ -174,6 +176,20 @@ impl Tables {
         Some(f(table))
     }
 
+    /// Has an entry fetched into the CPU's cache, for a lookup that will follow. False if there is no such table.
+    #[inline]
+    pub fn prefetch(&self, layout: Layout, index: usize, entry: usize) -> bool {
+        let Some(slot) = self.slot(index) else {
+            return false;
+        };
+        let words = slot.words.load(Ordering::Relaxed).cast_const();
+        if words.is_null() {
+            return false;
+        }
+        vdisk_io::prefetch(words.wrapping_add(entry << u32::from(layout.extended)));
+        true
+    }
+
     /// Whether the table was looked at since this was last asked.
     pub fn take_used(&self, index: usize) -> bool {
         let Some(slot) = self.slot(index) else {
@@ -192,7 +208,13 @@ impl Tables {
     /// Takes a table in, or drops it. True if one was there before.
     pub fn put(&self, index: usize, table: Option<Arc<Table>>) -> bool {
         match self.slot(index) {
-            Some(slot) => slot.table.swap(table).is_some(),
+            Some(slot) => {
+                let words = table
+                    .as_ref()
+                    .map_or(std::ptr::null(), |t| t.words.as_ptr());
+                slot.words.store(words.cast_mut(), Ordering::Relaxed);
+                slot.table.swap(table).is_some()
+            }
             None => false,
         }
     }

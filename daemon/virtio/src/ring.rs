@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use vdisk_io::prefetch;
+
 use crate::memory::GuestMemory;
 
 const DESC_F_NEXT: u16 = 1;
@@ -265,14 +267,14 @@ impl SplitRing {
         };
         for i in 0..n {
             if let Some(desc) = heads(self, i) {
-                prefetch(desc.cast());
+                prefetch(desc);
             }
         }
         for i in 0..n {
             if let Some(desc) = heads(self, i) {
                 // SAFETY: in the table; the guest may change it, hence volatile.
                 let addr = unsafe { desc.read_volatile() }.addr;
-                memory.translate(addr, 1, &mut self.hint, |at, _| prefetch(at));
+                memory.translate(addr, 1, &mut self.hint, |at, _| prefetch(at.cast_const()));
             }
         }
     }
@@ -429,18 +431,6 @@ impl SplitRing {
         fence(Ordering::SeqCst);
         self.avail_idx().load(Ordering::Acquire) != self.next_avail
     }
-}
-
-/// Asks for a line of memory without waiting for it.
-#[inline]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch has no effect that a program can see, whatever the address.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 #[inline]

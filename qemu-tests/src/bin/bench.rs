@@ -247,37 +247,57 @@ fn warm(path: &Path) {
     let file = std::fs::File::open(path).expect("the image was just made");
     file.sync_all().expect("the disk works");
     let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
-    read(&file);
+    read(vec![file]);
 }
 
-fn read(mut file: &std::fs::File) {
+/// Reads files to their ends, a piece of each in turn.
+fn read(mut files: Vec<std::fs::File>) {
     let mut block = vec![0; 1 << 20];
-    while std::io::Read::read(&mut file, &mut block).is_ok_and(|n| n > 0) {}
+    while !files.is_empty() {
+        files.retain_mut(|f| std::io::Read::read(f, &mut block).is_ok_and(|n| n > 0));
+    }
 }
 
-/// Brings back what of the images of a storage has left the page cache: some machines give cold pages back to their host.
-fn keep_warm(server: &dyn Server, storage: &str) {
+/// The images of a storage that the page cache is to have.
+fn cached_images(server: &dyn Server, storage: &str) -> Vec<std::fs::File> {
     let (dir, prefix) = server.images();
     let stems: &[&str] = match storage {
         "chain" => &["bottom", "chain1", "chain2", "chain3", "chain4", "chain"],
         "overlay" => &["base"],
         "cached" | "qcow2" | "luks" | "qcow2-luks" => &[storage],
-        _ => return,
+        _ => &[],
     };
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    for entry in entries {
+    let images = entries.filter_map(|entry| {
         let name = entry.file_name().to_string_lossy().into_owned();
         let stem = name
             .strip_prefix(prefix)
             .or((name == "base").then_some("base"))
             .map(|n| n.trim_end_matches(".img"));
-        if stem.is_some_and(|s| stems.contains(&s))
-            && let Ok(file) = std::fs::File::open(entry.path())
-            && file.metadata().is_ok_and(|m| m.is_file())
-        {
-            read(&file);
-        }
+        let file = match stem.is_some_and(|s| stems.contains(&s)) {
+            true => std::fs::File::open(entry.path()).ok()?,
+            false => return None,
+        };
+        file.metadata().is_ok_and(|m| m.is_file()).then_some(file)
+    });
+    images.collect()
+}
+
+/// Has the images of a group leave the page cache and come back, a piece of each in turn. Which memory a file gets is chance, and some
+/// of it is faster: this way all have the same share, and another one in each round.
+fn mix(servers: &[&dyn Server], group: &[Workload]) {
+    let images = servers.iter().flat_map(|s| {
+        let of = |w: &Workload| cached_images(*s, w.storage);
+        group.iter().flat_map(of).collect::<Vec<_>>()
+    });
+    let images: Vec<_> = images.collect();
+    for file in &images {
+        file.sync_all().expect("the disk works");
     }
+    for file in &images {
+        let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+    read(images);
 }
 
 /// What opens the encrypted images.
@@ -641,7 +661,12 @@ fn measure(
     round: usize,
     written: &mut Option<Written>,
 ) -> (Measured, u64) {
-    keep_warm(server, w.storage);
+    // Some machines give cold pages back to their host.
+    read(cached_images(server, w.storage));
+    if w.load.op == Op::Write {
+        // What others have written is not to be taken to the disk meanwhile.
+        rustix::fs::sync();
+    }
     if let Some(written) = written.take() {
         written.give_back();
     }
@@ -738,6 +763,7 @@ fn main() {
         for round in 0..args.rounds {
             // What one leaves behind is not always the other's.
             servers.reverse();
+            mix(&servers, &group);
             for (w, figures) in group.iter().zip(&mut figures) {
                 for server in &servers {
                     let (m, cpu) = measure(*server, w, round, &mut written);

@@ -168,6 +168,29 @@ pub trait Driver: Send + Sync {
         Limits::NONE
     }
 
+    /// A request at `offset`, which may lie anywhere, is about to be resolved: has the memory fetched into the CPU's cache that
+    /// this will look at. False if nothing is known about `offset` here, and the backing node is to anticipate it. Nothing else follows from it.
+    fn anticipate(&self, _offset: u64) -> bool {
+        true
+    }
+
+    /// Where reads go of which this driver has nothing. Another one comes only while everything above is drained.
+    fn backing(&self) -> Option<Arc<Node>> {
+        None
+    }
+
+    /// As [`Driver::resolve`], which asks the backing node itself; this one does not tell anything then, and returns false.
+    fn resolve_here(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) -> bool {
+        self.resolve(direction, offset, len, then);
+        true
+    }
+
     /// Tells `then` where `len` bytes at `offset` are, once. Must not block, allocate or lock.
     fn resolve(
         &self,

@@ -525,6 +525,14 @@ impl Driver for Qcow2 {
     }
 
     #[inline]
+    fn anticipate(&self, offset: u64) -> bool {
+        self.image.anticipate(offset)
+    }
+
+    fn backing(&self) -> Option<Arc<Node>> {
+        self.backing.load_full()
+    }
+
     fn resolve(
         &self,
         direction: Direction,
@@ -532,17 +540,43 @@ impl Driver for Qcow2 {
         len: u64,
         then: &mut dyn FnMut(Resolved<'_>),
     ) {
-        let slow = |reason| Resolved::Slow(reason);
+        if self.resolve_here(direction, offset, len, then) {
+            return;
+        }
+        match &*self.backing.load() {
+            Some(b) if offset < b.size() => match offset + len <= b.size() {
+                true => b.resolve_range(direction, offset, len, then),
+                false => then(Resolved::Slow(SlowReason::Scattered)),
+            },
+            _ => then(Resolved::Zeroes),
+        }
+    }
+
+    #[inline]
+    fn resolve_here(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: u64,
+        then: &mut dyn FnMut(Resolved<'_>),
+    ) -> bool {
+        let mut slow = |reason| {
+            then(Resolved::Slow(reason));
+            true
+        };
         let m = match self.image.lookup(offset, len) {
             Ok(Lookup::Mapped(m)) if m.len == len => m,
-            Ok(Lookup::Mapped(_)) => return then(slow(SlowReason::Scattered)),
-            Ok(Lookup::NeedsTable { .. }) => return then(slow(SlowReason::Metadata)),
-            Err(_) => return then(slow(SlowReason::Refused)),
+            Ok(Lookup::Mapped(_)) => return slow(SlowReason::Scattered),
+            Ok(Lookup::NeedsTable { .. }) => return slow(SlowReason::Metadata),
+            Err(_) => return slow(SlowReason::Refused),
         };
         match (direction, m.kind) {
-            (Direction::Write, Kind::Data(_)) if !m.writable => then(slow(SlowReason::Allocates)),
+            (Direction::Read, Kind::Unallocated) => return false,
+            (Direction::Write, Kind::Data(_)) if !m.writable => {
+                return slow(SlowReason::Allocates);
+            }
             (Direction::Write, Kind::Data(_)) if self.encrypted.is_some() => {
-                then(slow(SlowReason::Encrypted));
+                return slow(SlowReason::Encrypted);
             }
             (Direction::Write, Kind::Data(host)) => {
                 self.image.mark_dirty(offset, len);
@@ -553,21 +587,15 @@ impl Driver for Qcow2 {
                     then(r);
                 });
             }
-            (Direction::Write, _) => then(slow(SlowReason::Allocates)),
+            (Direction::Write, _) => return slow(SlowReason::Allocates),
             (Direction::Read, Kind::Data(host)) => match &self.encrypted {
                 Some(encrypted) => encrypted.resolve_read(host, len, then),
                 None => self.data.resolve_range(direction, host, len, then),
             },
-            (Direction::Read, Kind::Compressed { .. }) => then(slow(SlowReason::Compressed)),
+            (Direction::Read, Kind::Compressed { .. }) => return slow(SlowReason::Compressed),
             (Direction::Read, Kind::Zero) => then(Resolved::Zeroes),
-            (Direction::Read, Kind::Unallocated) => match &*self.backing.load() {
-                Some(b) if offset < b.size() => match offset + len <= b.size() {
-                    true => b.resolve_range(direction, offset, len, then),
-                    false => then(slow(SlowReason::Scattered)),
-                },
-                _ => then(Resolved::Zeroes),
-            },
         }
+        true
     }
 
     fn slow_reason(&self, direction: Direction) -> Option<SlowReason> {

@@ -29,7 +29,7 @@ use super::inflight::InflightQueue;
 use crate::statistics::{QueueStats, RequestClass};
 
 /// Requests taken in one turn, before other queues of the thread have theirs.
-const MAX_BATCH: u16 = 64;
+const MAX_BATCH: usize = 64;
 
 /// As `MAX_BATCH`, for requests that the page cache answers as they are submitted: the guest gets to see the
 /// first of them while the others run.
@@ -46,8 +46,9 @@ const MAX_ZEROES: u64 = 1 << 20;
 /// of a batch.
 const PUBLISH_EVERY: u32 = 4;
 
-/// Chains whose memory is fetched into the cache together.
-const PREFETCH: u16 = 8;
+/// Requests that are taken together, before the first of them is submitted: what they and their lookups need of memory is
+/// fetched into the cache for all of them at once.
+const BATCH: usize = 8;
 
 /// The dirty page log, while a migration runs.
 #[derive(Clone)]
@@ -75,8 +76,19 @@ pub struct QueueSetup {
     pub logging: Option<Logging>,
 }
 
+/// Why a ring cannot be used any more.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error(transparent)]
+    Request(#[from] Malformed),
+}
+
 struct Slot {
     chain: Chain,
+    /// What was taken and is not submitted yet.
+    request: Option<ParsedRequest>,
     class: RequestClass,
     status: *mut u8,
     /// Bytes of data.
@@ -312,12 +324,14 @@ impl Queue {
         }
     }
 
-    fn take_one(&self, inner: &mut Inner) -> Result<bool, RingError> {
+    /// Takes the next request; `None` if there is none.
+    fn take(&self, inner: &mut Inner) -> Result<Option<u32>, Broken> {
         let token = match inner.free.pop() {
             Some(token) => token,
             None => {
                 inner.slots.push(Slot {
                     chain: Chain::default(),
+                    request: None,
                     class: RequestClass::Other,
                     status: std::ptr::null_mut(),
                     len: 0,
@@ -342,7 +356,7 @@ impl Queue {
             Ok(true) => {}
             other => {
                 inner.free.push(token);
-                return other;
+                return other.map(|_| None).map_err(Broken::from);
             }
         }
         if !Rc::ptr_eq(&slot.memory, &inner.memory) {
@@ -352,19 +366,31 @@ impl Queue {
         if let Some(inflight) = &mut inner.inflight {
             inflight.take(slot.chain.head);
         }
-        inner.slots[token as usize].generation = self.client.begin();
-        self.submit(inner, token);
-        Ok(true)
+        match ParsedRequest::parse(&mut slot.chain) {
+            Ok(request) => slot.request = Some(request),
+            // A chain without room for an answer: the guest does not get it back, and the queue stops.
+            Err(error) => {
+                inner.free.push(token);
+                return Err(error.into());
+            }
+        }
+        slot.generation = self.client.begin();
+        Ok(Some(token))
+    }
+
+    /// Has the memory fetched that resolving these requests will look at, for all of them at once.
+    fn anticipate(&self, inner: &Inner, tokens: &[u32]) {
+        let requests = tokens
+            .iter()
+            .filter_map(|t| inner.slots[*t as usize].request.as_ref());
+        self.client
+            .anticipate(requests.map(|r| r.sector.wrapping_mul(SECTOR_SIZE)));
     }
 
     fn submit(&self, inner: &mut Inner, token: u32) {
         let slot = &mut inner.slots[token as usize];
-        let request = match ParsedRequest::parse(&mut slot.chain) {
-            Ok(r) => r,
-            Err(error) => {
-                self.malformed(inner, token, error);
-                return;
-            }
+        let Some(request) = slot.request.take() else {
+            return;
         };
         slot.status = request.status;
         slot.len = request.len;
@@ -389,13 +415,6 @@ impl Queue {
             RequestKind::GetId => self.get_id(inner, token, &request),
             RequestKind::Other(_) => self.answer(inner, token, Status::Unsupported),
         }
-    }
-
-    /// A chain without room for an answer: the guest gets it back unanswered and the queue stops.
-    fn malformed(&self, inner: &mut Inner, token: u32, error: Malformed) {
-        self.client.end(inner.slots[token as usize].generation);
-        inner.free.push(token);
-        self.fail(inner, &error);
     }
 
     fn transfer(
@@ -448,8 +467,9 @@ impl Queue {
             }
             Some(None)
         };
-        let fast = self.client.with_node(|node| {
-            let answered = node.resolve(direction, offset, request.len, segments, |r| match r {
+        let resolved = self
+            .client
+            .resolve(direction, offset, request.len, segments, |r| match r {
                 // The write would be durable, but not where it is.
                 Resolved::Direct { settled: false, .. } if durable => None,
                 Resolved::Direct {
@@ -484,8 +504,7 @@ impl Queue {
                 Resolved::Nothing => Some(Some(Status::Ok)),
                 Resolved::Slow(_) => None,
             });
-            answered.flatten()
-        });
+        let fast = resolved.flatten();
         if fast == Some(None) {
             slot.decryption = decryption.map(|d| (d, data.clone()));
         }
@@ -699,30 +718,47 @@ impl Source for Queue {
         self.immediate.set(0);
         self.buffered.set(0);
         let mut shown = 0;
-        for n in 0..MAX_BATCH {
-            if n.is_multiple_of(PREFETCH) {
+        let mut left = MAX_BATCH;
+        while left > 0 && self.buffered.get() < MAX_BUFFERED {
+            let mut tokens = [0; BATCH];
+            let most = BATCH.min((MAX_BUFFERED - self.buffered.get()) as usize);
+            let ahead = inner.ring.available().unwrap_or(0).min(most as u16);
+            if ahead > 1 {
                 let inner = &mut *inner;
-                let ahead = inner.ring.available().unwrap_or(0).min(PREFETCH);
-                if ahead > 1 {
-                    inner.ring.prefetch(&inner.memory, ahead);
+                inner.ring.prefetch(&inner.memory, ahead);
+            }
+            let (mut n, mut broken) = (0, None);
+            while n < most {
+                match self.take(&mut inner) {
+                    Ok(Some(token)) => tokens[n] = token,
+                    Ok(None) => break,
+                    Err(error) => {
+                        broken = Some(error);
+                        break;
+                    }
+                }
+                n += 1;
+            }
+            if n > 1 {
+                self.anticipate(&inner, &tokens[..n]);
+            }
+            for &token in &tokens[..n] {
+                self.submit(&mut inner, token);
+                if self.immediate.get() - shown >= PUBLISH_EVERY {
+                    // A guest that sleeps is woken for the first answers; one that is awake sees the rest.
+                    self.publish(&mut inner, shown == 0);
+                    shown = self.immediate.get();
                 }
             }
-            match self.take_one(&mut inner) {
-                Ok(true) => any = true,
-                Ok(false) => break,
-                Err(error) => {
-                    self.fail(&mut inner, &error);
-                    break;
-                }
-            }
-            if self.closed.get() || self.buffered.get() >= MAX_BUFFERED {
+            any |= n > 0;
+            if let Some(error) = broken {
+                self.fail(&mut inner, &error);
                 break;
             }
-            if self.immediate.get() - shown >= PUBLISH_EVERY {
-                // A guest that sleeps is woken for the first answers; one that is awake sees the rest.
-                self.publish(&mut inner, shown == 0);
-                shown = self.immediate.get();
+            if n == 0 {
+                break;
             }
+            left = left.saturating_sub(n);
         }
         if self.immediate.get() > shown {
             self.publish(&mut inner, true);

@@ -616,7 +616,7 @@ pub async fn amend(control: &Handle, options: AmendImage) -> Result<()> {
 /// An image that a node serves, with everything above drained.
 pub(super) struct Still {
     image: Arc<Image>,
-    drained: Vec<DrainGuard>,
+    _drained: Vec<DrainGuard>,
     what: String,
 }
 
@@ -661,7 +661,7 @@ impl Control {
         }
         Ok(Still {
             image,
-            drained,
+            _drained: drained,
             what,
         })
     }
@@ -725,9 +725,6 @@ impl Control {
         })
         .await;
         node.follow_image();
-        for guard in &still.drained {
-            guard.invalidate();
-        }
         drop(still);
         if node.size() != before {
             self.events.push(Event::NodeChanged(name.to_owned()));

@@ -237,9 +237,6 @@ impl Control {
         for parent in above.iter().filter(|n| n.name() != name) {
             parent.follow_child();
         }
-        for guard in &drained {
-            guard.invalidate();
-        }
         drop(drained);
         tracing::info!(node = name, from = before, to = resized, "node resized");
         for node in &above {
@@ -343,9 +340,6 @@ impl Control {
                 .set_option(name, "discard", discard.name().into());
             let detect = detect_zeroes.name().into();
             world.graph.set_option(name, "detect-zeroes", detect);
-        }
-        for guard in &drained {
-            guard.invalidate();
         }
         let bitmaps_after = bitmaps(&node);
         for bitmap in bitmaps_before.symmetric_difference(&bitmaps_after) {
