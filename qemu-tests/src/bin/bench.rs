@@ -284,7 +284,8 @@ fn cached_images(server: &dyn Server, storage: &str) -> Vec<std::fs::File> {
 }
 
 /// Has the images of a group leave the page cache and come back, a piece of each in turn. Which memory a file gets is chance, and some
-/// of it is faster: this way all have the same share, and another one in each round.
+/// of it is faster: this way all have the same share, and another one in each round. For reads alone: the first small writes to what was
+/// read so are dearer than those that follow.
 fn mix(servers: &[&dyn Server], group: &[Workload]) {
     let images = servers.iter().flat_map(|s| {
         let of = |w: &Workload| cached_images(*s, w.storage);
@@ -763,7 +764,9 @@ fn main() {
         for round in 0..args.rounds {
             // What one leaves behind is not always the other's.
             servers.reverse();
-            mix(&servers, &group);
+            if group.iter().all(|w| w.load.op == Op::Read) {
+                mix(&servers, &group);
+            }
             for (w, figures) in group.iter().zip(&mut figures) {
                 for server in &servers {
                     let (m, cpu) = measure(*server, w, round, &mut written);
