@@ -767,10 +767,15 @@ fn main() {
             if group.iter().all(|w| w.load.op == Op::Read) {
                 mix(&servers, &group);
             }
-            for (w, figures) in group.iter().zip(&mut figures) {
+            let mut order: Vec<usize> = (0..group.len()).collect();
+            if round % 2 == 1 {
+                order.reverse();
+            }
+            for i in order {
                 for server in &servers {
-                    let (m, cpu) = measure(*server, w, round, &mut written);
-                    figures.entry(server.name()).or_default().add(&m, cpu);
+                    let (m, cpu) = measure(*server, &group[i], round, &mut written);
+                    let figures = figures[i].entry(server.name()).or_default();
+                    figures.add(&m, cpu);
                 }
             }
         }
