@@ -121,6 +121,33 @@ fn an_active_overlay_is_committed_under_load() {
     }
 }
 
+/// What left the chain under a guest that does nothing is closed: it can be deleted, and its device removed.
+#[test]
+fn images_that_leave_a_chain_are_closed_under_an_idle_client() {
+    let mut chain = Chain::new("qcow2");
+    for _ in 0..4 {
+        chain.grow();
+    }
+    let mut client = Client::connect(&chain.daemon.socket("disk"), 1, 1, 4096);
+    assert_eq!(client.read(0, &mut [0; 4096]), 0);
+    let fds = format!("/proc/{}/fd", chain.daemon.pid());
+    let is_closed = |image: &Path| {
+        let open = std::fs::read_dir(&fds).unwrap().flatten();
+        let mut open = open.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        open.all(|file| file != image).then_some(())
+    };
+    chain.daemon.ctl(&["commit", "n2", "--base", "n1"]);
+    wait_for("n2 to be closed", || is_closed(&chain.images[2]));
+    chain.daemon.ctl(&["stream", "n3", "--base", "n0"]);
+    chain.daemon.ctl(&["node", "remove", "n1"]);
+    wait_for("n1 to be closed", || is_closed(&chain.images[1]));
+    chain.daemon.ctl(&["commit", "n4", "--base", "n3"]);
+    wait_for("n4 to be closed", || is_closed(&chain.images[4]));
+    assert_eq!(client.read(0, &mut [0; 4096]), 0);
+    drop(client);
+    chain.close();
+}
+
 /// A backing file in the middle goes into the one below, and the images above find the base on disk.
 #[test]
 fn a_backing_file_is_committed_under_load() {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
-use vdisk_io::{Generation, IoThread, Reactor};
+use vdisk_io::{Generation, IoThread, Kept, Reactor};
 
 use crate::chain::BackingChain;
 use crate::drivers::{Direction, Resolved};
@@ -38,7 +38,34 @@ struct Shared {
     in_flight: AtomicU32,
     /// Told when the last request ended during a drain.
     idle: Notify,
+    /// On its thread.
+    seen: Kept<Seen>,
     resume: Resume,
+}
+
+/// What a client remembers of the graph from one drain to the next.
+struct Seen {
+    chain: RefCell<BackingChain>,
+    generation: Cell<u64>,
+}
+
+impl Seen {
+    fn of(backend: &Backend) -> Seen {
+        Seen {
+            generation: Cell::new(backend.generation.load(Ordering::Acquire)),
+            chain: RefCell::new(BackingChain::of(backend.node())),
+        }
+    }
+
+    /// Looks at the graph anew if it may have changed.
+    #[inline]
+    fn follow(&self, backend: &Backend) {
+        let generation = backend.generation.load(Ordering::Acquire);
+        if generation != self.generation.get() {
+            self.generation.set(generation);
+            *self.chain.borrow_mut() = BackingChain::of(backend.node());
+        }
+    }
 }
 
 type Resume = Box<dyn Fn(&Rc<Reactor>) + Send + Sync>;
@@ -86,17 +113,20 @@ impl Backend {
         resume: impl Fn(&Rc<Reactor>) + Send + Sync + 'static,
     ) -> Client {
         let id = ClientId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let seen = Rc::new(Seen::of(self));
         let shared = Arc::new(Shared {
             id,
             thread: thread.clone(),
             in_flight: AtomicU32::new(0),
             idle: Notify::new(),
+            seen: reactor.keep(seen.clone()),
             resume: Box::new(resume),
         });
         locked(&self.clients).push(shared.clone());
+        // A drain that ended before knew nothing of this client.
+        seen.follow(self);
         Client {
-            generation: Cell::new(self.generation.load(Ordering::Acquire)),
-            chain: RefCell::new(BackingChain::of(self.node())),
+            seen,
             backend: self.clone(),
             reactor: reactor.clone(),
             counts: Default::default(),
@@ -171,8 +201,14 @@ impl Drop for DrainGuard {
             return;
         }
         for client in locked(&self.backend.clients).iter() {
-            let resume = client.clone();
-            client.thread.post(move |r| (resume.resume)(r));
+            let (resumed, backend) = (client.clone(), self.backend.clone());
+            client.thread.post(move |r| {
+                // One that has no requests must not keep nodes that have left the graph open.
+                if let Some(seen) = r.kept(resumed.seen) {
+                    seen.follow(&backend);
+                }
+                (resumed.resume)(r);
+            });
         }
     }
 }
@@ -184,8 +220,7 @@ pub struct Client {
     reactor: Rc<Reactor>,
     /// Requests counted in each generation of the thread.
     counts: [Cell<u64>; 2],
-    chain: RefCell<BackingChain>,
-    generation: Cell<u64>,
+    seen: Rc<Seen>,
 }
 
 impl Client {
@@ -263,18 +298,15 @@ impl Client {
 
     #[inline]
     fn with_chain<R>(&self, f: impl FnOnce(&BackingChain) -> R) -> R {
-        let generation = self.backend.generation.load(Ordering::Acquire);
-        if generation != self.generation.get() {
-            self.generation.set(generation);
-            *self.chain.borrow_mut() = BackingChain::of(self.backend.node());
-        }
-        f(&self.chain.borrow())
+        self.seen.follow(&self.backend);
+        f(&self.seen.chain.borrow())
     }
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
         locked(&self.backend.clients).retain(|c| c.id != self.shared.id);
+        self.reactor.take_kept(self.shared.seen);
         // Whoever waits for requests of this client need not any more.
         for generation in Generation::ALL {
             let n = self.counts[generation.index()].get();

@@ -60,21 +60,28 @@ impl BackingChain {
             };
             found = then.take().map(|then| then(resolved));
         };
-        let mut is_below = false;
-        for node in &self.nodes {
-            if is_below && offset + len > node.size() {
-                tell(match offset < node.size() {
-                    true => Resolved::Slow(SlowReason::Scattered),
-                    false => Resolved::Zeroes,
-                });
+        for (depth, node) in self.nodes.iter().enumerate() {
+            if depth > 0
+                && let Some(end) = beyond(node, offset, len)
+            {
+                tell(end);
                 return found;
             }
             if node.resolve_here(direction, offset, len, &mut tell) {
                 return found;
             }
-            is_below = true;
         }
         tell(Resolved::Zeroes);
         found
+    }
+}
+
+/// Where the bytes of a read of an overlay are of which `backing` has not all: it may be shorter, and zeroes follow it.
+#[inline]
+pub(crate) fn beyond(backing: &Node, offset: u64, len: u64) -> Option<Resolved<'static>> {
+    match backing.size() {
+        size if offset + len <= size => None,
+        size if offset < size => Some(Resolved::Slow(SlowReason::Scattered)),
+        _ => Some(Resolved::Zeroes),
     }
 }

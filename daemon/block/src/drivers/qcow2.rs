@@ -24,6 +24,7 @@ use vdisk_qcow2::{
 use super::{
     Direction, Driver, Limits, LocalFuture, OpenedDriver, Resolved, SlowReason, Told, reactor,
 };
+use crate::chain::beyond;
 use crate::crypt::{Encrypted, unlock};
 use crate::node::{Node, Source, WriteFlags, ZeroFlags};
 use crate::runtime::Runtime;
@@ -544,11 +545,11 @@ impl Driver for Qcow2 {
             return;
         }
         match &*self.backing.load() {
-            Some(b) if offset < b.size() => match offset + len <= b.size() {
-                true => b.resolve_range(direction, offset, len, then),
-                false => then(Resolved::Slow(SlowReason::Scattered)),
+            Some(b) => match beyond(b, offset, len) {
+                Some(end) => then(end),
+                None => b.resolve_range(direction, offset, len, then),
             },
-            _ => then(Resolved::Zeroes),
+            None => then(Resolved::Zeroes),
         }
     }
 
