@@ -63,5 +63,6 @@ export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
 systemd-nspawn -q --system-call-filter='bpf @keyring' -D "$root" --register=no --keep-unit --link-journal=no --bind="$dir:/scratch" --bind-ro="$lab:/lab" $bind --tmpfs=/var/tmp:mode=1777 \
     --setenv=RUST_BACKTRACE=1 -b systemd.unit=vdisk-script.service systemd.show_status=0 </dev/null >"$dir/console" 2>&1 || status=$?
 cat "$root/result/log" || cat "$dir/console"
-[ $status = 0 ] || tail -n 20 "$root/result/trace"
+# (What is said on stderr is shown last.)
+[ $status = 0 ] || { grep -h '^failed at' "$root/result/log"; tail -n 20 "$root/result/trace"; } >&2
 exit $status

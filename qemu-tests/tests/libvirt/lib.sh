@@ -1,6 +1,7 @@
 # For the scripts beside it: domains of a real libvirt under real systemd, whose guests do what the host says.
 set -Eeu
 failed() {
+    set +ex
     echo "failed at line $1"
     virsh list --all
     vdiskctl domain list --all
@@ -14,6 +15,7 @@ failed() {
         virsh qemu-monitor-command "$vm" --hmp info registers | head -4
         virsh qemu-monitor-command "$vm" --hmp info status
     done
+    exit 1
 }
 trap 'failed $LINENO' ERR
 images=/var/lib/libvirt/images

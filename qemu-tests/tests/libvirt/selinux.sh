@@ -1,7 +1,7 @@
 #!/bin/bash
 # Guests that SELinux confines to what is theirs: the sockets of their own disks, and no other's.
 . /usr/bin/vdisk-script-lib
-trap 'failed $LINENO; dmesg | grep "avc:.*:vdiskd_"' ERR
+trap 'dmesg | grep "avc:.*:vdiskd_"; failed $LINENO' ERR
 echo "libvirt is up after $(cut -d' ' -f1 /proc/uptime) s"
 [ "$(getenforce)" = Enforcing ]
 context() { tr -d '\0' <"/proc/$1/attr/current"; }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Who may do what: polkit decides, and is asked for real.
 set -Eeu
-trap 'echo "failed at line $LINENO"; cat /tmp/refused; journalctl -u vdiskd -u polkit --no-pager | tail -40' ERR
+trap 'set +ex; echo "failed at line $LINENO"; cat /tmp/refused; journalctl -u vdiskd -u polkit --no-pager | tail -40; exit 1' ERR
 touch /tmp/refused
 for user in anna bert carla dora; do useradd "$user"; done
 mkdir -p /etc/polkit-1/rules.d

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A guest, whose QEMU runs without root, does not notice what happens to the service, and neither does a job that runs meanwhile.
 set -Eeu
-trap 'echo "failed at line $LINENO"; cat /tmp/guest; vdiskctl status; journalctl -u vdiskd --no-pager | tail -60' ERR
+trap 'set +ex; echo "failed at line $LINENO"; cat /tmp/guest; vdiskctl status; journalctl -u vdiskd --no-pager | tail -60; exit 1' ERR
 rounds=${ROUNDS:-6}
 mkdir -p /srv/images
 chown vdiskd /srv/images

@@ -4,7 +4,8 @@
 vdiskctl info >/dev/null
 serve_eight
 daemons() { grep -lsx vdiskd /proc/[0-9]*/comm | wc -l; }
-handed_over() { journalctl -u vdiskd --no-pager | grep -c 'everything is left to the new process' || true; }
+# (What is logged gets there later.)
+handed_over() { journalctl --sync && journalctl -u vdiskd --no-pager | grep -c 'everything is left to the new process' || true; }
 
 # Guests wait for the moment of the handover only.
 happens none
@@ -81,6 +82,7 @@ kill -0 "$old"
 systemctl stop vdiskd
 for _ in $(seq 100); do kill -0 "$old" 2>/dev/null || break; sleep 0.05; done
 if kill -0 "$old" 2>/dev/null; then false; fi
+journalctl --sync
 journalctl -u vdiskd --no-pager | grep -q 'there will be no new process'
 mv /usr/libexec/vdiskd.good /usr/libexec/vdiskd
 vdiskctl image check /srv/images/1.qcow2 >/dev/null

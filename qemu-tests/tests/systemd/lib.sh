@@ -1,11 +1,12 @@
 # For the scripts beside it: eight clients of the installed service that must not notice what happens to it.
 set -Eeu
 failed() {
-    set +e
+    set +ex
     echo "failed at line $1"
     ls -la /run/vdiskd
     vdiskctl export list
     journalctl -u vdiskd --no-pager | tail -60
+    exit 1
 }
 trap 'failed $LINENO' ERR
 rounds=${ROUNDS:-8} busy=${BUSY:-8}

@@ -1,7 +1,14 @@
 #!/bin/bash
 # What was configured stays, as far as it can; what does not is named.
 set -Eeu
-trap 'echo "failed at line $LINENO"; vdiskctl status; journalctl --no-pager | tail -60' ERR
+failed() {
+    set +ex
+    echo "failed at line $1"
+    vdiskctl status
+    journalctl --no-pager | tail -60
+    exit 1
+}
+trap 'failed $LINENO' ERR
 refused() {
     why=$1
     shift
@@ -138,8 +145,11 @@ vdisk-steady --until /tmp/enough --ready /tmp/ready /run/vdiskd-tenant1/t.sock >
 client=$!
 until [ -e /tmp/ready ]; do sleep 0.05; kill -0 $client; done
 before=$(systemctl show -P MainPID vdiskd@tenant1)
+# (The next reload comes when this one is over: the program that begins reads the configuration again.)
+started() { vdiskctl --instance tenant1 status --json | grep StartTime; }
+was=$(started)
 systemctl reload vdiskd@tenant1
-await vdiskctl --instance tenant1 status
+until now=$(started) && [ "$now" != "$was" ]; do sleep 0.05; done
 [ "$(systemctl show -P MainPID vdiskd@tenant1)" = "$before" ]
 # Other folders need a process that was never kept from them; its guest does not notice.
 printf '[images]\ndirectories = ["/srv/tenant", "/srv/images"]\n' >/etc/vdiskd/instances/tenant1.toml
@@ -159,7 +169,8 @@ systemctl daemon-reload
 vdiskctl image create /srv/images/e.qcow2 64M encrypt.format=luks encrypt.key-secret=key0 encrypt.iter-time=10
 vdiskctl node add e driver=qcow2 file.driver=file file.filename=/srv/images/e.qcow2 encrypt.format=luks encrypt.key-secret=key0
 vdiskctl export add e --node e --socket /run/vdiskd/e.sock --persistent
-tried() { journalctl -u vdiskd --no-pager | grep -c 'passphrase tried' || true; }
+# (What is logged gets there later.)
+tried() { journalctl --sync && journalctl -u vdiskd --no-pager | grep -c 'passphrase tried' || true; }
 # Whoever made it knows its key.
 [ "$(tried)" = 0 ]
 systemctl stop vdiskd

@@ -2,7 +2,7 @@
 # Each line of the unit that takes something from the daemon holds: a program that is run with exactly these lines tries what they forbid.
 # Needs a block device (DEVICE).
 set -Eeu
-trap 'echo "failed at line $LINENO"; journalctl -u vdiskd-probe --no-pager | tail -30' ERR
+trap 'set +ex; echo "failed at line $LINENO"; journalctl -u vdiskd-probe --no-pager | tail -30; exit 1' ERR
 mkdir -p /srv/images /usr/lib/modules
 chown vdiskd /srv/images
 touch /usr/open /etc/open /tmp/outside
