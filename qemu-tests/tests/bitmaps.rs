@@ -558,3 +558,72 @@ fn bits_that_take_too_much_memory_are_refused() {
         assert!(message.contains("memory"), "{method}: {message}");
     }
 }
+
+/// Two actions of a transaction that would take the same name, or the same bits, are refused, and nothing is done.
+#[test]
+fn actions_that_clash_are_refused() {
+    let (daemon, _) = start();
+    daemon.ctl(&["node", "add", "other", "driver=null-co", "size=16M"]);
+    for name in ["c1", "c2"] {
+        daemon.ctl(&["node", "add", name, "driver=null-co", "size=16M"]);
+    }
+    daemon.ctl(&["bitmap", "add", "disk", "b"]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &[7; 4096]), 0);
+    let (second, _) = {
+        let image = daemon.path("second.qcow2");
+        daemon.ctl(&["image", "create", text(&image), "16M"]);
+        let filename = format!("file.filename={}", image.display());
+        let add = ["node", "add", "second", "driver=qcow2", "file.driver=file"];
+        (daemon.ctl(&[&add[..], &[&filename]].concat()), image)
+    };
+    drop(second);
+    let overlay = |node: &str| {
+        let image = daemon.path(&format!("o-{node}.qcow2"));
+        let create = ["image", "create", text(&image), "16M", "--backing", "x"];
+        daemon.ctl(&[&create[..], &["-F", "qcow2"]].concat());
+        format!(
+            "add-overlay,node={node},driver=qcow2,node-name=o,file.driver=file,file.filename={}",
+            image.display()
+        )
+    };
+    let full = "backup,node=disk,target=c1";
+    let by_bits = |target: &str, id: &str| {
+        format!("backup,node=disk,target={target},job-id={id},sync=incremental,bitmap=b")
+    };
+    let (first, second) = (by_bits("c1", "j1"), by_bits("c2", "j2"));
+    let before = daemon.ctl(&["tree"]);
+    for (actions, why) in [
+        (
+            [&overlay("disk")[..], &overlay("second")],
+            "two of its overlays have a node 'o'",
+        ),
+        (
+            [full, "backup,node=disk,target=c2"],
+            "two of its jobs are called 'backup-disk'",
+        ),
+        ([&first, &second], "bitmap 'b'"),
+        ([&first, "bitmap-clear,node=disk,name=b"], "bitmap 'b'"),
+        (["bitmap-remove,node=disk,name=b", &first], "bitmap 'b'"),
+    ] {
+        let (_, message) = daemon.ctl_error(&[&["transaction"][..], &actions].concat());
+        assert!(message.contains(why), "{actions:?}: {message}");
+        assert_eq!(daemon.ctl(&["tree"]), before, "{actions:?}");
+    }
+    assert_eq!(bitmap(&daemon, "b")["Count"], 65536);
+}
+
+/// Whatever a disk goes back to, an increment has all that is different.
+#[test]
+fn a_snapshot_that_is_applied_is_a_change() {
+    let (daemon, _) = start();
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &[1; 4096]), 0);
+    daemon.ctl(&["snapshot", "create", "disk", "s"]);
+    assert_eq!(client.write(0, &[2; 4096]), 0);
+    daemon.ctl(&["bitmap", "add", "disk", "b"]);
+    daemon.ctl(&["bitmap", "add", "disk", "off", "--disabled"]);
+    daemon.ctl(&["snapshot", "apply", "disk", "s"]);
+    assert_eq!(bitmap(&daemon, "b")["Count"], SIZE);
+    assert_eq!(bitmap(&daemon, "off")["Count"], 0);
+}

@@ -362,6 +362,33 @@ fn the_configuration_can_be_read_and_only_its_cache_written() {
     assert_eq!(f.get_config()[32], 0);
 }
 
+/// A guest that switches its write cache off sends no flushes any more, for what it wrote before neither.
+#[test]
+fn a_cache_that_is_switched_off_is_flushed() {
+    let mut daemon = Daemon::start(&[]);
+    let image = daemon.image("image", MIB);
+    let filename = format!("file.filename={}", image.display());
+    daemon.ctl(&[
+        "node",
+        "add",
+        "disk",
+        "driver=blkdebug",
+        "file.driver=file",
+        &filename,
+        "inject-error.event=flush_to_disk",
+        "inject-error.once=on",
+    ]);
+    daemon.export_node("disk", "disk", &[]);
+    let mut f = Frontend::start(&daemon.socket("disk"));
+    assert_eq!(f.simple(OUT, 3, 512), 0);
+    let mut set: Vec<u8> = [32u32, 1, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
+    set.push(0);
+    assert!(!f.ack(request::SET_CONFIG, &set, &[]));
+    daemon.wait_for_log("what was written before cannot be flushed");
+    // On the safe side all the same.
+    assert_eq!(f.get_config()[32], 0);
+}
+
 #[test]
 fn a_front_end_that_does_not_read_is_disconnected() {
     let mut daemon = daemon();
@@ -486,4 +513,41 @@ fn a_huge_read_is_refused_and_a_large_one_of_zeroes_is_not() {
         let want = if status == 0 { [0; 64] } else { [0xff; 64] };
         assert_eq!(f.peek(LEN / 2, 64), want);
     }
+}
+
+#[test]
+fn more_in_flight_than_the_queue_holds() {
+    let mut daemon = daemon();
+    daemon.ctl(&[
+        "node",
+        "add",
+        "slow",
+        "driver=null-co",
+        "size=1M",
+        "latency-ns=2000000000",
+    ]);
+    daemon.export_node("slow", "slow", &[]);
+    let mut f = Frontend::start(&daemon.socket("slow"));
+    f.header(DATA, IN, 0);
+    chain(
+        &f,
+        &[
+            (BASE + DATA, 16, NEXT, 1),
+            (BASE + DATA + 4096, 512, WRITE | NEXT, 2),
+            (BASE + DATA + 64, 1, WRITE, 0),
+        ],
+    );
+    // The same descriptors again and again, answered or not.
+    for _ in 0..SIZE {
+        f.submit(0);
+    }
+    wait_for("all of them to be taken", || {
+        let stats = daemon.ctl_json(&["stats"]);
+        (stats["exports"]["slow"]["slow"].as_u64() == Some(SIZE.into())).then_some(())
+    });
+    f.submit(0);
+    assert!(f.wait_err());
+    daemon.wait_for_log("more requests in flight than a queue of 16");
+    works(&daemon.socket("other"));
+    drop(f);
 }

@@ -818,3 +818,77 @@ fn a_mirror_goes_by_a_bitmap() {
     assert_eq!(last, sequence.written());
     assert_ne!(read_raw(&source), read_raw(&copy));
 }
+
+/// What a job stands on is not taken from under it.
+#[test]
+fn what_a_job_needs_stays() {
+    let daemon = Daemon::start(&[]);
+    add(&daemon, "disk", "qcow2");
+    let copy = daemon.path("copy");
+    {
+        let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+        for at in [0, 4 * MIB, 8 * MIB] {
+            assert_eq!(client.write(at, &vec![1; 1 << 20]), 0);
+        }
+    }
+    let refused = |args: &[&str], why: &str| {
+        let (_, message) = daemon.ctl_error(args);
+        assert!(message.contains(why), "{args:?}: {message}");
+    };
+    let over = |id: &str| {
+        wait_for("the job's end", || {
+            let jobs = daemon.ctl_json(&["job", "list"]);
+            let mut jobs = jobs.as_array()?.iter();
+            jobs.all(|j| j["Id"] != id).then_some(())
+        });
+    };
+    // Its thread.
+    daemon.ctl(&["iothread", "add", "x"]);
+    daemon.ctl(&["mirror", "disk", text(&copy), "--detach", "iothread=x"]);
+    wait_for_state(&daemon, "mirror-disk", "ready");
+    refused(&["iothread", "remove", "x"], "job 'mirror-disk'");
+    daemon.ctl(&["job", "cancel", "mirror-disk", "--force"]);
+    over("mirror-disk");
+    daemon.ctl(&["iothread", "remove", "x"]);
+    // The filter that it works on.
+    daemon.ctl(&["throttle", "set", "g", "iops-total=100000"]);
+    let filter = ["filter", "driver=throttle", "throttle-group=g"];
+    daemon.ctl(&[&["node", "insert", "disk"][..], &filter].concat());
+    let copy = daemon.path("another");
+    let slow = ["--detach", "--speed", "1"];
+    daemon.ctl(&[&["backup", "filter", text(&copy)][..], &slow].concat());
+    refused(&["node", "take-out", "filter"], "job 'backup-filter'");
+    daemon.ctl(&["job", "cancel", "backup-filter"]);
+    over("backup-filter");
+    daemon.ctl(&["node", "take-out", "filter"]);
+    // An image that goes when it was committed, and that a guest begins to use.
+    daemon.ctl(&["export", "remove", "disk"]);
+    let top = daemon.path("top");
+    daemon.ctl(&["snapshot", "overlay", "disk", "top", text(&top)]);
+    let mut client = {
+        daemon.export_node("e", "top", &[]);
+        Client::connect(&daemon.socket("e"), 1, 1, 1 << 20)
+    };
+    assert_eq!(client.write(0, &vec![1; 1 << 20]), 0);
+    assert_eq!(client.write(4 << 20, &vec![1; 1 << 20]), 0);
+    drop(client);
+    daemon.ctl(&["export", "remove", "e"]);
+    daemon.ctl(&["commit", "top", "--detach", "--speed", "1"]);
+    let socket = daemon.socket("e");
+    refused(
+        &[
+            "export",
+            "add",
+            "e",
+            "--node",
+            "top",
+            "--socket",
+            text(&socket),
+            "--writable",
+        ],
+        "job 'commit-top'",
+    );
+    daemon.ctl(&["job", "cancel", "commit-top"]);
+    over("commit-top");
+    daemon.export_node("e", "top", &[]);
+}

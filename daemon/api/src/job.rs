@@ -117,6 +117,14 @@ impl JobKind {
         )
     }
 
+    /// The bitmap of its source that it takes bits out of.
+    pub fn bitmap(&self) -> Option<&JobBitmap> {
+        match self {
+            JobKind::Mirror { bitmap, .. } | JobKind::Backup { bitmap, .. } => bitmap.as_ref(),
+            _ => None,
+        }
+    }
+
     pub fn name(&self) -> &'static str {
         match self {
             JobKind::Mirror { .. } => "mirror",

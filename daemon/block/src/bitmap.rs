@@ -85,6 +85,12 @@ impl Bitmap {
         self.recorder.bits().merge(bits);
     }
 
+    /// All of the node has changed at once: records that as a write of it. Everything above is drained.
+    pub fn set_all(&self) {
+        let size = self.recorder.bits().size();
+        self.recorder.record(&(0..size));
+    }
+
     /// What it has at the moment.
     pub fn bits(&self) -> Arc<Bits> {
         self.recorder.bits()

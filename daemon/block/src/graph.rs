@@ -49,14 +49,20 @@ struct Entry {
     users: Vec<User>,
     /// Made in place for its parent, and removed with it.
     implicit: bool,
-    /// The job that changes what it has, so that nobody else may use it from now on.
-    claimed: Option<String>,
+    claimed: Option<Claim>,
     /// It is about to be removed: another has taken its place.
     leaving: bool,
     /// Its options, with what was taken over from its parent.
     options: Map,
     /// What an inactive node will be made of again.
     noted: Option<StoredNode>,
+}
+
+/// A job changes what a node has, so that nobody else may use it from now on.
+struct Claim {
+    job: String,
+    /// It must stay as it is, and nobody may even read it by way of what stands on it.
+    still: bool,
 }
 
 /// A node as it is shown to people.
@@ -560,15 +566,25 @@ impl Graph {
     pub fn claim(&mut self, names: &[String], job: &str) {
         for name in names {
             if let Some(entry) = self.nodes.get_mut(name) {
-                entry.claimed = Some(job.to_owned());
+                let job = job.to_owned();
+                entry.claimed = Some(Claim { job, still: false });
             }
+        }
+    }
+
+    /// Claims the node of an image whose tables a job looks at, or changes: everybody who could reach it by now was drained, and nobody may
+    /// come by other ways.
+    pub fn claim_still(&mut self, name: &str, job: &str) {
+        if let Some(entry) = self.nodes.get_mut(name) {
+            let job = job.to_owned();
+            entry.claimed = Some(Claim { job, still: true });
         }
     }
 
     /// Ends all claims of a job.
     pub fn end_claims(&mut self, job: &str) {
         let claimed = self.nodes.values_mut();
-        for entry in claimed.filter(|e| e.claimed.as_deref() == Some(job)) {
+        for entry in claimed.filter(|e| e.claimed.as_ref().is_some_and(|c| c.job == job)) {
             entry.claimed = None;
         }
     }
@@ -595,14 +611,24 @@ impl Graph {
         removed
     }
 
-    /// Refuses what must not be done while a job changes a node.
+    /// Refuses what must not be done while a job changes a node, or what the node is a filter of.
     pub fn check_claim(&self, name: &str) -> Result<()> {
-        match self.nodes.get(name).and_then(|e| e.claimed.as_ref()) {
-            None => Ok(()),
-            Some(job) => Err(Error::in_use(format!(
-                "node '{name}' is changed by job '{job}': wait for its end, or cancel it"
-            ))),
+        let mut todo = vec![(name, true)];
+        while let Some((name, same)) = todo.pop() {
+            let Some(entry) = self.nodes.get(name) else {
+                continue;
+            };
+            if let Some(claim) = entry.claimed.as_ref().filter(|c| same || c.still) {
+                return Err(Error::in_use(format!(
+                    "node '{name}' is changed by job '{}': wait for its end, or cancel it",
+                    claim.job
+                )));
+            }
+            let is_filter = same && entry.node.is_filter();
+            let children = entry.children.iter().enumerate();
+            todo.extend(children.map(|(i, (_, child))| (child.as_str(), is_filter && i == 0)));
         }
+        Ok(())
     }
 
     /// Checks that nobody else stands on the files of an image that is to be opened for writing.
@@ -633,19 +659,25 @@ impl Graph {
         Ok(entry.node.clone())
     }
 
-    /// Refuses what must not be done while jobs write to a node.
+    /// Refuses what must not be done while jobs write to a node, or to one above. (Guests that copy for a job what they overwrite are
+    /// not held back by a drain of the job's target.)
     pub fn check_not_written(&self, name: &str) -> Result<()> {
+        self.entry(name)?;
         let write = Permissions::WRITE.and(Permissions::WRITE_UNCHANGED);
-        let mut users = self.entry(name)?.users.iter();
-        let writer = users
-            .find(|u| matches!(u.parent, Parent::Job(_)) && !u.wants.taken.both(write).is_empty());
-        match writer {
-            None => Ok(()),
-            Some(job) => Err(Error::in_use(format!(
-                "node '{name}' is written by {}: wait for its end, or cancel it",
-                job.parent
-            ))),
+        let writes =
+            |u: &&User| matches!(u.parent, Parent::Job(_)) && !u.wants.taken.both(write).is_empty();
+        let (_, above) = self.above(name);
+        for node in above {
+            let mut users = self.entry(node.name())?.users.iter();
+            if let Some(job) = users.find(writes) {
+                return Err(Error::in_use(format!(
+                    "node '{}' is written by {}: wait for its end, or cancel it",
+                    node.name(),
+                    job.parent
+                )));
+            }
         }
+        Ok(())
     }
 
     /// Checks that `user` may use `name` as it wants to, all the way down.

@@ -130,6 +130,20 @@ impl Executor {
         }
     }
 
+    /// Drops all tasks, with those that are spawned by that.
+    pub fn clear(&self) {
+        loop {
+            let futures: Vec<LocalTask> = {
+                let mut slots = self.slots.borrow_mut();
+                slots.iter_mut().filter_map(|s| s.future.take()).collect()
+            };
+            if futures.is_empty() {
+                return;
+            }
+            drop(futures);
+        }
+    }
+
     /// How many tasks there are.
     pub fn len(&self) -> usize {
         self.slots.borrow().iter().filter(|s| s.occupied).count()

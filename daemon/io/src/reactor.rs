@@ -755,6 +755,8 @@ impl Reactor {
                 self.sleep_in_kernel();
             }
         }
+        // Whoever waits for one of them gets to know that it will not end.
+        self.executor.clear();
     }
 
     fn run_inbox(&self) -> bool {

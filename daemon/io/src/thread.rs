@@ -23,9 +23,16 @@ pub(crate) enum Message {
     Wake(u32),
 }
 
+#[derive(Default)]
+struct Inbox {
+    messages: Vec<Message>,
+    /// The thread has ended.
+    closed: bool,
+}
+
 /// What an I/O thread shares with the others: its inbox and its counters.
 pub(crate) struct Shared {
-    inbox: Mutex<Vec<Message>>,
+    inbox: Mutex<Inbox>,
     /// Something is in the inbox (or in the results of a thread pool).
     pending: AtomicBool,
     /// The thread is about to sleep, or sleeps: it must be woken through the eventfd.
@@ -90,7 +97,15 @@ impl Shared {
     }
 
     fn post(&self, message: Message) {
-        locked(&self.inbox).push(message);
+        {
+            let mut inbox = locked(&self.inbox);
+            if inbox.closed {
+                // What it would run is dropped when the lock is given back: that may post, too.
+                drop(inbox);
+                return drop(message);
+            }
+            inbox.messages.push(message);
+        }
         self.notify();
     }
 
@@ -114,7 +129,17 @@ impl Shared {
     pub fn take_inbox(&self) -> Vec<Message> {
         // Cleared before the look: what is posted after it sets the flag again.
         self.pending.store(false, Ordering::SeqCst);
-        std::mem::take(&mut *locked(&self.inbox))
+        std::mem::take(&mut locked(&self.inbox).messages)
+    }
+
+    /// Nothing is taken any more, and what has not been run never will be: its senders get to know.
+    fn close_inbox(&self) {
+        let left = {
+            let mut inbox = locked(&self.inbox);
+            inbox.closed = true;
+            std::mem::take(&mut inbox.messages)
+        };
+        drop(left);
     }
 
     /// Announces that the thread will sleep; false if there is something to do after all.
@@ -341,7 +366,6 @@ impl IoThread {
         if let Some(join) = locked(&self.0.join).take() {
             let _ = join.join();
         }
-        // Whatever is still posted can never run: let its senders know.
-        drop(self.0.shared.take_inbox());
+        self.0.shared.close_inbox();
     }
 }

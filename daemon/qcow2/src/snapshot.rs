@@ -258,6 +258,7 @@ impl Image {
         self.mark_dirty(0, self.size());
         if size > self.size() {
             self.resize(size).await?;
+            self.mark_dirty(0, size);
         }
         let mut new = self.snapshot_l1(&snapshot).await?;
         let old_header = self.header();

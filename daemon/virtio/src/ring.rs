@@ -33,6 +33,8 @@ pub enum RingError {
     Address { part: &'static str, addr: u64 },
     #[error("the driver made {0} entries available on a queue of {1}")]
     TooManyAvailable(u16, u16),
+    #[error("the driver has more requests in flight than a queue of {0} has descriptors")]
+    TooManyInFlight(u16),
     #[error("descriptor index {0} is outside the table")]
     Index(u32),
     #[error("descriptor chain starting at {0} is longer than its table: it has a loop")]
@@ -91,6 +93,9 @@ pub struct SplitRing {
     event_idx: bool,
     indirect: bool,
     next_avail: u16,
+    /// The guest's available index when it was last read: what lies before it is taken without another look, which would
+    /// take the line from a guest that is writing it.
+    seen_avail: u16,
     next_used: u16,
     /// The used index that the guest has seen.
     published: u16,
@@ -150,6 +155,7 @@ impl SplitRing {
             event_idx,
             indirect,
             next_avail,
+            seen_avail: next_avail,
             next_used: 0,
             published: 0,
             signalled: 0,
@@ -185,6 +191,7 @@ impl SplitRing {
 
     pub fn set_next_avail(&mut self, index: u16) {
         self.next_avail = index;
+        self.seen_avail = index;
     }
 
     /// The used index that the guest has been shown.
@@ -227,14 +234,15 @@ impl SplitRing {
         unsafe { AtomicU16::from_ptr(self.used.add(2 + 4 * usize::from(self.size))) }
     }
 
-    /// How many chains wait to be taken.
+    /// Looks how many chains wait to be taken.
     #[inline]
-    pub fn available(&self) -> Result<u16, RingError> {
+    pub fn available(&mut self) -> Result<u16, RingError> {
         let idx = self.avail_idx().load(Ordering::Acquire);
         let n = idx.wrapping_sub(self.next_avail);
         if n > self.size {
             return Err(RingError::TooManyAvailable(n, self.size));
         }
+        self.seen_avail = idx;
         Ok(n)
     }
 
@@ -242,7 +250,7 @@ impl SplitRing {
     /// not be used any more.
     #[inline]
     pub fn pop(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, RingError> {
-        if self.available()? == 0 {
+        if self.next_avail == self.seen_avail && self.available()? == 0 {
             return Ok(false);
         }
         let slot = usize::from(self.next_avail & (self.size - 1));

@@ -351,7 +351,7 @@ impl Work for Backup {
                         state.all_done();
                         return self.check();
                     }
-                    Err(e) => state.failed(Side::Target, e).await?,
+                    Err(e) => state.flush_failed(e).await?,
                 }
             }
         })

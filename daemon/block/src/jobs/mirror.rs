@@ -338,7 +338,7 @@ impl Mirror {
             drop((counted, busy));
             match result {
                 Ok(()) => return Ok(()),
-                Err(e) => state.failed(Side::Target, e).await?,
+                Err(e) => state.flush_failed(e).await?,
             }
         }
     }

@@ -77,6 +77,11 @@ fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+fn is_no_space(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+        || error.kind() == io::ErrorKind::StorageFull
+}
+
 /// A piece of work is under way until this is dropped.
 pub(crate) struct Busy<'a>(&'a JobState);
 
@@ -239,8 +244,15 @@ impl JobState {
 
     /// Waits until something is asked of the job, or for a time.
     pub(crate) async fn idle(&self, time: Duration) {
+        if self.ending().is_none() {
+            self.rest(time).await;
+        }
+    }
+
+    /// As [`JobState::idle`], also when it is to end.
+    async fn rest(&self, time: Duration) {
         let wake = self.wake.notified();
-        if self.is_cancelled() || self.ending().is_some() {
+        if self.is_cancelled() {
             return;
         }
         let Some(reactor) = Reactor::current() else {
@@ -282,10 +294,19 @@ impl JobState {
         }
     }
 
+    /// As [`JobState::failed`], for a flush of the target. What it lost is not copied again, and a flush that is tried once more says
+    /// nothing of it: the job fails whatever its policy is, unless there was no space, which loses nothing.
+    pub(crate) async fn flush_failed(&self, error: io::Error) -> Result<(), Stop> {
+        let side = Side::Target;
+        match is_no_space(&error) {
+            true => self.failed(side, error).await,
+            false => Err(Stop::Failed { side, error }),
+        }
+    }
+
     /// What to do about an error: an error again, or to try once more when this returns.
     pub(crate) async fn failed(&self, side: Side, error: io::Error) -> Result<(), Stop> {
-        let no_space = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-            || error.kind() == io::ErrorKind::StorageFull;
+        let no_space = is_no_space(&error);
         let policy = self.on_error[match side {
             Side::Source => 0,
             Side::Target => 1,
@@ -293,9 +314,7 @@ impl JobState {
         match policy {
             OnError::Enospc if !no_space => return Err(Stop::Failed { side, error }),
             OnError::Report => return Err(Stop::Failed { side, error }),
-            OnError::Ignore => {
-                self.idle(RETRY).await;
-            }
+            OnError::Ignore => self.rest(RETRY).await,
             OnError::Enospc | OnError::Stop => {
                 let at = match side {
                     Side::Source => "source",

@@ -15,7 +15,7 @@ use vdisk_io::{FixedBuffers, IoThread, Kept};
 use vdisk_virtio::blk::{CONFIG_SIZE, WRITEBACK_OFFSET};
 use vdisk_virtio::{DirtyLog, GuestMemory};
 
-use queues::{check_eventfd, is_set};
+use queues::{check_call, is_set};
 
 use super::channel::{Channel, transmit};
 use super::export::{LET_GO_PAUSE, Shared, Signals};
@@ -275,14 +275,14 @@ impl Connection<'_> {
             Request::SetVringKick { index, .. } => self.set_kick(code, index, fd).await?,
             Request::SetVringCall { index, .. } => {
                 let i = self.index(code, index)?;
-                check_eventfd(&fd)?;
+                check_call(&fd)?;
                 let given = clone_fd(&fd)?;
                 self.fds.vrings[i].call = fd;
                 self.with_queue(i, move |q| q.set_call(given)).await;
             }
             Request::SetVringErr { index, .. } => {
                 let i = self.index(code, index)?;
-                check_eventfd(&fd)?;
+                check_call(&fd)?;
                 let given = clone_fd(&fd)?;
                 self.fds.vrings[i].err = fd;
                 self.with_queue(i, move |q| q.set_err(given)).await;
@@ -313,7 +313,7 @@ impl Connection<'_> {
                 size,
                 flags,
             } => return self.get_config(offset, size, flags),
-            Request::SetConfig { offset, data } => self.set_config(offset, &data)?,
+            Request::SetConfig { offset, data } => self.set_config(offset, &data).await?,
             Request::GetInflightFd(desc) => return self.get_inflight(&desc, payload_len),
             Request::SetInflightFd(desc) => self.set_inflight(&desc, fd)?,
         }
@@ -387,7 +387,7 @@ impl Connection<'_> {
         Ok(Reply::Payload(reply, None))
     }
 
-    fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), ProtocolError> {
+    async fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), ProtocolError> {
         // Only one byte is writable; a longer write must leave the others as they are.
         let config = self.shared.device.config().to_bytes();
         let mut cache = None;
@@ -402,7 +402,7 @@ impl Connection<'_> {
             }
         }
         if let Some(on) = cache {
-            self.state.write_cache = on;
+            let was_on = std::mem::replace(&mut self.state.write_cache, on);
             if let Some(inflight) = &self.inflight {
                 inflight.set_write_cache(on);
             }
@@ -412,8 +412,29 @@ impl Connection<'_> {
                 write_cache = on,
                 "guest set the write cache"
             );
+            if was_on && !on {
+                // It flushes no more, whatever it was told before.
+                self.flush().await?;
+            }
         }
         Ok(())
+    }
+
+    /// Makes durable what the guest was told is written.
+    async fn flush(&self) -> Result<(), ProtocolError> {
+        let backend = &self.shared.device.backend;
+        let _drained = backend.drain().await;
+        let node = backend.node();
+        let flushed = self.shared.threads[0]
+            .run_async(move |_| async move { node.flush().await })
+            .await
+            .map_err(std::io::Error::other)
+            .flatten();
+        flushed.map_err(|error| {
+            invalid(format_args!(
+                "the write cache is off from now on, but what was written before cannot be flushed: {error}"
+            ))
+        })
     }
 
     /// Tells the front-end to read the configuration again, if it wants to be told.

@@ -328,6 +328,10 @@ impl Queue {
     fn take(&self, inner: &mut Inner) -> Result<Option<u32>, Broken> {
         let token = match inner.free.pop() {
             Some(token) => token,
+            // Each has a descriptor of its own, which the guest may use again when it was answered.
+            None if inner.slots.len() >= usize::from(inner.ring.size()) => {
+                return Err(RingError::TooManyInFlight(inner.ring.size()).into());
+            }
             None => {
                 inner.slots.push(Slot {
                     chain: Chain::default(),
@@ -363,9 +367,6 @@ impl Queue {
             slot.memory = inner.memory.clone();
         }
         slot.started = self.reactor.now();
-        if let Some(inflight) = &mut inner.inflight {
-            inflight.take(slot.chain.head);
-        }
         match ParsedRequest::parse(&mut slot.chain) {
             Ok(request) => slot.request = Some(request),
             // A chain without room for an answer: the guest does not get it back, and the queue stops.
@@ -373,6 +374,9 @@ impl Queue {
                 inner.free.push(token);
                 return Err(error.into());
             }
+        }
+        if let Some(inflight) = &mut inner.inflight {
+            inflight.take(slot.chain.head);
         }
         slot.generation = self.client.begin();
         Ok(Some(token))
@@ -678,7 +682,12 @@ impl Queue {
         if let Some(logging) = &inner.logging {
             log_answer(logging, &inner.slots[token as usize], entry);
         }
-        let generation = inner.slots[token as usize].generation;
+        let slot = &mut inner.slots[token as usize];
+        let generation = slot.generation;
+        // A slot that is not in use must not keep an old table mapped.
+        if !Rc::ptr_eq(&slot.memory, &inner.memory) {
+            slot.memory = inner.memory.clone();
+        }
         inner.free.push(token);
         self.client.end(generation);
     }
@@ -693,9 +702,15 @@ fn log_answer(logging: &Logging, slot: &Slot, used_entry: u64) {
             logging.log.mark(addr, len as u64);
         }
     };
-    // All of the writable segments: a failed read may have written a part.
+    // All that the request would have written: one that failed may have written a part. A guest can describe terabytes in a request
+    // that is refused, and marks of those would keep the I/O thread from its neighbours.
+    let mut left = slot.written as usize - 1;
     for v in &slot.chain.segments[slot.chain.readable..] {
-        mark(v.iov_base.cast(), v.iov_len);
+        mark(v.iov_base.cast(), v.iov_len.min(left));
+        left = left.saturating_sub(v.iov_len);
+        if left == 0 {
+            break;
+        }
     }
     mark(slot.status, 1);
     if let Some(used) = logging.used_addr {
@@ -722,12 +737,21 @@ impl Source for Queue {
         while left > 0 && self.buffered.get() < MAX_BUFFERED {
             let mut tokens = [0; BATCH];
             let most = BATCH.min((MAX_BUFFERED - self.buffered.get()) as usize);
-            let ahead = inner.ring.available().unwrap_or(0).min(most as u16);
-            if ahead > 1 {
-                let inner = &mut *inner;
-                inner.ring.prefetch(&inner.memory, ahead);
-            }
             let (mut n, mut broken) = (0, None);
+            let most = match inner.ring.available() {
+                Ok(ahead) => {
+                    let ahead = ahead.min(most as u16);
+                    if ahead > 1 {
+                        let inner = &mut *inner;
+                        inner.ring.prefetch(&inner.memory, ahead);
+                    }
+                    most.min(usize::from(ahead) + inner.resubmit.len())
+                }
+                Err(error) => {
+                    broken = Some(error.into());
+                    0
+                }
+            };
             while n < most {
                 match self.take(&mut inner) {
                     Ok(Some(token)) => tokens[n] = token,

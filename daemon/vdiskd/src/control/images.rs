@@ -670,6 +670,7 @@ impl Control {
     pub(super) async fn check_node(&mut self, name: &str, repair: RepairWhat) -> Result<Reply> {
         check_can_check(&*self.world().graph.node(name)?, repair)?;
         self.world().graph.check_claim(name)?;
+        self.world().graph.check_not_written(name)?;
         if repair != RepairWhat::Nothing {
             self.world().graph.check_no_job(name)?;
         }
@@ -725,6 +726,10 @@ impl Control {
         })
         .await;
         node.follow_image();
+        if action == SnapshotAction::Apply {
+            // Anything may be different, also if it was only done in part.
+            node.bitmaps().iter().for_each(|b| b.set_all());
+        }
         drop(still);
         if node.size() != before {
             self.events.push(Event::NodeChanged(name.to_owned()));

@@ -52,6 +52,12 @@ impl Control {
                 "I/O thread '{name}' serves queue {queue} of export '{export}': remove the export first"
             )));
         }
+        if let Some(job) = world.jobs.values().find(|j| j.runs_on(&thread)) {
+            return Err(Error::in_use(format!(
+                "I/O thread '{name}' does the work of job '{}': wait for its end, or cancel it",
+                job.id()
+            )));
+        }
         if world.threads.len() == 1 {
             return Err(Error::in_use(format!(
                 "I/O thread '{name}' is the last one: add another first"

@@ -23,6 +23,13 @@ pub(super) struct PreparedOverlay {
     pub opened: Opened,
 }
 
+impl PreparedOverlay {
+    /// The names that its nodes will have.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.opened.nodes().map(|n| n.name().to_owned())
+    }
+}
+
 impl Control {
     pub(super) async fn add_overlay(&mut self, name: &str, options: NodeOptions) -> Result<Reply> {
         self.reserve_state()?;
@@ -167,7 +174,12 @@ impl Control {
 
     pub(super) async fn take_out(&mut self, name: &str) -> Result<Reply> {
         // Whatever is wrong is to be known before anybody has to wait.
-        self.world().graph.node(name)?;
+        {
+            let world = self.world();
+            world.graph.check_claim(name)?;
+            // It would see no request any more.
+            world.graph.check_no_job(name)?;
+        }
         self.reserve_state()?;
         let (start, drained) = self.hold(name).await;
         let (removed, below) = self.world().graph.take_out(name)?;

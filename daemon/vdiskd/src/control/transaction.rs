@@ -20,6 +20,33 @@ struct Prepared {
     nodes: BTreeSet<String>,
 }
 
+impl Prepared {
+    /// Refuses a job that takes bits out of a bitmap that another action is about: whatever their order is meant to be, one of them would
+    /// find nothing, or lose what the job leaves in it.
+    fn check_bitmap(&self, node: &str, bitmap: &str) -> Result<()> {
+        self.check_bitmap_of_job(node, bitmap)?;
+        let mut actions = self.bitmaps.iter();
+        match actions.any(|(n, a)| n.name() == node && a.name() == bitmap) {
+            true => Err(used_twice(node, bitmap)),
+            false => Ok(()),
+        }
+    }
+
+    fn check_bitmap_of_job(&self, node: &str, bitmap: &str) -> Result<()> {
+        let mut jobs = self.jobs.iter();
+        match jobs.any(|j| j.node() == node && j.bitmap() == Some(bitmap)) {
+            true => Err(used_twice(node, bitmap)),
+            false => Ok(()),
+        }
+    }
+}
+
+fn used_twice(node: &str, bitmap: &str) -> Error {
+    Error::in_use(format!(
+        "transaction: a backup goes by bitmap '{bitmap}' of node '{node}', and another action is about it, too: leave one of them out"
+    ))
+}
+
 impl Control {
     pub(super) async fn transaction(&mut self, transaction: Transaction) -> Result<Reply> {
         let mut prepared = Prepared::default();
@@ -99,16 +126,36 @@ impl Control {
                         )));
                     }
                     let overlay = self.prepare_overlay(&node, overlay).await?;
+                    let names: Vec<String> = overlay.names().collect();
+                    let twice = {
+                        let mut earlier = prepared.overlays.iter().flat_map(|o| o.names());
+                        earlier.find(|n| names.contains(n))
+                    };
                     prepared.overlays.push(overlay);
                     prepared.nodes.insert(node);
+                    if let Some(name) = twice {
+                        return Err(Error::exists(format!(
+                            "transaction: two of its overlays have a node '{name}': choose another node-name"
+                        )));
+                    }
                 }
                 Action::Backup(options) => {
                     prepared.nodes.insert(options.node.clone());
+                    if prepared.jobs.iter().any(|j| j.id() == options.id) {
+                        return Err(Error::exists(format!(
+                            "transaction: two of its jobs are called '{}': choose another job-id",
+                            options.id
+                        )));
+                    }
+                    if let Some(bitmap) = options.kind.bitmap() {
+                        prepared.check_bitmap(&options.node, &bitmap.name)?;
+                    }
                     let job = self.prepare_job(options, group.clone())?;
                     prepared.jobs.push(job);
                 }
                 Action::Bitmap { node, action } => {
                     let found = self.world().graph.node(&node)?;
+                    prepared.check_bitmap_of_job(&node, action.name())?;
                     let earlier = prepared.bitmaps.iter();
                     let mut earlier = earlier.filter(|(n, _)| Arc::ptr_eq(n, &found));
                     // What was added a moment ago is there by then.

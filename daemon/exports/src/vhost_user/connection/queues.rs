@@ -117,6 +117,7 @@ impl Connection<'_> {
                 "queue {index} has no kick descriptor: polling without one is not supported"
             )));
         };
+        check_eventfd(&fd)?;
         if self.queues[i].is_some() {
             let given = fd.try_clone()?;
             self.with_queue(i, move |q| q.set_kick(Some(given))).await;
@@ -277,18 +278,23 @@ impl Connection<'_> {
 }
 
 /// Interrupts are written on the I/O thread: only to an eventfd, and without waiting.
-pub(super) fn check_eventfd(fd: &Option<OwnedFd>) -> Result<(), ProtocolError> {
+pub(super) fn check_call(fd: &Option<OwnedFd>) -> Result<(), ProtocolError> {
     let Some(fd) = fd else { return Ok(()) };
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    if link.as_os_str() != "anon_inode:[eventfd]" {
-        return Err(invalid(format_args!(
-            "a call or err descriptor is '{}', not an eventfd",
-            link.display()
-        )));
-    }
+    check_eventfd(fd)?;
     let flags = rustix::fs::fcntl_getfl(fd).map_err(std::io::Error::from)?;
     rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
         .map_err(std::io::Error::from)?;
+    Ok(())
+}
+
+fn check_eventfd(fd: &OwnedFd) -> Result<(), ProtocolError> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    if link.as_os_str() != "anon_inode:[eventfd]" {
+        return Err(invalid(format_args!(
+            "a kick, call or err descriptor is '{}', not an eventfd",
+            link.display()
+        )));
+    }
     Ok(())
 }
 

@@ -86,7 +86,10 @@ impl Control {
         self.events.push(Event::JobChanged(job.id().to_owned()));
         if group.left.fetch_sub(1, SeqCst) == 1 {
             for member in self.members(group) {
-                self.pend(&member).await;
+                // One that failed has ended the others.
+                if member.life().status == Status::Waiting {
+                    self.pend(&member).await;
+                }
             }
         }
     }

@@ -145,6 +145,7 @@ impl Control {
             world
                 .graph
                 .check_no_job(name)
+                .and_then(|()| world.graph.check_not_written(name))
                 .map_err(|e| e.context(what))?;
             let wants = Use {
                 taken: Permissions::CONSISTENT_READ,
@@ -152,7 +153,7 @@ impl Control {
             };
             let root = Backend::new_fixed(what.to_owned(), node.clone());
             world.graph.attach(name, job.parent(), wants, root)?;
-            world.graph.claim(std::slice::from_ref(name), job.id());
+            world.graph.claim_still(name, job.id());
             job.state.expect(node.size());
         }
         let still = self.still(name).await?;

@@ -212,6 +212,11 @@ impl PreparedJob {
         &self.job.source
     }
 
+    /// The bitmap of that node that it takes bits out of.
+    pub fn bitmap(&self) -> Option<&str> {
+        self.job.options.kind.bitmap().map(|b| b.name.as_str())
+    }
+
     /// A backup has what there is at this moment: the node is drained.
     pub fn take_moment(&self) {
         if let Task::Backup(backup, increment) = &self.parts.task {
@@ -262,6 +267,12 @@ impl Job {
 
     pub fn id(&self) -> &str {
         &self.options.id
+    }
+
+    /// Whether its work is on this thread.
+    pub fn runs_on(&self, thread: &IoThread) -> bool {
+        let life = self.life();
+        life.running.as_ref().is_some_and(|(_, t)| t.is_same(thread))
     }
 
     pub fn status(&self) -> Status {

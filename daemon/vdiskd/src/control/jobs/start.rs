@@ -692,8 +692,10 @@ impl Control {
             roots.push(root);
         }
         if let Task::Commit(c) = &parts.task {
-            // The top one stays what it is.
-            world.graph.claim(&c.chain[1..], job.id());
+            // A top that guests use stays what it is; one that only overlays stand on goes, and what somebody wrote to it meanwhile would
+            // go with it.
+            let gone = usize::from(c.active);
+            world.graph.claim(&c.chain[gone..], job.id());
         }
         Ok(roots)
     }
