@@ -892,3 +892,40 @@ fn what_a_job_needs_stays() {
     over("commit-top");
     daemon.export_node("e", "top", &[]);
 }
+
+/// A disk whose storage hangs does not keep the jobs of another.
+#[test]
+fn jobs_do_not_wait_for_other_disks() {
+    let daemon = Daemon::start(&[]);
+    add(&daemon, "disk", "qcow2");
+    let image = daemon.image("hangs", MIB);
+    let filename = format!("file.filename={}", image.display());
+    daemon.ctl(&[
+        "node",
+        "add",
+        "hangs",
+        "driver=blkdebug",
+        "file.driver=file",
+        &filename,
+        "suspend.event=pwritev",
+        "suspend.tag=here",
+    ]);
+    daemon.export_node("hangs", "hangs", &[]);
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &vec![1; 1 << 20]), 0);
+    std::thread::scope(|s| {
+        let other = s.spawn(|| {
+            let mut client = Client::connect(&daemon.socket("hangs"), 1, 1, 1 << 20);
+            client.write(0, &[1; 4096])
+        });
+        wait_for("the request", || {
+            let node = daemon.ctl_json(&["node", "show", "hangs"]);
+            (node["Suspended"] == serde_json::json!(["here"])).then_some(())
+        });
+        let copy = daemon.path("copy");
+        daemon.ctl(&["mirror", "disk", text(&copy), "--name", "copy", "--pivot"]);
+        assert_eq!(client.write(0, &vec![2; 1 << 20]), 0);
+        daemon.ctl(&["node", "go-on", "hangs", "here"]);
+        assert_eq!(other.join().unwrap(), 0);
+    });
+}

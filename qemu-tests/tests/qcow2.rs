@@ -526,3 +526,39 @@ fn what_cannot_be_opened_is_refused_by_name() {
     drop(client);
     assert!(daemon.ctl(&["tree"]).contains("cut"));
 }
+
+/// The last cluster of a file may be there in part; all of it can be written, and read again.
+#[test]
+fn a_last_cluster_that_ends_early_is_written() {
+    let daemon = Daemon::start(&[]);
+    let images = [
+        ("subclusters", "extended_l2=on,cluster_size=128k", false),
+        ("plain", "", true),
+        ("short", "", false),
+    ];
+    for (name, options, preallocated) in images {
+        let image = create(&daemon, name, options);
+        let len = if preallocated { "64k" } else { "4k" };
+        let write = format!("write -q -P 1 0 {len}");
+        tool("qemu-io", &["-f", "qcow2", "-c", &write, text(&image)]);
+        if name != "subclusters" {
+            let file = std::fs::File::options().write(true).open(&image).unwrap();
+            let size = file.metadata().unwrap().len();
+            file.set_len(size / 65536 * 65536 - 61440).unwrap();
+        }
+        let filename = format!("file.filename={}", image.display());
+        let add = ["node", "add", name, "driver=qcow2", "file.driver=file"];
+        daemon.ctl(&[&add[..], &[&filename]].concat());
+        daemon.export_node(name, name, &[]);
+        let mut client = Client::connect(&daemon.socket(name), 1, 1, 1 << 20);
+        assert_eq!(client.write(32768, &[2; 4096]), 0, "{name}");
+        let mut data = vec![0; 1 << 17];
+        assert_eq!(client.read(0, &mut data), 0, "{name}");
+        assert_eq!(data[..4096], [1; 4096], "{name}");
+        assert_eq!(data[32768..36864], [2; 4096], "{name}");
+        daemon.ctl(&["export", "remove", name]);
+        daemon.ctl(&["node", "remove", name]);
+        let disk = read_with_qemu(&image);
+        assert!(disk.starts_with(&data), "{name}");
+    }
+}

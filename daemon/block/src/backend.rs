@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
-use vdisk_io::{Generation, IoThread, Kept, Reactor};
+use vdisk_io::{Generation, InFlight, IoThread, Kept, Reactor};
 
 use crate::chain::BackingChain;
 use crate::drivers::{Direction, Resolved};
@@ -43,10 +43,20 @@ struct Shared {
     resume: Resume,
 }
 
-/// What a client remembers of the graph from one drain to the next.
+/// What a client has on its thread.
 struct Seen {
+    /// What it remembers of the graph from one drain to the next.
     chain: RefCell<BackingChain>,
     generation: Cell<u64>,
+    /// Its own requests, among those of the thread.
+    in_flight: InFlight,
+}
+
+/// What a counted request is given back with: in which generation of the thread's requests it counts, and in which of the client's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Count {
+    thread: Generation,
+    client: Generation,
 }
 
 impl Seen {
@@ -54,6 +64,7 @@ impl Seen {
         Seen {
             generation: Cell::new(backend.generation.load(Ordering::Acquire)),
             chain: RefCell::new(BackingChain::of(backend.node())),
+            in_flight: InFlight::default(),
         }
     }
 
@@ -157,6 +168,22 @@ impl Backend {
         }
         guard
     }
+
+    /// Waits until every request of its clients has ended that was counted when this was called; those that come meanwhile are not held
+    /// back. What the caller did before is seen by them.
+    pub async fn quiesce(&self) {
+        let clients = locked(&self.clients).clone();
+        for c in &clients {
+            let seen = c.seen;
+            let there = c.thread.run_async(move |r| async move {
+                if let Some(seen) = r.kept(seen) {
+                    seen.in_flight.quiesce().await;
+                }
+            });
+            // A thread that has stopped has nothing in flight.
+            let _ = there.await;
+        }
+    }
 }
 
 /// Keeps a backend drained until dropped.
@@ -237,21 +264,24 @@ impl Client {
     /// Counts a request. Only while [`Client::is_drained`] is false. What is returned belongs to the request
     /// until its [`Client::end`].
     #[inline]
-    pub fn begin(&self) -> Generation {
+    pub fn begin(&self) -> Count {
         let n = &self.shared.in_flight;
         n.store(n.load(Ordering::Relaxed) + 1, Ordering::Release);
-        let generation = self.reactor.in_flight().begin();
-        let count = &self.counts[generation.index()];
+        let thread = self.reactor.in_flight().begin();
+        let count = &self.counts[thread.index()];
         count.set(count.get() + 1);
-        generation
+        let client = self.seen.in_flight.begin();
+        Count { thread, client }
     }
 
     /// A counted request was answered.
     #[inline]
-    pub fn end(&self, generation: Generation) {
-        let count = &self.counts[generation.index()];
+    pub fn end(&self, count: Count) {
+        let Count { thread, client } = count;
+        let count = &self.counts[thread.index()];
         count.set(count.get() - 1);
-        self.reactor.in_flight().end(generation, 1);
+        self.reactor.in_flight().end(thread, 1);
+        self.seen.in_flight.end(client, 1);
         let counter = &self.shared.in_flight;
         let n = counter.load(Ordering::Relaxed) - 1;
         counter.store(n, Ordering::Release);
@@ -312,6 +342,7 @@ impl Drop for Client {
             let n = self.counts[generation.index()].get();
             self.reactor.in_flight().end(generation, n);
         }
+        self.seen.in_flight.end_all();
         self.shared.in_flight.store(0, Ordering::SeqCst);
         self.shared.idle.notify_waiters();
     }

@@ -32,7 +32,7 @@ mod tap;
 mod threshold;
 mod throttle;
 
-pub use backend::{Backend, Client, ClientId, DrainGuard, LetGo};
+pub use backend::{Backend, Client, ClientId, Count, DrainGuard, LetGo};
 pub use bitmap::Bitmap;
 pub use crypt::{Decryption, Encrypted, luks_failed, read_header};
 pub use descriptors::{Descriptors, Pending};

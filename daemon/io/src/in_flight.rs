@@ -29,7 +29,7 @@ impl Generation {
     }
 }
 
-/// The requests in flight on one I/O thread.
+/// The requests in flight on one I/O thread, or of one of those who send them there.
 #[derive(Default)]
 pub struct InFlight {
     generation: Cell<u8>,
@@ -69,7 +69,14 @@ impl InFlight {
         }
     }
 
-    async fn quiesce(&self) {
+    /// All that are in flight have ended: whoever had them is gone.
+    pub fn end_all(&self) {
+        self.counts.iter().for_each(|n| n.set(0));
+        self.empty.notify_waiters();
+    }
+
+    /// Waits until every request has ended that was in flight when this was called. On the thread that they are on.
+    pub async fn quiesce(&self) {
         let _turn = self.turn.lock().await;
         let old = self.generation.get();
         // Empty since the last time: nothing counts in it meanwhile.

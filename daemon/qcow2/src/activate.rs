@@ -138,6 +138,13 @@ impl Image {
         );
         self.grow_data(header.size).await?;
         let end = self.file.size().div_ceil(self.cluster());
+        if self.file.grows() {
+            // QEMU's last cluster may be there in part, and what is missing of it is written like the rest.
+            let whole = end << bits;
+            if whole > self.file.size() {
+                self.file.set_size(whole).await?;
+            }
+        }
         self.start_writing(refs, end);
         self.with_refs(|w| {
             w.alloc.look_again();

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use vdisk_io::{Bits, IoVecs, RangeLock, quiesce};
+use vdisk_io::{Bits, IoVecs, RangeLock};
 
 use super::Work;
 use super::copy::{CHUNK, CopyError, each_piece};
@@ -135,8 +135,10 @@ impl Work for Discard {
             while start < size {
                 let range = start..(start + WINDOW).min(size);
                 self.window.set(&range);
-                quiesce().await;
-                let done = self.window(range.clone(), state, roots).await;
+                let mut done = roots.quiesce(state).await;
+                if done.is_ok() {
+                    done = self.window(range.clone(), state, roots).await;
+                }
                 self.window.clear(&range);
                 done?;
                 start = range.end;

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use futures_util::future::join;
 use tokio::sync::oneshot;
-use vdisk_io::{Bits, IoVecs, RangeLock, give_way, quiesce};
+use vdisk_io::{Bits, IoVecs, RangeLock, give_way};
 
 use super::Work;
 use super::copy::{
@@ -278,7 +278,12 @@ impl Mirror {
 
     /// Takes dirty pieces from `from` on, of [`BATCH`] bytes at most, and clears their bits; `from` is None when the end was
     /// reached. Writes that may have set the bits have ended when this returns.
-    async fn take(&self, from: &mut Option<u64>) -> Vec<Range<u64>> {
+    async fn take(
+        &self,
+        from: &mut Option<u64>,
+        state: &JobState,
+        roots: &Roots,
+    ) -> Result<Vec<Range<u64>>, Stop> {
         let (mut taken, mut bytes) = (Vec::new(), 0);
         while let Some(at) = *from
             && bytes < BATCH
@@ -295,16 +300,20 @@ impl Mirror {
             bytes += run.end - run.start;
             taken.push(run);
         }
-        if self.stays && !taken.is_empty() {
-            quiesce().await;
+        if self.stays
+            && !taken.is_empty()
+            && let Err(stop) = roots.quiesce(state).await
+        {
+            taken.iter().for_each(|p| self.dirty.set(p));
+            return Err(stop);
         }
-        taken
+        Ok(taken)
     }
 
     /// Copies what is dirty, once.
     async fn pass(&self, state: &JobState, roots: &Roots) -> Result<(), Stop> {
         let mut from = Some(0);
-        let mut pieces = self.take(&mut from).await;
+        let mut pieces = self.take(&mut from, state, roots).await?;
         while !pieces.is_empty() {
             let mut all = pieces.iter().cloned();
             let copied = each_piece(
@@ -318,14 +327,17 @@ impl Mirror {
                 },
             );
             // The next ones are taken meanwhile.
-            let (copied, next) = join(copied, self.take(&mut from)).await;
-            if copied.is_err() {
-                // Whatever was not copied is as dirty as before.
-                let taken = pieces.iter().chain(&next);
-                taken.for_each(|p| self.dirty.set(p));
-                return copied;
-            }
-            pieces = next;
+            let (copied, next) = join(copied, self.take(&mut from, state, roots)).await;
+            pieces = match (copied, next) {
+                (Ok(()), next) => next?,
+                (Err(stop), next) => {
+                    // Whatever was not copied is as dirty as before.
+                    let next = next.unwrap_or_default();
+                    let taken = pieces.iter().chain(&next);
+                    taken.for_each(|p| self.dirty.set(p));
+                    return Err(stop);
+                }
+            };
         }
         Ok(())
     }
@@ -350,7 +362,7 @@ impl Mirror {
         loop {
             drop(state.checkpoint().await?);
             if self.is_blocking() && !self.all_slow.load(SeqCst) {
-                quiesce().await;
+                roots.quiesce(state).await?;
                 self.all_slow.store(true, SeqCst);
             }
             let left = self.dirty.count();
@@ -389,7 +401,7 @@ impl Work for Mirror {
         Box::pin(async move {
             if self.stays {
                 // Those that the tap did not see have ended after this: what they wrote is found.
-                quiesce().await;
+                roots.quiesce(state).await?;
             }
             if !self.found.swap(true, SeqCst) {
                 self.find(state, roots).await?;

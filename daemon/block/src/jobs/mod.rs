@@ -26,7 +26,7 @@ pub use mirror::{Mirror, MirrorSync};
 pub use state::{Ending, JobState, OnError, Side, Stop};
 pub use stream::Stream;
 
-pub use roots::Roots;
+pub use roots::{Reaching, Roots};
 
 /// What a job does.
 pub trait Work: Send + Sync {
@@ -41,17 +41,18 @@ pub trait Work: Send + Sync {
     fn finish(&self) -> LocalFuture<'_, Result<(), Stop>>;
 }
 
-/// Runs a job's work on a thread; its requests are counted at `backends`. Resolves when it has ended.
+/// Runs a job's work on a thread; its requests are counted at `backends`, and those of others come by way of `reaching`. Resolves when it has ended.
 pub async fn run(
     work: Arc<dyn Work>,
     state: Arc<JobState>,
     backends: Vec<Arc<Backend>>,
+    reaching: Reaching,
     thread: IoThread,
 ) -> Result<(), Stop> {
     let there = thread.clone();
     let result = thread
         .run_async(move |reactor| {
-            let roots = Roots::attach(&backends, &there, &reactor);
+            let roots = Roots::attach(&backends, reaching, &there, &reactor);
             async move { work.run(&state, &roots).await }
         })
         .await;

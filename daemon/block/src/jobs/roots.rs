@@ -4,26 +4,32 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use tokio::sync::Notify;
-use vdisk_io::{Generation, IoThread, Reactor};
+use vdisk_io::{IoThread, Reactor};
 
-use crate::backend::{Backend, Client};
+use super::state::{JobState, Stop};
+use crate::backend::{Backend, Client, Count};
+
+/// The backends whose requests reach the job's source, at the moment at which it is called.
+pub type Reaching = Arc<dyn Fn() -> Vec<Arc<Backend>> + Send + Sync>;
 
 /// The job's backends, on the thread that it runs on.
 pub struct Roots {
     clients: Vec<Client>,
+    reaching: Reaching,
     resumed: Arc<Notify>,
 }
 
 /// A request of the job is counted until this is dropped.
 pub(crate) struct Counted<'a> {
     roots: &'a Roots,
-    generations: Vec<Generation>,
+    counts: Vec<Count>,
 }
 
 impl Roots {
     /// On the calling I/O thread, which must be `thread`.
     pub(crate) fn attach(
         backends: &[Arc<Backend>],
+        reaching: Reaching,
         thread: &IoThread,
         reactor: &Rc<Reactor>,
     ) -> Roots {
@@ -34,6 +40,7 @@ impl Roots {
         };
         Roots {
             clients: backends.iter().map(attach).collect(),
+            reaching,
             resumed,
         }
     }
@@ -49,15 +56,28 @@ impl Roots {
         }
         Counted {
             roots: self,
-            generations: self.clients.iter().map(Client::begin).collect(),
+            counts: self.clients.iter().map(Client::begin).collect(),
         }
+    }
+
+    /// Waits until every request has ended that may reach the job's source and was in flight when this was called, or until the job is
+    /// cancelled. What has other storage than the source is not waited for: it may be slow, or hang.
+    pub(crate) async fn quiesce(&self, state: &JobState) -> Result<(), Stop> {
+        // One that comes after this look finds what was done before it.
+        let backends = (self.reaching)();
+        let all = async {
+            for backend in &backends {
+                backend.quiesce().await;
+            }
+        };
+        state.unless_cancelled(all).await
     }
 }
 
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
-        for (client, generation) in self.roots.clients.iter().zip(&self.generations) {
-            client.end(*generation);
+        for (client, count) in self.roots.clients.iter().zip(&self.counts) {
+            client.end(*count);
         }
     }
 }

@@ -242,6 +242,21 @@ impl JobState {
         }
     }
 
+    /// Does something that may take as long as others like.
+    pub(crate) async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, Stop> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let wake = self.wake.notified();
+            if self.is_cancelled() {
+                return Err(Stop::Cancelled);
+            }
+            tokio::select! {
+                done = &mut work => return Ok(done),
+                () = wake => {}
+            }
+        }
+    }
+
     /// Waits until something is asked of the job, or for a time.
     pub(crate) async fn idle(&self, time: Duration) {
         if self.ending().is_none() {

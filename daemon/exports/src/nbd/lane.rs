@@ -107,7 +107,7 @@ impl Lane {
         if self.closed.get() {
             return Err(io::Error::from_raw_os_error(libc::ESHUTDOWN));
         }
-        let generation = self.client.begin();
+        let count = self.client.begin();
         let node = self.client.with_node(Arc::clone);
         let class = class(work.kind);
         let bytes = match class {
@@ -115,7 +115,7 @@ impl Lane {
             _ => work.len.into(),
         };
         let result = self.carry_out(&node, work).await;
-        self.client.end(generation);
+        self.client.end(count);
         if self.client.in_flight() == 0 {
             self.idle.notify_waiters();
         }

@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use vdisk_block::{Client, Decryption, Direction, Resolved, WriteFlags, ZeroFlags};
-use vdisk_io::{Generation, IoFile, IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
+use vdisk_block::{Client, Count, Decryption, Direction, Resolved, WriteFlags, ZeroFlags};
+use vdisk_io::{IoFile, IoThread, IoVecs, Kept, OpKind, Reactor, Source, SourceId};
 use vdisk_virtio::blk::{
     Malformed, ParsedRequest, RangeSegment, RequestKind, SECTOR_SIZE, Status, feature,
     read_segments,
@@ -34,6 +34,9 @@ const MAX_BATCH: usize = 64;
 /// As `MAX_BATCH`, for requests that the page cache answers as they are submitted: the guest gets to see the
 /// first of them while the others run.
 const MAX_BUFFERED: u32 = 8;
+
+/// Bytes of data after which no more requests are taken in a turn.
+const MAX_BYTES: u64 = 8 << 20;
 
 /// The longest read or write, in bytes. A guest may describe much more, the same memory again and again, and would
 /// keep the I/O thread from its neighbours. (QEMU has about the same limit.)
@@ -87,8 +90,7 @@ enum Broken {
 
 struct Slot {
     chain: Chain,
-    /// What was taken and is not submitted yet.
-    request: Option<ParsedRequest>,
+    request: ParsedRequest,
     class: RequestClass,
     status: *mut u8,
     /// Bytes of data.
@@ -96,7 +98,7 @@ struct Slot {
     /// Bytes that the device writes if all goes well, the status included.
     written: u32,
     started: Instant,
-    generation: Generation,
+    count: Count,
     memory: Rc<GuestMemory>,
     /// What is left to do to the data that is being read, and its segments in `chain`.
     decryption: Option<(Decryption, Range<usize>)>,
@@ -335,13 +337,13 @@ impl Queue {
             None => {
                 inner.slots.push(Slot {
                     chain: Chain::default(),
-                    request: None,
+                    request: ParsedRequest::default(),
                     class: RequestClass::Other,
                     status: std::ptr::null_mut(),
                     len: 0,
                     written: 0,
                     started: self.reactor.now(),
-                    generation: Generation::default(),
+                    count: Count::default(),
                     memory: inner.memory.clone(),
                     decryption: None,
                 });
@@ -367,35 +369,28 @@ impl Queue {
             slot.memory = inner.memory.clone();
         }
         slot.started = self.reactor.now();
-        match ParsedRequest::parse(&mut slot.chain) {
-            Ok(request) => slot.request = Some(request),
-            // A chain without room for an answer: the guest does not get it back, and the queue stops.
-            Err(error) => {
-                inner.free.push(token);
-                return Err(error.into());
-            }
+        // A chain without room for an answer: the guest does not get it back, and the queue stops.
+        if let Err(error) = slot.request.fill(&mut slot.chain) {
+            inner.free.push(token);
+            return Err(error.into());
         }
         if let Some(inflight) = &mut inner.inflight {
             inflight.take(slot.chain.head);
         }
-        slot.generation = self.client.begin();
+        slot.count = self.client.begin();
         Ok(Some(token))
     }
 
     /// Has the memory fetched that resolving these requests will look at, for all of them at once.
     fn anticipate(&self, inner: &Inner, tokens: &[u32]) {
-        let requests = tokens
-            .iter()
-            .filter_map(|t| inner.slots[*t as usize].request.as_ref());
+        let requests = tokens.iter().map(|t| &inner.slots[*t as usize].request);
         self.client
             .anticipate(requests.map(|r| r.sector.wrapping_mul(SECTOR_SIZE)));
     }
 
     fn submit(&self, inner: &mut Inner, token: u32) {
         let slot = &mut inner.slots[token as usize];
-        let Some(request) = slot.request.take() else {
-            return;
-        };
+        let request = slot.request;
         slot.status = request.status;
         slot.len = request.len;
         slot.written = 1;
@@ -683,13 +678,13 @@ impl Queue {
             log_answer(logging, &inner.slots[token as usize], entry);
         }
         let slot = &mut inner.slots[token as usize];
-        let generation = slot.generation;
+        let count = slot.count;
         // A slot that is not in use must not keep an old table mapped.
         if !Rc::ptr_eq(&slot.memory, &inner.memory) {
             slot.memory = inner.memory.clone();
         }
         inner.free.push(token);
-        self.client.end(generation);
+        self.client.end(count);
     }
 }
 
@@ -733,8 +728,8 @@ impl Source for Queue {
         self.immediate.set(0);
         self.buffered.set(0);
         let mut shown = 0;
-        let mut left = MAX_BATCH;
-        while left > 0 && self.buffered.get() < MAX_BUFFERED {
+        let (mut left, mut bytes) = (MAX_BATCH, 0u64);
+        while left > 0 && self.buffered.get() < MAX_BUFFERED && bytes < MAX_BYTES {
             let mut tokens = [0; BATCH];
             let most = BATCH.min((MAX_BUFFERED - self.buffered.get()) as usize);
             let (mut n, mut broken) = (0, None);
@@ -752,9 +747,13 @@ impl Source for Queue {
                     0
                 }
             };
-            while n < most {
+            while n < most && bytes < MAX_BYTES {
                 match self.take(&mut inner) {
-                    Ok(Some(token)) => tokens[n] = token,
+                    Ok(Some(token)) => {
+                        tokens[n] = token;
+                        let request = &inner.slots[token as usize].request;
+                        bytes = bytes.saturating_add(request.len);
+                    }
                     Ok(None) => break,
                     Err(error) => {
                         broken = Some(error);

@@ -191,10 +191,22 @@ impl Uring {
     }
 }
 
+/// Longer reads and writes, in bytes, are done by the kernel's worker threads from the beginning: what the page cache has is copied as it
+/// is submitted, and the thread's other queues would wait.
+const MAX_INLINE: u64 = 8 << 20;
+
 fn build(op: &RawOp) -> squeue::Entry {
     let (fd, flags) = match op.fixed_file {
         Some(slot) => (types::Fd(slot as i32), squeue::Flags::FIXED_FILE),
         None => (types::Fd(op.fd), squeue::Flags::empty()),
+    };
+    let transfers = matches!(
+        op.kind,
+        OpKind::Read | OpKind::Write | OpKind::WriteDurable
+    );
+    let flags = match transfers && op.len > MAX_INLINE {
+        true => flags | squeue::Flags::ASYNC,
+        false => flags,
     };
     build_for(fd, op).flags(flags)
 }

@@ -42,7 +42,7 @@ pub enum Malformed {
     NoStatus,
 }
 
-/// A request: its header, and where in the chain its data is.
+/// A request: its header, and where in the chain its data is. Made once, and filled again for each request.
 #[derive(Clone, Copy, Debug)]
 pub struct ParsedRequest {
     pub kind: RequestKind,
@@ -58,11 +58,33 @@ pub struct ParsedRequest {
     pub status: *mut u8,
 }
 
+impl Default for ParsedRequest {
+    fn default() -> ParsedRequest {
+        ParsedRequest {
+            kind: RequestKind::Flush,
+            sector: 0,
+            first: 0,
+            count: 0,
+            len: 0,
+            status: std::ptr::null_mut(),
+        }
+    }
+}
+
 impl ParsedRequest {
     /// Parses the chain and trims its first readable and last writable segment so that only data is left
     /// in the range. Header and status may lie in segments of any layout.
     #[inline]
     pub fn parse(chain: &mut Chain) -> Result<ParsedRequest, Malformed> {
+        let mut request = ParsedRequest::default();
+        request.fill(chain)?;
+        Ok(request)
+    }
+
+    /// As [`ParsedRequest::parse`], in place: nothing waits for the header, which lies in another CPU's cache, before the next request is
+    /// looked at.
+    #[inline]
+    pub fn fill(&mut self, chain: &mut Chain) -> Result<(), Malformed> {
         let readable = chain.readable;
         let total = chain.segments.len();
         let (header, mut first) = match chain.segments[..readable].first() {
@@ -82,7 +104,7 @@ impl ParsedRequest {
                 (at, if v.iov_len == 0 { total - 1 } else { total })
             }
         };
-        let kind = match u32::from_le_bytes([header[0], header[1], header[2], header[3]]) {
+        self.kind = match u32::from_le_bytes([header[0], header[1], header[2], header[3]]) {
             T_IN => RequestKind::In,
             T_OUT => RequestKind::Out,
             T_FLUSH => RequestKind::Flush,
@@ -91,22 +113,20 @@ impl ParsedRequest {
             T_WRITE_ZEROES => RequestKind::WriteZeroes,
             other => RequestKind::Other(other),
         };
-        match kind {
+        match self.kind {
             RequestKind::In | RequestKind::GetId => first = readable,
             _ => last = readable,
         }
         let data = &chain.segments[first..last];
-        Ok(ParsedRequest {
-            kind,
-            sector: u64::from_le_bytes([
-                header[8], header[9], header[10], header[11], header[12], header[13], header[14],
-                header[15],
-            ]),
-            first,
-            count: data.len(),
-            len: data.iter().map(|v| v.iov_len as u64).sum(),
-            status,
-        })
+        self.sector = u64::from_le_bytes([
+            header[8], header[9], header[10], header[11], header[12], header[13], header[14],
+            header[15],
+        ]);
+        self.first = first;
+        self.count = data.len();
+        self.len = data.iter().map(|v| v.iov_len as u64).sum();
+        self.status = status;
+        Ok(())
     }
 }
 

@@ -8,8 +8,8 @@ use vdisk_api::{
     Reply, Result,
 };
 use vdisk_block::jobs::{
-    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Sharing,
-    Stream,
+    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Reaching,
+    Sharing, Stream,
 };
 use vdisk_block::{Backend, Descriptors, Node, Permissions, Use};
 
@@ -17,6 +17,7 @@ use super::{
     Base, Commit, Group, Increment, Job, JobEvent, Life, Parts, PreparedJob, Status, Streaming,
     Task,
 };
+use crate::control::world::locked;
 use crate::control::{Control, Event, World, bitmaps};
 
 /// How long another host may take to answer.
@@ -37,6 +38,25 @@ fn claims(world: &World, task: &Task) -> Vec<String> {
             claimed
         }
     }
+}
+
+/// The backends whose requests may change what a node has: those above it, and those above the sources of jobs that it is a target of, whose
+/// guests copy for the job what they write.
+fn reaching(world: &World, name: &str) -> Vec<Arc<Backend>> {
+    let (mut backends, mut nodes) = world.graph.above(name);
+    let mut seen = 0;
+    while seen < nodes.len() {
+        let node = nodes[seen].clone();
+        seen += 1;
+        for job in world.jobs.values().filter(|j| j.target == node.name()) {
+            let (more, above) = world.graph.above(&job.source);
+            backends.extend(more);
+            let new = |n: &Arc<Node>| !nodes.iter().any(|m| Arc::ptr_eq(m, n));
+            let new: Vec<Arc<Node>> = above.into_iter().filter(new).collect();
+            nodes.extend(new);
+        }
+    }
+    backends
 }
 
 fn policy(p: ErrorPolicy) -> OnError {
@@ -332,8 +352,10 @@ impl Control {
         drop(life);
         let (work, state) = (task.work(), job.state.clone());
         let (events, id) = (self.job_events.clone(), job.id().to_owned());
+        let (world, source) = (self.world.clone(), job.source.clone());
+        let reaching: Reaching = Arc::new(move || reaching(&locked(&world), &source));
         tokio::spawn(async move {
-            let result = jobs::run(work, state, roots, thread).await;
+            let result = jobs::run(work, state, roots, reaching, thread).await;
             let _ = events.send(JobEvent::Ended { id, result });
         });
     }
