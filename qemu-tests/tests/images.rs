@@ -107,6 +107,56 @@ fn new_images_are_what_qemu_makes_of_the_same_options() {
         let (code, e) = daemon.ctl_error(&["image", "create", text(&ours), "1M"]);
         assert!(code == 4 && e.contains("overwrite"), "{e}");
     }
+    // A copy of an image takes what QEMU says, and what the copy takes.
+    let base = daemon.path("base.qcow2");
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", text(&base), "20M"],
+    );
+    let overlay = daemon.path("overlay.qcow2");
+    tool("qemu-io", &["-c", "write -q 5000 9M", text(&base)]);
+    let backing = ["-F", "qcow2", "-b", text(&base), text(&overlay)];
+    tool(
+        "qemu-img",
+        &[&["create", "-q", "-f", "qcow2"][..], &backing].concat(),
+    );
+    for write in ["write -q 12M 3M", "write -q -z 2M 1M", "write -q 19M 1M"] {
+        tool("qemu-io", &["-c", write, text(&overlay)]);
+    }
+    let below = format!("backing.file.filename={}", base.display());
+    let source = [
+        "--source",
+        "backing.driver=qcow2",
+        "--source",
+        "backing.file.driver=file",
+        "--source",
+        &below,
+    ];
+    for cluster in ["65536", "4096", "2097152"] {
+        let size = format!("cluster-size={cluster}");
+        let measure = ["image", "measure", text(&overlay), &size];
+        let measured = daemon.ctl_json(&[&measure[..], &source].concat());
+        let size = format!("cluster_size={cluster}");
+        let theirs = json(&[
+            "measure",
+            "--output=json",
+            "-O",
+            "qcow2",
+            "-o",
+            &size,
+            text(&overlay),
+        ]);
+        assert_eq!(measured["required"], theirs["required"], "{cluster}");
+    }
+    assert!(
+        daemon
+            .ctl_json(&["node", "list"])
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+    let (_, e) = daemon.ctl_error(&["image", "measure", "nobody"]);
+    assert!(e.contains("there is no node 'nobody'"), "{e}");
     let ours = daemon.path("ours0.qcow2");
     daemon.ctl(&["image", "create", text(&ours), "1M", "--overwrite"]);
     assert_eq!(

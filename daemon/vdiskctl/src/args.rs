@@ -367,10 +367,14 @@ pub enum Image {
         #[arg(long)]
         leaks: bool,
     },
-    /// Show what the file of a new image would take
+    /// Show what the file of a new image would take: an empty one, or a copy of what there is
+    ///
+    /// Example: vdiskctl image measure /srv/vm1.qcow2 -f raw
     Measure {
-        /// Size of the disk (20G)
-        size: String,
+        /// Size of the disk (20G), or what would be copied: a file (a path with a slash in it), or a node
+        source: String,
+        #[command(flatten)]
+        from: Source,
         /// Format of the image
         #[arg(short, long, default_value = "qcow2", value_parser = ["qcow2", "raw", "luks"])]
         format: String,
@@ -530,16 +534,23 @@ pub struct Merge {
     pub options: Vec<String>,
 }
 
+/// How a file is opened that is a source.
 #[derive(Debug, ClapArgs)]
-pub struct Convert {
-    /// A file (a path with a slash in it), or a node
-    pub source: String,
+pub struct Source {
     /// Format of the source, if it is a file
     #[arg(short = 'F', long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2", "raw", "luks"])]
     pub from: String,
     /// An option of the source's node, such as backing.driver=… or key-secret=…
-    #[arg(long = "source", value_name = "KEY=VALUE")]
-    pub source_options: Vec<String>,
+    #[arg(id = "source-option", long = "source", value_name = "KEY=VALUE")]
+    pub options: Vec<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Convert {
+    /// A file (a path with a slash in it), or a node
+    pub source: String,
+    #[command(flatten)]
+    pub from: Source,
     #[command(flatten)]
     pub copy: Copy,
 }

@@ -97,14 +97,25 @@ pub async fn image(
             return print_report(&report, json);
         }
         Image::Measure {
-            size: word,
+            source,
+            from,
             format,
             options: words,
         } => {
             let mut options = image_options(&words)?;
             options.insert("driver", Variant::from(format.as_str()));
-            options.insert("size", Variant::from(size(&word)?));
-            let found = properties(manager.measure_image(options).await?);
+            // Names of nodes begin with a letter.
+            let found = if source.starts_with(|c: char| c.is_ascii_digit()) {
+                options.insert("size", Variant::from(size(&source)?));
+                manager.measure_image(options).await
+            } else {
+                let opened = jobs::Opened::add(manager, &source, &from, "measure").await?;
+                options.insert("node", Variant::from(opened.node().to_owned()));
+                let found = manager.measure_image(options).await;
+                opened.remove(daemon).await;
+                found
+            };
+            let found = properties(found?);
             if json {
                 print_json(&Json::Object(found));
             } else {

@@ -8,7 +8,7 @@ use vdisk_api::{file_driver, format_size, parse_size};
 use vdisk_dbus::ManagerProxy;
 use zbus::Variant;
 
-use crate::args::{Convert, Copy, Discard, Job, JobCommand, Merge, Mirror};
+use crate::args::{Convert, Copy, Discard, Job, JobCommand, Merge, Mirror, Source};
 use crate::daemon::Daemon;
 use crate::error::{Error, Result};
 use crate::objects::{Objects, Properties, name_of, properties};
@@ -562,31 +562,52 @@ pub async fn convert(
             "--detach: convert closes its nodes when it has ended, and waits for that; leave it out",
         ));
     }
-    let is_file = convert.source.contains('/');
-    let source = match is_file {
-        false => convert.source.clone(),
-        true => {
-            let name = format!("convert-source-{}", std::process::id());
-            let mut options = options(&convert.source_options)?;
-            for (key, value) in [("driver", convert.from.as_str()), ("file.driver", "file")] {
-                options.entry(key).or_insert_with(|| Variant::from(value));
-            }
-            options.insert("node-name", Variant::from(name.as_str()));
-            options.insert("read-only", Variant::from(true));
-            options.insert("file.filename", absolute(&convert.source));
-            manager.add_node(options).await?;
-            name
-        }
-    };
-    let result = convert_node(daemon, manager, &source, copy, json).await;
-    if is_file {
-        let opened = Target {
-            node: source,
-            made: None,
-        };
-        opened.remove(daemon, true).await;
-    }
+    let source = Opened::add(manager, &convert.source, &convert.from, "convert").await?;
+    let result = convert_node(daemon, manager, source.node(), copy, json).await;
+    source.remove(daemon).await;
     result
+}
+
+/// What is to be looked at: a node, or a file that is opened for this.
+pub enum Opened {
+    Node(String),
+    File(String),
+}
+
+impl Opened {
+    pub async fn add(
+        manager: &ManagerProxy<'_>,
+        source: &str,
+        from: &Source,
+        purpose: &str,
+    ) -> Result<Opened> {
+        if !source.contains('/') {
+            return Ok(Opened::Node(source.to_owned()));
+        }
+        let name = format!("{purpose}-source-{}", std::process::id());
+        let mut options = options(&from.options)?;
+        for (key, value) in [("driver", from.from.as_str()), ("file.driver", "file")] {
+            options.entry(key).or_insert_with(|| Variant::from(value));
+        }
+        options.insert("node-name", Variant::from(name.as_str()));
+        options.insert("read-only", Variant::from(true));
+        options.insert("file.filename", absolute(source));
+        manager.add_node(options).await?;
+        Ok(Opened::File(name))
+    }
+
+    pub fn node(&self) -> &str {
+        match self {
+            Opened::Node(name) | Opened::File(name) => name,
+        }
+    }
+
+    pub async fn remove(self, daemon: &Daemon) {
+        if let Opened::File(node) = self {
+            let opened = Target { node, made: None };
+            opened.remove(daemon, true).await;
+        }
+    }
 }
 
 async fn convert_node(

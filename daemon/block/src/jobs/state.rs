@@ -243,7 +243,10 @@ impl JobState {
     }
 
     /// Does something that may take as long as others like.
-    pub(crate) async fn unless_cancelled<T>(&self, work: impl Future<Output = T>) -> Result<T, Stop> {
+    pub(crate) async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Stop> {
         let mut work = std::pin::pin!(work);
         loop {
             let wake = self.wake.notified();

@@ -200,10 +200,7 @@ fn build(op: &RawOp) -> squeue::Entry {
         Some(slot) => (types::Fd(slot as i32), squeue::Flags::FIXED_FILE),
         None => (types::Fd(op.fd), squeue::Flags::empty()),
     };
-    let transfers = matches!(
-        op.kind,
-        OpKind::Read | OpKind::Write | OpKind::WriteDurable
-    );
+    let transfers = matches!(op.kind, OpKind::Read | OpKind::Write | OpKind::WriteDurable);
     let flags = match transfers && op.len > MAX_INLINE {
         true => flags | squeue::Flags::ASYNC,
         false => flags,

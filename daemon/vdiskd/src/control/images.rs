@@ -9,7 +9,7 @@ use serde_json::{Value as Json, json};
 use vdisk_api::{
     AmendImage, CreateImage, Encryption, Error, ErrorKind, ImageFile, ImageFormat,
     ImagePreallocation, KeyHash, Map, NewFormat, Qcow2Create, RepairWhat, Reply, Result,
-    SnapshotAction,
+    SnapshotAction, measure_from_map,
 };
 use vdisk_block::jobs::JobState;
 use vdisk_block::{
@@ -340,14 +340,58 @@ pub(super) async fn create_on(
     made
 }
 
-/// What a new image would take.
-pub fn measure(options: &CreateImage) -> Result<Map> {
+/// What a new image would take: an empty one, or one with the data of a node.
+pub async fn measure(control: &Handle, mut options: Map) -> Result<Map> {
+    let Some(name) = options.remove("node") else {
+        return measure_with(&measure_from_map(options)?, 0);
+    };
+    let Json::String(name) = name else {
+        return Err(Error::invalid("option 'node' is not the name of a node"));
+    };
+    if options.contains_key("size") {
+        return Err(Error::invalid(format!(
+            "option 'size' is given, and node '{name}' has one: leave one of them out"
+        )));
+    }
+    let (node, thread) = {
+        let world = control.world();
+        (world.graph.node(&name)?, world.any_thread()?)
+    };
+    options.insert("size".into(), node.size().into());
+    let options = measure_from_map(options)?;
+    let cluster = match &options.format {
+        NewFormat::Qcow2(q) => q.cluster_size,
+        NewFormat::Raw | NewFormat::Luks(_) => return measure_with(&options, 0),
+    };
+    let what = format!("node '{name}'");
+    let data = on_thread(&thread, &what, move || data_in_clusters(node, cluster)).await?;
+    measure_with(&options, data)
+}
+
+/// Bytes of the clusters that have anything but zeroes in them, as far as that is known without reading them.
+async fn data_in_clusters(node: Arc<Node>, cluster: u64) -> io::Result<u64> {
+    let (mut at, mut counted, mut clusters) = (0, 0, 0);
+    while at < node.size() {
+        let status = node.status(at, node.size() - at, None).await?;
+        let end = at + status.len;
+        if !status.zero {
+            let last = end.div_ceil(cluster);
+            clusters += last - counted.max(at / cluster);
+            counted = last;
+        }
+        at = end;
+        vdisk_io::give_way().await;
+    }
+    Ok(clusters * cluster)
+}
+
+fn measure_with(options: &CreateImage, data: u64) -> Result<Map> {
     let (required, fully) = match &options.format {
         NewFormat::Qcow2(q) => {
             let luks = q.encrypt.as_ref();
             let luks = luks.map(|e| vec![0; luks_options(e).payload() as usize]);
             let m = qcow2_options(options, q, luks)
-                .measure(0)
+                .measure(data)
                 .map_err(|e| Error::invalid(format!("new image: {e}")))?;
             (m.required, m.fully_allocated)
         }

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use vdisk_api::{
     AmendImage, Command, CreateImage, DRIVERS, Error, ExportKind, ExportOptions, ImageFile,
     IoThreadOptions, JobOptions, NodeOptions, Reply, SecretOptions, ThrottleLimits, Transaction,
-    check_from_map, measure_from_map,
+    check_from_map,
 };
 use vdisk_dbus::{export_path, iothread_path, job_path, node_path};
 use zbus::interface;
@@ -180,8 +180,10 @@ impl ManagerObject {
 
     #[zbus(out_args("sizes"))]
     async fn measure_image(&self, options: Options) -> Result<Statistics, Failure> {
-        let options = measure_from_map(convert::plain_options(options)?)?;
-        Ok(convert::dictionary(&images::measure(&options)?))
+        let options = convert::plain_options(options)?;
+        Ok(convert::dictionary(
+            &images::measure(&self.0, options).await?,
+        ))
     }
 
     #[zbus(out_args("info"))]

@@ -272,7 +272,9 @@ impl Job {
     /// Whether its work is on this thread.
     pub fn runs_on(&self, thread: &IoThread) -> bool {
         let life = self.life();
-        life.running.as_ref().is_some_and(|(_, t)| t.is_same(thread))
+        life.running
+            .as_ref()
+            .is_some_and(|(_, t)| t.is_same(thread))
     }
 
     pub fn status(&self) -> Status {

@@ -8,8 +8,8 @@ use vdisk_api::{
     Reply, Result,
 };
 use vdisk_block::jobs::{
-    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError, Reaching,
-    Sharing, Stream,
+    self, Backup, BackupSync, Discard, JobState, Mirror, MirrorSync, OnCopyError, OnError,
+    Reaching, Sharing, Stream,
 };
 use vdisk_block::{Backend, Descriptors, Node, Permissions, Use};
 
