@@ -174,7 +174,7 @@ fn checks_and_repairs_are_jobs() {
     daemon.export_node("a", "a", &[]);
     let mut client = Client::connect(&daemon.socket("a"), 1, 1, 1 << 16);
     let (_, error) = daemon.ctl_error(&["image", "check", text(&image)]);
-    assert!(error.contains("lock"), "{error}");
+    assert!(error.contains("is open as node 'a'"), "{error}");
     let (_, error) = daemon.ctl_error(&["node", "check", "a"]);
     assert!(
         error.contains("1 clusters take space for nothing"),

@@ -611,6 +611,23 @@ impl Graph {
         removed
     }
 
+    /// Refuses to open a file beside the graph that a node has open and does not share.
+    pub fn check_not_open(&self, path: &str, write: bool) -> Result<()> {
+        let mut nodes = self.nodes.iter();
+        let has = |e: &Entry| e.children.is_empty() && e.node.filename().as_deref() == Some(path);
+        let Some((name, _)) = nodes.find(|(_, e)| has(e) && (write || !e.node.is_read_only()))
+        else {
+            return Ok(());
+        };
+        let node = match self.is_implicit(name) {
+            true => self.parent_nodes(name).next().unwrap_or(name),
+            false => name,
+        };
+        Err(Error::in_use(format!(
+            "image '{path}' is open as node '{node}': have the node do this (see 'vdiskctl node --help'), or remove it first"
+        )))
+    }
+
     /// Refuses what must not be done while a job changes a node, or what the node is a filter of.
     pub fn check_claim(&self, name: &str) -> Result<()> {
         let mut todo = vec![(name, true)];

@@ -87,7 +87,11 @@ pub(super) fn open(
     runtime: &Runtime,
 ) -> Result<OpenedDriver> {
     let path = options.filename.as_str();
-    let what = format!("node '{name}': '{path}'");
+    let what = match name.starts_with("image '") {
+        // Not part of the graph (see `Standalone`).
+        true => name.to_owned(),
+        false => format!("node '{name}': '{path}'"),
+    };
     let cannot = |e: &io::Error| Error::io(format_args!("{what} cannot be opened"), e);
 
     let descriptors = &runtime.descriptors;

@@ -460,6 +460,9 @@ where
 {
     let (thread, runtime) = {
         let world = control.world();
+        if !file.force_share {
+            world.graph.check_not_open(&file.filename, write)?;
+        }
         (world.any_thread()?, world.defaults.runtime.clone())
     };
     look_on(thread, runtime, file, write, f).await

@@ -72,6 +72,11 @@ impl Control {
                 self.run_image_job(&job, async { made.await.map(|()| Map::new()) });
             }
             JobKind::CheckFile { file, repair } => {
+                if !file.force_share {
+                    let write = repair != RepairWhat::Nothing;
+                    let world = self.world();
+                    world.graph.check_not_open(&file.filename, write)?;
+                }
                 let found = images::check_on(thread, runtime, file, repair, job.state.clone());
                 self.run_image_job(&job, found);
             }
