@@ -2,6 +2,7 @@
 //!
 //! Invariant: tables are changed, taken in and dropped under the lock of [`crate::meta::Meta`] only.
 
+use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -123,11 +124,60 @@ impl Table {
     }
 }
 
+/// Tables that a thread keeps of those that it looked at.
+const KEPT: usize = 32;
+
+/// The largest table that is kept, in words: whatever images there are, a thread keeps 2 MiB of them.
+const MAX_KEPT: usize = 8192;
+
+/// Of the tables that are not kept, every so many'th is kept from then on: where more are in use than that, to exchange them would cost more
+/// than it saves.
+const KEEP_EVERY: u32 = 8;
+
+/// What a thread has looked at: to borrow a table from the image for each lookup costs as much as the rest of the lookup.
+///
+/// Invariant: a table is used from here only while its image has it. Its words are not freed as long as it is kept, so nothing else can lie
+/// where they are, and an image that names this place has this table.
+#[derive(Default)]
+struct Kept {
+    tables: [RefCell<Option<Arc<Table>>>; KEPT],
+    others: Cell<u32>,
+}
+
+thread_local! {
+    static OWN: Kept = Kept::default();
+}
+
+impl Kept {
+    fn place(&self, words: *const AtomicU64) -> &RefCell<Option<Arc<Table>>> {
+        &self.tables[(words as usize >> 16) % KEPT]
+    }
+
+    /// Runs `f` with the table of these words. `Err` if it is not kept.
+    #[inline]
+    fn with<R, F: FnOnce(&Table) -> R>(&self, words: *const AtomicU64, f: F) -> Result<R, F> {
+        match &*self.place(words).borrow() {
+            Some(table) if table.words.as_ptr() == words => Ok(f(table)),
+            _ => Err(f),
+        }
+    }
+
+    fn keep(&self, table: &Arc<Table>) {
+        let others = self.others.get().wrapping_add(1);
+        self.others.set(others);
+        if others.is_multiple_of(KEEP_EVERY) && table.words.len() <= MAX_KEPT {
+            self.place(table.words.as_ptr())
+                .replace(Some(table.clone()));
+        }
+    }
+}
+
 #[derive(Default)]
 struct Slot {
     l1: AtomicU64,
     table: ArcSwapOption<Table>,
-    /// Where the words of the table are, or were: for fetching them into the CPU's cache, never followed.
+    /// Where the words of the table are: to fetch them into the CPU's cache, and to find the table among those that the thread has kept;
+    /// never followed. Null without a table.
     words: AtomicPtr<AtomicU64>,
 }
 
@@ -168,12 +218,23 @@ impl Tables {
     /// Runs `f` with the table, if it is here.
     #[inline]
     pub fn with<R>(&self, index: usize, f: impl FnOnce(&Table) -> R) -> Option<R> {
-        let table = self.slot(index)?.table.load();
-        let table = table.as_deref()?;
-        if !table.used.load(Ordering::Relaxed) {
-            table.used.store(true, Ordering::Relaxed);
-        }
-        Some(f(table))
+        let slot = self.slot(index)?;
+        let look = |table: &Table| {
+            if !table.used.load(Ordering::Relaxed) {
+                table.used.store(true, Ordering::Relaxed);
+            }
+            f(table)
+        };
+        let words = slot.words.load(Ordering::Acquire).cast_const();
+        OWN.with(|own| match own.with(words, look) {
+            Ok(found) => Some(found),
+            Err(look) => {
+                let table = slot.table.load();
+                let table = table.as_ref()?;
+                own.keep(table);
+                Some(look(table))
+            }
+        })
     }
 
     /// Has an entry fetched into the CPU's cache, for a lookup that will follow. False if there is no such table.
@@ -212,10 +273,53 @@ impl Tables {
                 let words = table
                     .as_ref()
                     .map_or(std::ptr::null(), |t| t.words.as_ptr());
-                slot.words.store(words.cast_mut(), Ordering::Relaxed);
+                slot.words.store(words.cast_mut(), Ordering::Release);
                 slot.table.swap(table).is_some()
             }
             None => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However often a thread has looked at a table: what counts is the one that the image has.
+    #[test]
+    fn a_kept_table_is_used_while_the_image_has_it() {
+        let layout = Layout {
+            cluster_bits: 16,
+            extended: false,
+            external: false,
+        };
+        let table = |n: u64| Table::new(layout, (0..8192).map(|i| i << 32 | n << 16));
+        let tables = Tables::new(4);
+        tables.set_l1(1, 1 << 16);
+        let look = |index| tables.with(index, |t| t.entry(layout, 7).host());
+        let look_often = |index| (0..2 * KEEP_EVERY).map(|_| look(index)).last().unwrap();
+        let is_kept = |table: &Arc<Table>| {
+            let words = table.words.as_ptr();
+            OWN.with(|own| own.with(words, |_| ()).is_ok())
+        };
+        assert_eq!(look_often(1), None);
+        for n in 1..5 {
+            let new = table(n);
+            tables.put(1, Some(new.clone()));
+            assert_eq!(look_often(1), Some(7 << 32 | n << 16));
+            assert!(is_kept(&new));
+            // What is changed in it is seen.
+            new.set(layout, 7, layout.zero(0));
+            assert_eq!(look(1), Some(0));
+            if n % 2 == 0 {
+                tables.put(1, None);
+                assert_eq!(look_often(1), None);
+            }
+        }
+        // What takes much memory is not kept.
+        let large = Table::new(layout, (0..2 * MAX_KEPT as u64).map(|i| i << 32));
+        tables.put(1, Some(large.clone()));
+        assert_eq!(look_often(1), Some(7 << 32));
+        assert!(!is_kept(&large));
     }
 }
