@@ -20,8 +20,6 @@ use crate::drivers::{LocalFuture, SlowReason};
 use crate::node::Node;
 use crate::tap::{Held, Hold, Tap, Written};
 
-const WINDOW: u64 = 64 << 20;
-
 pub struct Discard {
     node: Arc<Node>,
     /// The window at hand.
@@ -32,9 +30,12 @@ pub struct Discard {
 }
 
 impl Discard {
+    /// Bytes that are worked on at a time: one bit of memory for each of them.
+    pub const WINDOW: u64 = 64 << 20;
+
     pub fn new(node: Arc<Node>) -> Arc<Discard> {
         Arc::new(Discard {
-            window: Bits::new(node.size(), WINDOW),
+            window: Bits::new(node.size(), Discard::WINDOW),
             node,
             pieces: RangeLock::default(),
             freed: AtomicU64::new(0),
@@ -133,7 +134,7 @@ impl Work for Discard {
             state.add_total(size);
             let mut start = 0;
             while start < size {
-                let range = start..(start + WINDOW).min(size);
+                let range = start..(start + Discard::WINDOW).min(size);
                 self.window.set(&range);
                 let mut done = roots.quiesce(state).await;
                 if done.is_ok() {

@@ -266,6 +266,7 @@ impl Control {
                         source.name()
                     )));
                 }
+                bitmaps::check_memory(&what, source.size(), Discard::WINDOW)?;
                 Parts {
                     task: Task::Discard(Discard::new(source.clone())),
                     target: source.clone(),
