@@ -455,21 +455,26 @@ impl Image {
     /// Frees what became unused before number `upto`.
     async fn free_unused(&self, upto: u64) -> io::Result<()> {
         self.forget_decompressed();
+        // Those that cannot be freed now are tried again, and keep no others.
+        let (mut kept, mut failed) = (Vec::new(), None);
         loop {
             let next = {
                 let mut meta = self.meta();
                 let first = meta.writing.as_mut().and_then(|w| w.unused.front_mut());
                 match first {
-                    Some((number, u)) if *number < upto => *u,
-                    _ => return Ok(()),
+                    Some((number, u)) if *number < upto => (*number, *u),
+                    _ => break,
                 }
             };
-            if next.clusters > 0 {
+            if next.1.clusters > 0 {
                 let one = Unref {
                     clusters: 1,
-                    ..next
+                    ..next.1
                 };
-                self.unref(one).await?;
+                if let Err(error) = self.unref(one).await {
+                    kept.push((next.0, one));
+                    failed.get_or_insert(error);
+                }
             }
             if let Some(w) = &mut self.meta().writing
                 && let Some((_, u)) = w.unused.front_mut()
@@ -481,6 +486,10 @@ impl Image {
                 }
             }
         }
+        if let Some(w) = &mut self.meta().writing {
+            kept.into_iter().rev().for_each(|u| w.unused.push_front(u));
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// Drops references to clusters that nobody uses. The space of those that have none left goes back to the storage
@@ -494,7 +503,16 @@ impl Image {
         let bits = self.layout.cluster_bits;
         for c in u.first..u.first + u.clusters {
             before(&*self.file, Step::ClusterFree, c << bits, self.cluster()).await?;
-            let count = self.with_refs(|w| w.refs.get(c)).await?;
+            let count = self
+                .with_refs(|w| {
+                    let count = w.refs.get(c)?;
+                    if count <= 1 {
+                        // Nothing more is packed into what is discarded in a moment.
+                        w.packing.take_if(|p| p.start >> bits == c);
+                    }
+                    Ok(count)
+                })
+                .await?;
             if count == 0 {
                 let offset = c << bits;
                 tracing::warn!(
@@ -513,7 +531,6 @@ impl Image {
                 let count = w.refs.get(c)?;
                 w.refs.set(c, count.saturating_sub(1))?;
                 if count <= 1 {
-                    w.packing.take_if(|p| p.start >> bits == c);
                     w.alloc.add(c, 1);
                 }
                 Ok(())

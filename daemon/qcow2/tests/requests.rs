@@ -826,3 +826,88 @@ fn writes_beside_populate_stay() {
         });
     }
 }
+
+fn discarding() -> Options {
+    Options {
+        pass_discard_request: true,
+        pass_discard_other: true,
+        ..Options::default()
+    }
+}
+
+/// While the space of a cluster goes back to the storage, no other compressed data is put into it.
+#[test]
+fn what_is_being_discarded_takes_no_compressed_data() {
+    const CLUSTER: usize = 65536;
+    let file = created(&CreateOptions::new(1 << 20));
+    let image = open(&file, None, discarding()).unwrap();
+    block_on(async {
+        image.activate(None).await.unwrap();
+        image.write_compressed(0, data(1, CLUSTER)).await.unwrap();
+        let Ok(Lookup::Mapped(m)) = image.lookup(0, 1) else {
+            panic!("it is not there");
+        };
+        let Kind::Compressed { offset, .. } = m.kind else {
+            panic!("{:?}", m.kind);
+        };
+        // Gone from the image, and its cluster has room.
+        image.write(0, data(2, CLUSTER)).await.unwrap();
+        file.hold(Some(offset / CLUSTER as u64 * CLUSTER as u64));
+        let second = async {
+            for _ in 0..20 {
+                give_way().await;
+            }
+            let other = image.write_compressed(CLUSTER as u64, data(3, CLUSTER));
+            other.await.unwrap();
+            file.hold(None);
+        };
+        let (tidied, ()) = futures_util::future::join(image.tidy(), second).await;
+        tidied.unwrap();
+        assert_eq!(read(&image, CLUSTER as u64, CLUSTER).await, [3; CLUSTER]);
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}
+
+/// A block of reference counts that cannot be read keeps what it counts from being freed, and nothing else.
+#[test]
+fn what_cannot_be_freed_keeps_no_others() {
+    const CLUSTER: u64 = 512;
+    const PER_BLOCK: u64 = 256;
+    let file = created(&CreateOptions {
+        cluster_size: CLUSTER,
+        ..CreateOptions::new(1 << 20)
+    });
+    let len = 3 * PER_BLOCK * CLUSTER;
+    block_on(async {
+        let image = open(&file, None, Options::default()).unwrap();
+        image.activate(None).await.unwrap();
+        image.write(0, data(1, len as usize)).await.unwrap();
+        image.close().await.unwrap();
+    });
+    let bytes = file.data();
+    let word =
+        |at: u64| u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().unwrap());
+    let block = word(word(48) + 8);
+    let file = Memory::new(bytes.clone(), None, true);
+    let image = open(&file, None, discarding()).unwrap();
+    let freed = |range: std::ops::Range<u64>| {
+        let log = file.log();
+        log.iter().any(
+            |e| matches!(e.change, Some(memory::Change::Discard(at, _)) if range.contains(&at)),
+        )
+    };
+    let counted = |n: u64| n * PER_BLOCK * CLUSTER..(n + 1) * PER_BLOCK * CLUSTER;
+    block_on(async {
+        image.activate(None).await.unwrap();
+        image.discard(0, len).await.unwrap();
+        file.fail_reads(Some(block));
+        image.tidy().await.unwrap_err();
+        assert!(freed(counted(0)) && !freed(counted(1)) && freed(counted(2)));
+        file.fail_reads(None);
+        image.tidy().await.unwrap();
+        assert!(freed(counted(1)));
+        image.close().await.unwrap();
+        clean(&image).await;
+    });
+}

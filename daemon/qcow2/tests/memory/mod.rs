@@ -72,7 +72,7 @@ struct State {
     fixed: bool,
     /// What has this byte cannot be read.
     bad: Option<u64>,
-    /// Writes that begin here do not end.
+    /// Writes and discards that begin here do not end.
     held: Option<u64>,
 }
 
@@ -139,7 +139,7 @@ impl Memory {
         self.state.lock().unwrap().bad = of;
     }
 
-    /// Keeps writes to this offset from ending, until it is called with None.
+    /// Keeps writes and discards from this offset on from ending, until it is called with None.
     pub fn hold(&self, offset: Option<u64>) {
         self.state.lock().unwrap().held = offset;
     }
@@ -192,7 +192,7 @@ impl Memory {
         }
         let index = self.begin(Some(change.clone()));
         self.wait().await;
-        while matches!(&change, Change::Write(at, _) if self.state.lock().unwrap().held == Some(*at))
+        while matches!(&change, Change::Write(at, _) | Change::Discard(at, _) if self.state.lock().unwrap().held == Some(*at))
         {
             give_way().await;
         }
