@@ -531,3 +531,54 @@ fn an_export_ends_with_its_client() {
     assert!(daemon.try_ctl(&["node", "show", "d"]).status.code() != Some(0));
     assert_eq!(client.terminate(), Some(0));
 }
+
+/// A server that answers nothing any more costs the backup that goes there, not the guest whose writes are copied there first, and not those
+/// who wait for the guest.
+#[test]
+fn a_silent_server_keeps_nobody() {
+    let daemon = Daemon::start(&[]);
+    let there = Daemon::start(&[]);
+    let (_, socket) = daemon.export("d", SIZE, &[], &[]);
+    let mut client = Client::connect(&socket, 1, 1, 1 << 20);
+    for at in [0, 4 * MIB, 8 * MIB] {
+        assert_eq!(client.write(at, &vec![1; 1 << 20]), 0);
+    }
+    drop(client);
+    let send = |signal: &str| {
+        let pid = there.pid().to_string();
+        tool("kill", &[signal, &pid]);
+    };
+    let job = || daemon.ctl_json(&["job", "show", "backup-d"]);
+    for (id, action) in [("b", "job cancel backup-d"), ("c", "bitmap add d map")] {
+        file(&there, id, SIZE, &[]);
+        let server = uri(&serve(&there, id, id, &["--writable"]));
+        let options = ["--detach", "--speed", "1", "auto-dismiss=false"];
+        let name = ["--name", id];
+        daemon.ctl(&[&["backup", "d", &server][..], &options, &name].concat());
+        send("-STOP");
+        std::thread::scope(|s| {
+            let write = s.spawn(|| {
+                let mut client = Client::connect(&socket, 1, 1, 1 << 20);
+                client.write(8 * MIB, &[2; 4096])
+            });
+            wait_for("the write", || {
+                let stats = daemon.ctl_json(&["stats"]);
+                let slow = stats["exports"]["d"]["queues"][0]["slow"].as_u64()?;
+                (slow > 0).then_some(())
+            });
+            let words: Vec<&str> = action.split(' ').collect();
+            daemon.ctl(&words);
+            assert_eq!(write.join().unwrap(), 0, "{action}");
+        });
+        if job()["State"] != "concluded" {
+            daemon.ctl(&["job", "speed", "backup-d", "0"]);
+        }
+        wait_for("the job's end", || {
+            (job()["State"] == "concluded").then_some(())
+        });
+        assert_ne!(job()["Error"][1], "", "{action}");
+        send("-CONT");
+        daemon.ctl(&["job", "dismiss", "backup-d"]);
+        daemon.ctl(&["node", "remove", id]);
+    }
+}

@@ -611,6 +611,11 @@ impl Graph {
         removed
     }
 
+    /// Whether a job is the only one who uses a node.
+    pub fn is_for_job_only(&self, name: &str) -> bool {
+        matches!(self.parents(name)[..], [Parent::Job(_)])
+    }
+
     /// Refuses to open a file beside the graph that a node has open and does not share.
     pub fn check_not_open(&self, path: &str, write: bool) -> Result<()> {
         let mut nodes = self.nodes.iter();

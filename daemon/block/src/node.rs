@@ -840,6 +840,13 @@ impl Node {
         self.driver.drain(on);
     }
 
+    /// Has requests fail that wait for a server's answer, here or below; see [`crate::Driver::give_up`].
+    pub fn give_up(self: &Arc<Self>, wholly: bool) -> bool {
+        let all = self.with_all_below();
+        let given_up = all.iter().filter(|n| n.driver.give_up(wholly));
+        given_up.count() > 0
+    }
+
     /// Says to whoever has the storage whether all is written that is to be: nobody is to use it before. What is written afterwards
     /// takes that back.
     pub async fn set_finished(&self, on: bool) -> io::Result<()> {

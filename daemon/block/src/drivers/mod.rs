@@ -308,6 +308,12 @@ pub trait Driver: Send + Sync {
     /// Each driver for itself.
     fn drain(&self, _on: bool) {}
 
+    /// Requests that wait for somebody else's answer fail, all of them (`wholly`) or if none was answered since this was last asked: what is
+    /// written by them is not needed any more, and whoever waits for them has waited long. True if some did. Each driver for itself.
+    fn give_up(&self, _wholly: bool) -> bool {
+        false
+    }
+
     /// Says to whoever has the storage whether all is written that is to be: `Unsupported` if they cannot be told.
     fn set_finished(&self, _on: bool) -> LocalFuture<'_, io::Result<()>> {
         Box::pin(async { Err(io::ErrorKind::Unsupported.into()) })

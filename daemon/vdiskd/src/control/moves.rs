@@ -23,6 +23,9 @@ pub(super) struct PreparedOverlay {
     pub opened: Opened,
 }
 
+/// After this long, what requests wait for that do not end is looked at.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 impl PreparedOverlay {
     /// The names that its nodes will have.
     pub fn names(&self) -> impl Iterator<Item = String> {
@@ -316,9 +319,32 @@ impl Control {
         let start = Instant::now();
         let mut drained = Vec::new();
         for backend in &backends {
-            drained.push(backend.drain().await);
+            let mut drain = std::pin::pin!(backend.drain());
+            let guard = loop {
+                match tokio::time::timeout(PATIENCE, &mut drain).await {
+                    Ok(guard) => break guard,
+                    Err(_) => self.give_up_copies(name),
+                }
+            };
+            drained.push(guard);
         }
         (start, drained)
+    }
+
+    /// Guests whose requests reach a node are waited for, and may themselves wait until a job's target has what they overwrite: a server that
+    /// answers nothing any more fails the job, not the guests.
+    fn give_up_copies(&self, name: &str) {
+        let world = self.world();
+        let (_, above) = world.graph.above(name);
+        for job in world.jobs.values() {
+            if above.iter().any(|n| n.name() == job.source) && job.give_up(&world, false) {
+                tracing::warn!(
+                    job = job.id(),
+                    target = job.target,
+                    "its target answers nothing, and guests are waited for: what was to be written there is given up"
+                );
+            }
+        }
     }
 
     /// Puts what was opened in the place of a node, which everybody above was drained for.

@@ -79,8 +79,11 @@ struct Shared {
     pending: Mutex<Pending>,
     /// Nothing waits for an answer any more.
     idle: Notify,
-    /// Answers so far.
+    /// Answers so far, and when somebody last asked whether there are any.
     answers: AtomicU64,
+    looked_at: AtomicU64,
+    /// What was in flight is given up, and the connection with it.
+    given_up: Notify,
     /// The server was told whether all is written: that goes with the connection, and there is no other.
     bound: AtomicBool,
     closing: watch::Sender<bool>,
@@ -238,6 +241,28 @@ impl Link {
         }
     }
 
+    /// What waits for an answer fails, and the connection ends: it may be that the server answers nothing any more. If not `wholly`, only if
+    /// no answer has come since this was last asked. The next request goes over another connection, if there may be one. False if nothing waits.
+    pub fn give_up(&self, wholly: bool) -> bool {
+        let shared = &self.shared;
+        let answers = shared.answers.load(Relaxed);
+        let is_silent = shared.looked_at.swap(answers, Relaxed) == answers;
+        if !wholly && !is_silent {
+            return false;
+        }
+        // Before anybody is told: who flushes then must see it.
+        shared.note_lost();
+        let gone = shared.take_unless(|_| false);
+        if gone.is_empty() {
+            return false;
+        }
+        for ask in gone {
+            (ask.tell)(Err(broken()));
+        }
+        shared.given_up.notify_waiters();
+        true
+    }
+
     /// Says goodbye when all is answered, and waits until the server has let go of everything, too.
     pub async fn close(&self) {
         locked(&self.asks).take();
@@ -319,6 +344,7 @@ impl Task {
             };
             to.write_all(&goodbye.to_bytes()).await
         };
+        let given_up = shared.given_up.notified();
         let mut closing = shared.closing.subscribe();
         let too_late = async {
             let _ = closing.wait_for(|closing| *closing).await;
@@ -327,6 +353,10 @@ impl Task {
         tokio::select! {
             error = &mut replies => return error.map(|never| match never {}),
             sent = requests => sent?,
+            () = given_up => {
+                let why = "what was in flight is not waited for any more";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
             // What is not answered by then is told so by whoever is next.
             () = too_late => return Ok(()),
         }

@@ -346,6 +346,10 @@ impl Driver for Nbd {
         Some(self.filename.clone())
     }
 
+    fn give_up(&self, wholly: bool) -> bool {
+        self.link.give_up(wholly)
+    }
+
     fn make_writable(&self) -> Result<()> {
         match self.can(transmission::READ_ONLY) {
             false => Ok(()),

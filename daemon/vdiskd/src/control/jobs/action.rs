@@ -67,7 +67,11 @@ impl Control {
             {
                 state.end(Ending::Copy);
             }
-            (JobAction::Cancel { .. }, _) => state.cancel(),
+            (JobAction::Cancel { .. }, _) => {
+                state.cancel();
+                // Nothing of it is needed any more.
+                job.give_up(&self.world(), true);
+            }
             (JobAction::Complete, Status::Ready) => match &task {
                 Some(task) if task.mirror().is_some() => {
                     check_pivot(&self.world(), &job, task)?;

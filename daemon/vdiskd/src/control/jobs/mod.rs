@@ -269,6 +269,12 @@ impl Job {
         &self.options.id
     }
 
+    /// Has what waits for an answer of the server that its target is on fail, unless others use it, too; see [`Node::give_up`].
+    pub fn give_up(&self, world: &World, wholly: bool) -> bool {
+        let target = self.life().parts.as_ref().map(|p| p.target.clone());
+        target.is_some_and(|t| world.graph.is_for_job_only(t.name()) && t.give_up(wholly))
+    }
+
     /// Whether its work is on this thread.
     pub fn runs_on(&self, thread: &IoThread) -> bool {
         let life = self.life();
