@@ -582,3 +582,85 @@ fn bitmaps_record_writes_and_are_stored() {
     let info = daemon.ctl_json(&["image", "info", text(&image)]);
     assert_eq!(info["bitmaps"][0]["in-use"], true, "{info}");
 }
+
+/// Names inside images are followed into the folders that the configuration gives for that, and nowhere else.
+#[test]
+fn names_inside_images_are_followed_where_that_is_allowed() {
+    let dir = vdisk_qemu_tests::scratch();
+    let at = |name: &str| dir.path().join(name);
+    let (images, elsewhere) = (at("images"), at("elsewhere"));
+    for folder in [&images, &elsewhere] {
+        std::fs::create_dir(folder).unwrap();
+        std::fs::write(folder.join("base.img"), vec![7; MIB as usize]).unwrap();
+    }
+    let config = at("vdiskd.toml");
+    let allowed = format!("[images]\nfollow = [\"{}\"]\n", images.display());
+    std::fs::write(&config, allowed).unwrap();
+    let overlay = |folder: &Path, name: &str, backing: &str, format: &str| {
+        let image = folder.join(name);
+        let create = ["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"];
+        tool(
+            "qemu-img",
+            &[&create[..], &[backing, text(&image), "1M"]].concat(),
+        );
+        image
+    };
+    overlay(&images, "middle.qcow2", "base.img", "raw");
+    let top = overlay(&elsewhere, "top.qcow2", "../images/middle.qcow2", "qcow2");
+    tool("qemu-io", &["-c", "write -q -P 9 64k 64k", text(&top)]);
+    let want = read_with_qemu(&top);
+    let mut daemon = Daemon::start(&["--config", text(&config)]);
+    let add = |daemon: &Daemon, name: &str, image: &Path| {
+        let filename = format!("file.filename={}", image.display());
+        let words = ["node", "add", name, "driver=qcow2", "file.driver=file"];
+        daemon.try_ctl(&[&words[..], &[&filename]].concat())
+    };
+    assert!(add(&daemon, "top", &top).status.success());
+    daemon.export_node("top", "top", &[]);
+    for _ in 0..2 {
+        let mut client = Client::connect(&daemon.socket("top"), 1, 1, 1 << 20);
+        let mut disk = vec![0; MIB as usize];
+        assert_eq!(client.read(0, &mut disk), 0);
+        assert!(disk == want);
+        drop(client);
+        // What was found is found again, whatever the image names by then.
+        daemon.kill();
+        daemon.go_on();
+    }
+    std::os::unix::fs::symlink(elsewhere.join("base.img"), images.join("link.img")).unwrap();
+    // As QEMU made them once, without the extension that has the format.
+    let unformatted = overlay(&images, "u", "base.img", "raw");
+    let mut bytes = std::fs::read(&unformatted).unwrap();
+    let mut words = bytes.chunks_mut(8);
+    let extension = words.find(|w| w.starts_with(&[0xe2, 0x79, 0x2a, 0xca]));
+    extension.unwrap()[..4].copy_from_slice(b"none");
+    std::fs::write(&unformatted, bytes).unwrap();
+    let json = r#"json:{"driver":"null-co"}"#;
+    for (image, why) in [
+        (
+            overlay(&elsewhere, "a", "base.img", "raw"),
+            "are followed into",
+        ),
+        (
+            overlay(&images, "b", "link.img", "raw"),
+            "are followed into",
+        ),
+        (
+            overlay(&images, "c", "../elsewhere/base.img", "raw"),
+            "are followed into",
+        ),
+        (overlay(&images, "d", json, "raw"), "not the path of a file"),
+        (
+            overlay(&images, "e", "nbd://host/base", "raw"),
+            "not the path of a file",
+        ),
+        (overlay(&images, "f", "f", "qcow2"), "name each other"),
+        (overlay(&images, "g", "nothing", "raw"), "cannot be found"),
+        (overlay(&images, "h", "base.img", "vmdk"), "'vmdk'"),
+        (unformatted, "without its format"),
+    ] {
+        let out = add(&daemon, "refused", &image);
+        let message = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && message.contains(why), "{message}");
+    }
+}

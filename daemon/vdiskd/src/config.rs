@@ -55,6 +55,8 @@ pub struct Service {
 pub struct Images {
     /// Folders in which images may be; everywhere if not given.
     pub directories: Option<Vec<PathBuf>>,
+    /// Folders into which names of backing and data files inside images are followed; nowhere if not given.
+    pub follow: Option<Vec<PathBuf>>,
 }
 
 /// `[sockets]`
@@ -181,6 +183,7 @@ impl Config {
         }
         let directories = self.images.directories.iter().flatten();
         let mut named = directories
+            .chain(self.images.follow.iter().flatten())
             .chain(&self.sockets.directory)
             .chain(&self.metrics.socket);
         if let Some(path) = named.find(|p| !p.is_absolute()) {

@@ -25,7 +25,7 @@ use vdisk_exports::Keeper;
 use vdisk_io::{DEFAULT_POLL_MAX, EngineChoice};
 
 use config::Config;
-use control::{Defaults, Limits, MemoryLimit, Sockets};
+use control::{Defaults, Follow, Limits, MemoryLimit, Sockets};
 use dbus::{Bus, Trusted};
 use fd_store::{FdStore, Passed};
 use folders::{lock, runtime_dir, state_dir};
@@ -264,6 +264,7 @@ fn defaults(
         },
         state_dir: Some(state_dir(args)),
         limits: limits(&config.limits)?,
+        follow: follow(config)?,
     })
 }
 
@@ -332,6 +333,15 @@ fn allowed(config: &Config) -> Result<Option<Vec<PathBuf>>, String> {
     let named = config.images.directories.as_deref();
     let resolved = named.map(Directories::resolve).transpose();
     resolved.map_err(|e| format!("images.directories: {e}"))
+}
+
+/// The folders into which names inside images are followed.
+fn follow(config: &Config) -> Result<Follow, String> {
+    let named = config.images.follow.as_deref().unwrap_or_default();
+    let resolved = Directories::resolve(named);
+    resolved
+        .map(Follow)
+        .map_err(|e| format!("images.follow: {e}"))
 }
 
 /// Who needs no polkit, by number.

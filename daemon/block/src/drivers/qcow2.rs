@@ -273,7 +273,7 @@ pub(super) fn open(
     match (header.external_data, &data_file) {
         (true, None) => {
             return Err(Error::invalid(format!(
-                "{what}: the image has its data in another file{}, and names inside images are not followed: give it as 'data-file' if you trust it",
+                "{what}: the image has its data in another file{}, and names inside images are not followed: give it as 'data-file' if you trust it, or allow its folder with 'images.follow' in vdiskd.toml",
                 match &header.data_file {
                     Some(named) => format!(", '{}'", named.escape_debug()),
                     None => String::new(),
@@ -295,7 +295,7 @@ pub(super) fn open(
     match (&header.backing_file, &options.backing) {
         (Some(named), BackingRef::Unset) => {
             return Err(Error::invalid(format!(
-                "{what}: the image names a backing file, '{}', and names inside images are not followed: give it as 'backing' if you trust it, or set backing to the empty string to read zeroes in its place",
+                "{what}: the image names a backing file, '{}', and names inside images are not followed: give it as 'backing' if you trust it, allow its folder with 'images.follow' in vdiskd.toml, or set backing to the empty string to read zeroes in its place",
                 named.escape_debug()
             )));
         }

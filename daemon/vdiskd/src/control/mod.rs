@@ -7,6 +7,7 @@
 mod activity;
 pub mod bitmaps;
 mod exports;
+mod follow;
 pub mod images;
 mod iothreads;
 pub mod jobs;
@@ -31,6 +32,7 @@ use vdisk_block::Pending;
 use vdisk_exports::ExportEvent;
 use vdisk_exports::vhost_user::wrap;
 
+pub use follow::Follow;
 use jobs::JobEvent;
 pub use limits::{Limits, MemoryLimit};
 pub use state::files_in_use;

@@ -13,8 +13,8 @@ use vdisk_block::{Backend, Graph, Runtime};
 use vdisk_exports::Server;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
 
-use super::Limits;
 use super::jobs::Job;
+use super::{Follow, Limits};
 
 /// What new objects get if their options do not say.
 #[derive(Clone, Debug)]
@@ -28,6 +28,7 @@ pub struct Defaults {
     pub state_dir: Option<PathBuf>,
     pub sockets: Sockets,
     pub limits: Limits,
+    pub follow: Follow,
 }
 
 /// What sockets are like of which the options do not say that.
