@@ -544,9 +544,9 @@ fn a_silent_server_keeps_nobody() {
         assert_eq!(client.write(at, &vec![1; 1 << 20]), 0);
     }
     drop(client);
-    let send = |signal: &str| {
-        let pid = there.pid().to_string();
-        tool("kill", &[signal, &pid]);
+    let send = |signal| {
+        let pid = rustix::process::Pid::from_raw(there.pid() as i32).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
     };
     let job = || daemon.ctl_json(&["job", "show", "backup-d"]);
     for (id, action) in [("b", "job cancel backup-d"), ("c", "bitmap add d map")] {
@@ -555,7 +555,7 @@ fn a_silent_server_keeps_nobody() {
         let options = ["--detach", "--speed", "1", "auto-dismiss=false"];
         let name = ["--name", id];
         daemon.ctl(&[&["backup", "d", &server][..], &options, &name].concat());
-        send("-STOP");
+        send(rustix::process::Signal::STOP);
         std::thread::scope(|s| {
             let write = s.spawn(|| {
                 let mut client = Client::connect(&socket, 1, 1, 1 << 20);
@@ -577,7 +577,7 @@ fn a_silent_server_keeps_nobody() {
             (job()["State"] == "concluded").then_some(())
         });
         assert_ne!(job()["Error"][1], "", "{action}");
-        send("-CONT");
+        send(rustix::process::Signal::CONT);
         daemon.ctl(&["job", "dismiss", "backup-d"]);
         daemon.ctl(&["node", "remove", id]);
     }
