@@ -155,6 +155,10 @@ fn new_images_are_what_qemu_makes_of_the_same_options() {
             .unwrap()
             .is_empty()
     );
+    daemon.ctl(&["node", "add", "null", "driver=null-co", "size=1M"]);
+    let (_, e) = daemon.ctl_error(&["image", "measure", "null", "cluster-size=0"]);
+    assert!(e.contains("cluster"), "{e}");
+    daemon.ctl(&["node", "remove", "null"]);
     let (_, e) = daemon.ctl_error(&["image", "measure", "nobody"]);
     assert!(e.contains("there is no node 'nobody'"), "{e}");
     let ours = daemon.path("ours0.qcow2");

@@ -324,6 +324,7 @@ fn sandbox(args: &Args, config: &Config, runtime_dir: Option<&Path>) -> Result<S
 /// What is only found out when the configuration is used.
 fn check(config: &Config) -> Result<(), String> {
     allowed(config)?;
+    follow(config)?;
     trusted(config)?;
     Ok(())
 }

@@ -359,12 +359,13 @@ pub async fn measure(control: &Handle, mut options: Map) -> Result<Map> {
     };
     options.insert("size".into(), node.size().into());
     let options = measure_from_map(options)?;
-    let cluster = match &options.format {
-        NewFormat::Qcow2(q) => q.cluster_size,
-        NewFormat::Raw | NewFormat::Luks(_) => return measure_with(&options, 0),
+    // Options that are not possible are refused before anything is counted by them.
+    let empty = measure_with(&options, 0)?;
+    let NewFormat::Qcow2(Qcow2Create { cluster_size, .. }) = options.format else {
+        return Ok(empty);
     };
     let what = format!("node '{name}'");
-    let data = on_thread(&thread, &what, move || data_in_clusters(node, cluster)).await?;
+    let data = on_thread(&thread, &what, move || data_in_clusters(node, cluster_size)).await?;
     measure_with(&options, data)
 }
 

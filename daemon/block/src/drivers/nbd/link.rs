@@ -247,7 +247,7 @@ impl Link {
         let shared = &self.shared;
         let answers = shared.answers.load(Relaxed);
         let is_silent = shared.looked_at.swap(answers, Relaxed) == answers;
-        if !wholly && !is_silent {
+        if shared.is_idle() || !wholly && !is_silent {
             return false;
         }
         // Before anybody is told: who flushes then must see it.
