@@ -458,7 +458,7 @@ impl Image {
         // Those that cannot be freed now are tried again, and keep no others.
         let (mut kept, mut failed) = (Vec::new(), None);
         loop {
-            let next = {
+            let (number, next) = {
                 let mut meta = self.meta();
                 let first = meta.writing.as_mut().and_then(|w| w.unused.front_mut());
                 match first {
@@ -466,13 +466,13 @@ impl Image {
                     _ => break,
                 }
             };
-            if next.1.clusters > 0 {
+            if next.clusters > 0 {
                 let one = Unref {
                     clusters: 1,
-                    ..next.1
+                    ..next
                 };
                 if let Err(error) = self.unref(one).await {
-                    kept.push((next.0, one));
+                    kept.push((number, one));
                     failed.get_or_insert(error);
                 }
             }

@@ -340,6 +340,12 @@ pub(super) async fn create_on(
     made
 }
 
+/// The options of a node with those of the files that its images name, as far as the configuration lets names be followed.
+pub async fn followed(control: &Handle, options: Map) -> Result<Map> {
+    let follow = control.world().defaults.follow.clone();
+    blocking(move || follow.complete(options)).await
+}
+
 /// What a new image would take: an empty one, or one with the data of a node.
 pub async fn measure(control: &Handle, mut options: Map) -> Result<Map> {
     let Some(name) = options.remove("node") else {

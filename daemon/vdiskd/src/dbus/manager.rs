@@ -22,12 +22,8 @@ pub struct ManagerObject(pub Handle);
 impl ManagerObject {
     async fn add_passed_node(&self, options: Options) -> Result<OwnedObjectPath, Failure> {
         let (options, _passed) = convert::node_options(options, &self.0)?;
-        let follow = self.0.world().defaults.follow.clone();
-        let complete = tokio::task::spawn_blocking(move || follow.complete(options));
-        let options = complete
-            .await
-            .map_err(|e| Error::failed(format!("looking at images was interrupted: {e}")))?;
-        let options = NodeOptions::from_map(options?)?;
+        let options = images::followed(&self.0, options).await?;
+        let options = NodeOptions::from_map(options)?;
         let name = options.node_name.clone().unwrap_or_default();
         let reply = self.0.run(Command::AddNode(options)).await?;
         let name = match reply {
