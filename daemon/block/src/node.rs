@@ -527,7 +527,7 @@ impl Node {
             return Ok(());
         }
         let detect = self.detect_zeroes();
-        if detect != DetectZeroes::Off && iov.is_zero() {
+        if detect != DetectZeroes::Off && iov.is_zero_in_turns().await {
             let zero = ZeroFlags {
                 may_unmap: detect == DetectZeroes::Unmap,
                 durable: flags.durable,

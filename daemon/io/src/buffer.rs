@@ -7,6 +7,9 @@ use std::rc::Rc;
 
 use crate::give_way::give_way;
 
+/// Bytes that are gone through before others on the I/O thread have their turn.
+const PIECE: usize = 1 << 20;
+
 /// Zeroed heap memory with a chosen alignment, for O_DIRECT and bounce buffers.
 pub struct AlignedBuf {
     ptr: NonNull<u8>,
@@ -255,7 +258,6 @@ impl IoVecs {
 
     /// Writes zeroes to all of it, piece by piece: others on the I/O thread have their turns in between.
     pub async fn zero_in_turns(&self) {
-        const PIECE: usize = 1 << 20;
         for at in (0..self.len).step_by(PIECE) {
             self.zero(at, PIECE.min(self.len - at));
             if at + PIECE < self.len {
@@ -282,6 +284,23 @@ impl IoVecs {
             }
             true
         })
+    }
+
+    /// As [`IoVecs::is_zero`], a piece at a time, as others have work to do on this thread.
+    pub async fn is_zero_in_turns(&self) -> bool {
+        if self.len <= PIECE {
+            return self.is_zero();
+        }
+        for at in (0..self.len).step_by(PIECE) {
+            let piece = PIECE.min(self.len - at);
+            if !self.slice(at, piece).is_zero() {
+                return false;
+            }
+            if at + piece < self.len {
+                give_way().await;
+            }
+        }
+        true
     }
 
     /// Whether every segment starts and ends on a multiple of `align` (a power of two) in memory.
