@@ -592,8 +592,28 @@ fn actions_that_clash_are_refused() {
         format!("backup,node=disk,target={target},job-id={id},sync=incremental,bitmap=b")
     };
     let (first, second) = (by_bits("c1", "j1"), by_bits("c2", "j2"));
+    let shared = daemon.path("shared.qcow2");
+    daemon.ctl(&[
+        "image",
+        "create",
+        text(&shared),
+        "16M",
+        "--backing",
+        "x",
+        "-F",
+        "qcow2",
+    ]);
+    let filename = format!("filename={}", shared.display());
+    daemon.ctl(&["node", "add", "shared", "driver=file", &filename]);
+    let onto = |node: &str, name: &str| {
+        format!("add-overlay,node={node},driver=qcow2,node-name={name},file=shared")
+    };
     let before = daemon.ctl(&["tree"]);
     for (actions, why) in [
+        (
+            [&onto("disk", "o1")[..], &onto("second", "o2")],
+            "overlay 'o2' would be written to node 'shared', and so would 'o1'",
+        ),
         (
             [&overlay("disk")[..], &overlay("second")],
             "two of its overlays have a node 'o'",

@@ -327,6 +327,29 @@ fn mirror(source: &Daemon) {
     wait_for("the mirror", || (state() == "ready").then_some(()));
 }
 
+/// A filter that waits to be opened would be opened over the node that it names: no other takes its place meanwhile.
+#[test]
+fn what_is_below_an_inactive_filter_stays() {
+    let daemon = Daemon::start(&[]);
+    for name in ["disk", "other"] {
+        daemon.ctl(&["node", "add", name, "driver=null-co", "size=1M"]);
+    }
+    daemon.ctl(&["throttle", "set", "group", "iops-total=5000"]);
+    let add = [
+        "node",
+        "add",
+        "limit",
+        "driver=throttle",
+        "throttle-group=group",
+    ];
+    daemon.ctl(&[&add[..], &["file=disk", "active=off"]].concat());
+    let replace = ["node", "replace", "disk", "other"];
+    let (_, e) = daemon.ctl_error(&replace);
+    assert!(e.contains("'limit', which is inactive"), "{e}");
+    daemon.ctl(&["node", "activate", "limit"]);
+    daemon.ctl(&replace);
+}
+
 fn is_locked(destination: &Daemon) {
     let (code, message) = destination.ctl_error(&["node", "activate", "disk"]);
     assert!(code == 4 && message.contains("is locked"), "{message}");

@@ -567,6 +567,34 @@ fn ids(daemon: &Daemon, kind: &str, key: &str) -> Vec<String> {
     all.map(|o| o[key].as_str().unwrap().to_owned()).collect()
 }
 
+/// A filter that keeps a moment is not restored; what else is called by its name has nothing to do with it.
+#[test]
+fn a_moment_that_ends_takes_along_nobody_else() {
+    let mut daemon = Daemon::managed(&[]);
+    for name in ["disk", "past", "other"] {
+        daemon.ctl(&["node", "add", name, "driver=null-co", "size=1M"]);
+    }
+    let cbw = ["node", "add", "gold", "driver=copy-before-write"];
+    daemon.ctl(&[&cbw[..], &["file=disk", "target=past"]].concat());
+    daemon.export_node("moment", "gold", &[]);
+    daemon.ctl(&["throttle", "set", "gold", "iops-total=5000"]);
+    daemon.ctl(&["throttle", "insert", "other", "gold", "--name", "limit"]);
+    daemon.export_node("vm", "limit", &[]);
+    daemon.kill();
+    daemon.go_on();
+    let mut exports = ids(&daemon, "export", "Id");
+    exports.sort();
+    assert_eq!(exports, ["moment", "vm"]);
+    let node = |export: &str| daemon.ctl_json(&["export", "show", export])["Node"].clone();
+    assert_eq!(
+        (node("moment"), node("vm")),
+        (
+            json!("/org/vdisk1/node/disk"),
+            json!("/org/vdisk1/node/limit")
+        )
+    );
+}
+
 /// Persistent exports outlive the machine, with all that they stand on and as it was last; nothing else does.
 #[test]
 fn persistent_exports_outlive_the_machine() {
@@ -826,6 +854,19 @@ fn a_passed_file_is_nobody_elses() {
     drop(client);
     let (_, e) = daemon.ctl_error(&["export", "set", "a", "persistent=on"]);
     assert!(e.contains("passed open"), "{e}");
+    // Nor does one that is persistent get below it later.
+    let named = format!("filename={}", text(&daemon.image("named.img", MIB)));
+    daemon.ctl(&["node", "add", "named", "driver=file", &named]);
+    daemon.export_node("named", "named", &["--persistent"]);
+    daemon.ctl(&["export", "remove", "a"]);
+    let (_, e) = daemon.ctl_error(&["node", "replace", "named", "a"]);
+    assert!(
+        e.contains("'named' is persistent") && e.contains("passed open"),
+        "{e}"
+    );
+    daemon.ctl(&["export", "remove", "named"]);
+    daemon.ctl(&["node", "remove", "named"]);
+    daemon.export_node("a", "a", &[]);
 
     daemon.kill();
     daemon.manager().lose("fd.0");

@@ -778,6 +778,11 @@ impl Graph {
                     "node '{name}' is below node '{parent}', which cannot get another child while it is in use"
                 )));
             }
+            if !entry.node.is_active() {
+                return Err(Error::in_use(format!(
+                    "node '{name}' is below node '{parent}', which is inactive and would be opened over the old one: activate or remove that first"
+                )));
+            }
         }
         Ok(())
     }

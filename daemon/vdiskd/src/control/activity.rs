@@ -236,6 +236,11 @@ impl Control {
         let bitmaps = bitmaps_of(&nodes);
         let settled = self.settle_all(&nodes).await;
         settled.map_err(|(node, e)| cannot(node, &e))?;
+        // A queue may have started meanwhile; between this look and the last line that needs it nobody else has a turn.
+        if let Some(user) = self.user(name) {
+            self.ready_again(&nodes).await;
+            return self.is_let_go_with(name, &user);
+        }
         let changed = self.put_away(planned, &drained);
         // Before another host can open it: the next daemon must not.
         self.save();

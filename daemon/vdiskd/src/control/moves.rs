@@ -31,6 +31,15 @@ impl PreparedOverlay {
     pub fn names(&self) -> impl Iterator<Item = String> {
         self.opened.nodes().map(|n| n.name().to_owned())
     }
+
+    /// The nodes that were there before which it stands on beside the one that it is an overlay of.
+    pub fn borrowed(&self) -> Vec<Arc<Node>> {
+        let mut known = self.node.with_all_below();
+        known.extend(self.opened.nodes().cloned());
+        let all = self.opened.nodes().flat_map(|n| n.with_all_below());
+        all.filter(|n| known.iter().all(|k| !Arc::ptr_eq(k, n)))
+            .collect()
+    }
 }
 
 impl Control {
@@ -136,6 +145,12 @@ impl Control {
             (world.graph.node(name)?, plan)
         };
         let opened = self.open_above(&what, &node, plan).await?;
+        let nodes: Vec<Arc<Node>> = opened.nodes().flat_map(|n| n.with_all_below()).collect();
+        let lasts = self.world().check_lasting(name, &nodes);
+        if let Err(e) = lasts {
+            self.give_up(opened).await;
+            return Err(e);
+        }
         Ok(PreparedOverlay {
             name: overlay,
             node,
@@ -239,6 +254,7 @@ impl Control {
                     writer.backend.name()
                 )));
             }
+            world.check_lasting(name, &new.with_all_below())?;
             (node, new)
         };
         self.check_fit(&what, &node, &new)?;

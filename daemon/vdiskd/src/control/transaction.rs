@@ -32,6 +32,29 @@ impl Prepared {
         }
     }
 
+    /// Refuses two new writers of one node: each is alone when it is looked at by itself.
+    fn check_borrowed(&self) -> Result<()> {
+        let mut taken: Vec<(Arc<Node>, &str)> = Vec::new();
+        for job in &self.jobs {
+            let below = job.target().with_all_below();
+            taken.extend(below.into_iter().map(|n| (n, job.target().name())));
+        }
+        for overlay in &self.overlays {
+            let borrowed = overlay.borrowed();
+            for node in &borrowed {
+                if let Some((_, other)) = taken.iter().find(|(n, _)| Arc::ptr_eq(n, node)) {
+                    return Err(Error::in_use(format!(
+                        "transaction: overlay '{}' would be written to node '{}', and so would '{other}': give each storage of its own",
+                        overlay.name,
+                        node.name()
+                    )));
+                }
+            }
+            taken.extend(borrowed.into_iter().map(|n| (n, overlay.name.as_str())));
+        }
+        Ok(())
+    }
+
     fn check_bitmap_of_job(&self, node: &str, bitmap: &str) -> Result<()> {
         let mut jobs = self.jobs.iter();
         match jobs.any(|j| j.node() == node && j.bitmap() == Some(bitmap)) {
@@ -168,6 +191,7 @@ impl Control {
                 }
             }
         }
+        prepared.check_borrowed()?;
         let jobs = prepared.jobs.iter();
         let overlays: Vec<&str> = prepared.overlays.iter().map(|o| o.node.name()).collect();
         for job in jobs {

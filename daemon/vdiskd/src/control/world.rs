@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use vdisk_api::{Error, Map, Result};
 
-use vdisk_block::{Backend, Graph, Runtime};
+use vdisk_block::{Backend, Descriptors, Graph, Node, Runtime};
 use vdisk_exports::Server;
 use vdisk_io::{EngineChoice, EngineKind, IoThread, IoThreadConfig};
 
@@ -139,6 +139,25 @@ impl World {
             lost: 0,
             started: SystemTime::now(),
         })
+    }
+
+    /// Refuses to put nodes below a persistent export which could not be opened when the machine starts again.
+    pub fn check_lasting(&self, name: &str, new: &[Arc<Node>]) -> Result<()> {
+        let passed = |n: &&Arc<Node>| n.filename().is_some_and(|f| Descriptors::is_one(&f));
+        let Some(node) = new.iter().find(passed) else {
+            return Ok(());
+        };
+        let (_, above) = self.graph.above(name);
+        let mut exports = self.exports.iter();
+        let lasting =
+            exports.find(|(_, e)| e.is_persistent() && above.iter().any(|n| n.name() == e.node()));
+        match lasting {
+            None => Ok(()),
+            Some((id, _)) => Err(Error::not_supported(format!(
+                "export '{id}' is persistent, and node '{}' has a file that a caller passed open, which ends with the daemon: open it by its name",
+                node.name()
+            ))),
+        }
     }
 
     /// Nothing was configured, or all of it was removed.

@@ -28,9 +28,13 @@ pub(super) fn check_pivot(world: &World, job: &Job, task: &Task) -> Result<()> {
     }
     match task {
         Task::Commit(_) => world.graph.check_moves(&job.source),
-        _ => world
-            .graph
-            .check_replace(&job.source, &job.target, &job.parent()),
+        _ => {
+            let target = world.graph.node(&job.target)?;
+            world.check_lasting(&job.source, &target.with_all_below())?;
+            world
+                .graph
+                .check_replace(&job.source, &job.target, &job.parent())
+        }
     }
 }
 

@@ -212,6 +212,11 @@ impl PreparedJob {
         &self.job.source
     }
 
+    /// What it writes to.
+    pub fn target(&self) -> &Arc<Node> {
+        &self.parts.target
+    }
+
     /// The bitmap of that node that it takes bits out of.
     pub fn bitmap(&self) -> Option<&str> {
         self.job.options.kind.bitmap().map(|b| b.name.as_str())

@@ -11,7 +11,7 @@ use vdisk_api::{
     Error, ExportOptions, IoThreadOptions, JobKind, JobOptions, JobSync, Map, QueuePlacement,
     Result, Secret, ThrottleLimits,
 };
-use vdisk_block::{Node, Opened, Plan, StoredNode};
+use vdisk_block::{Node, Opened, Plan, ROLES, StoredNode};
 use vdisk_exports::Left;
 use vdisk_exports::vhost_user::unwrap;
 
@@ -270,9 +270,11 @@ impl Control {
             self.world().graph.take_name(&node.name);
         }
         for mut node in nodes {
-            for option in node.options.values_mut() {
-                if let Some(other) = option.as_str().and_then(|name| instead.get(name)) {
-                    *option = other.clone().into();
+            for role in ROLES {
+                if let Some(child) = node.options.get_mut(role)
+                    && let Some(other) = child.as_str().and_then(|name| instead.get(name))
+                {
+                    *child = other.clone().into();
                 }
             }
             let driver = node.options.get("driver").and_then(|d| d.as_str());
