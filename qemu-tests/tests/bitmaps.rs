@@ -567,7 +567,9 @@ fn actions_that_clash_are_refused() {
     for name in ["c1", "c2"] {
         daemon.ctl(&["node", "add", name, "driver=null-co", "size=16M"]);
     }
-    daemon.ctl(&["bitmap", "add", "disk", "b"]);
+    for name in ["a", "b"] {
+        daemon.ctl(&["bitmap", "add", "disk", name]);
+    }
     let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
     assert_eq!(client.write(0, &[7; 4096]), 0);
     let (second, _) = {
@@ -625,12 +627,66 @@ fn actions_that_clash_are_refused() {
         ([&first, &second], "bitmap 'b'"),
         ([&first, "bitmap-clear,node=disk,name=b"], "bitmap 'b'"),
         (["bitmap-remove,node=disk,name=b", &first], "bitmap 'b'"),
+        (
+            [
+                "bitmap-remove,node=disk,name=b",
+                "bitmap-clear,node=disk,name=b",
+            ],
+            "removed by an action before",
+        ),
+        (
+            [
+                "bitmap-remove,node=disk,name=b",
+                "bitmap-merge,node=disk,name=a,sources=b",
+            ],
+            "removed by an action before",
+        ),
+        (
+            [&first, "bitmap-merge,node=disk,name=a,sources=b"],
+            "bitmap 'b'",
+        ),
     ] {
         let (_, message) = daemon.ctl_error(&[&["transaction"][..], &actions].concat());
         assert!(message.contains(why), "{actions:?}: {message}");
         assert_eq!(daemon.ctl(&["tree"]), before, "{actions:?}");
     }
     assert_eq!(bitmap(&daemon, "b")["Count"], 65536);
+    // In whatever order they are added.
+    let added = ["bitmap-add,node=disk,name=x", "bitmap-add,node=disk,name=y"];
+    let merge = "bitmap-merge,node=disk,name=y,sources=x+b";
+    daemon.ctl(&[&["transaction"], &added[..], &[merge]].concat());
+    assert_eq!(bitmap(&daemon, "y")["Count"], 65536);
+    // A job has the bits of its bitmap: who merged it now would not get them.
+    for at in [1, 4, 8] {
+        assert_eq!(client.write(at << 20, &vec![7; 1 << 20]), 0);
+    }
+    let slow = format!("{first},speed=1");
+    daemon.ctl(&["transaction", &slow]);
+    let (_, message) = daemon.ctl_error(&["bitmap", "merge", "disk", "a", "b"]);
+    assert!(message.contains("used by job 'j1'"), "{message}");
+}
+
+/// What is written compressed is written, to whoever records it.
+#[test]
+fn compressed_writes_are_recorded() {
+    let (daemon, _) = start();
+    let mut client = Client::connect(&daemon.socket("disk"), 1, 1, 1 << 20);
+    assert_eq!(client.write(0, &vec![7; 1 << 20]), 0);
+    let image = daemon.path("copy.qcow2");
+    daemon.ctl(&["image", "create", text(&image), "16M"]);
+    let filename = format!("file.filename={}", image.display());
+    let add = ["node", "add", "copy", "driver=qcow2", "file.driver=file"];
+    daemon.ctl(&[&add[..], &[&filename]].concat());
+    daemon.ctl(&["bitmap", "add", "copy", "b"]);
+    daemon.ctl(&[
+        "transaction",
+        "backup,node=disk,target=copy,job-id=j,compress=true",
+    ]);
+    wait_for("the backup", || {
+        let jobs = daemon.ctl_json(&["job", "list"]);
+        jobs.as_array().unwrap().is_empty().then_some(())
+    });
+    assert_eq!(bitmap(&daemon, "b")["Count"], 1 << 20);
 }
 
 /// Whatever a disk goes back to, an increment has all that is different.

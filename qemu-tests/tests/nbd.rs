@@ -582,3 +582,53 @@ fn a_silent_server_keeps_nobody() {
         daemon.ctl(&["node", "remove", id]);
     }
 }
+
+/// Nor does a server that is gone keep those whose copies wait for it to come back.
+#[test]
+fn a_server_that_is_gone_keeps_nobody() {
+    let daemon = Daemon::start(&[]);
+    let there = Daemon::start(&[]);
+    let (_, socket) = daemon.export("d", SIZE, &[], &[]);
+    file(&there, "b", SIZE, &[]);
+    let server = format!("server.path={}", serve(&there, "b", "b", &["--writable"]));
+    let add = ["node", "add", "b", "driver=nbd", "server.type=unix"];
+    daemon.ctl(&[&add[..], &[&server, "reconnect-delay=3600"]].concat());
+    daemon.ctl(&["transaction", "backup,node=d,target=b,sync=none,job-id=j"]);
+    there.ctl(&["export", "remove", "b"]);
+    std::thread::scope(|s| {
+        let write = s.spawn(|| {
+            let mut client = Client::connect(&socket, 1, 1, 1 << 20);
+            client.write(0, &[2; 4096])
+        });
+        wait_for("the write", || {
+            let stats = daemon.ctl_json(&["stats"]);
+            let slow = stats["exports"]["d"]["queues"][0]["slow"].as_u64()?;
+            (slow > 0).then_some(())
+        });
+        daemon.ctl(&["bitmap", "add", "d", "map"]);
+        assert_eq!(write.join().unwrap(), 0);
+    });
+}
+
+/// Whoever removes an export does not wait for what a throttle group holds back of its clients' requests.
+#[test]
+fn what_is_held_back_goes_when_the_export_does() {
+    let daemon = Daemon::start(&[]);
+    file(&daemon, "disk", MIB, &[]);
+    daemon.ctl(&["throttle", "set", "g", "iops-total=1"]);
+    daemon.ctl(&["throttle", "insert", "disk", "g", "--name", "filter"]);
+    let socket = serve(&daemon, "n", "filter", &["--writable"]);
+    let there = Daemon::start(&[]);
+    connect(&there, "far", &socket, &[]);
+    let mut client = Client::connect(&there.socket("far"), 1, 128, 4096);
+    client.start_writes(MIB);
+    wait_for("the requests", || {
+        let stats = there.ctl_json(&["stats"]);
+        let slow = stats["exports"]["far"]["queues"][0]["slow"].as_u64()?;
+        (slow == 128).then_some(())
+    });
+    let start = std::time::Instant::now();
+    daemon.ctl(&["export", "remove", "n"]);
+    // One after the other they would take two minutes.
+    assert!(start.elapsed() < std::time::Duration::from_secs(60));
+}

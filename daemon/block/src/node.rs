@@ -735,8 +735,15 @@ impl Node {
 
     /// Writes whole clusters of an image (the last as far as the disk reaches) compressed.
     pub(crate) async fn write_compressed(&self, offset: u64, iov: IoVecs) -> io::Result<()> {
-        self.check(Direction::Write, offset, iov.len() as u64)?;
-        self.driver.write_compressed(offset, iov).await
+        let len = iov.len() as u64;
+        self.check(Direction::Write, offset, len)?;
+        let taps = self.taps();
+        let held = Node::before(&taps, offset, len).await?;
+        self.driver.write_compressed(offset, iov.clone()).await?;
+        // It is in memory of a job's, which nobody else writes to.
+        let written = Written::Data { iov, stable: true };
+        Node::after(&taps, offset, len, written, held).await;
+        Ok(())
     }
 
     /// Writes a range where the node has no data of its own: see [`Driver::populate`].

@@ -236,6 +236,11 @@ impl Image {
         self.active_bitmaps.load_full().unwrap_or_default()
     }
 
+    /// Bytes of memory that further bitmaps may take.
+    pub fn room_for_bitmaps(&self) -> u64 {
+        MAX_MEMORY.saturating_sub(Image::memory(&self.live()))
+    }
+
     fn memory(live: &Live) -> u64 {
         live.all
             .iter()
@@ -489,7 +494,15 @@ impl Image {
             new.push(self.write_bits(&b.recorder.bits()).await?);
         }
         match live.changed {
-            true => self.store_directory(&live, &new, &mut old).await?,
+            true => {
+                let stored = self.store_directory(&live, &new, &mut old).await;
+                if stored.is_err() {
+                    // They go on in memory, and no later write of the header may say that the file has them.
+                    self.change_header(|h| h.autoclear &= !AUTOCLEAR_BITMAPS);
+                    let _ = self.write_header().await;
+                }
+                stored?;
+            }
             false => {
                 let stored = self.store_in_place(&live.all, &new).await;
                 if stored.is_err() {

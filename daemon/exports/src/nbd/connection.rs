@@ -150,6 +150,12 @@ async fn converse(
         // Nothing can be told any more.
         failed = &mut replies => failed.map(|()| false),
         read = &mut requests => {
+            // What a throttle group holds back is answered now: whoever ends the export waits for it.
+            let let_go = thread.run(move |r| {
+                let lane: Option<Rc<Lane>> = r.kept(lane);
+                lane.map(|l| l.let_go())
+            });
+            let _let_go = let_go.await.map_err(|_| Error::Stopped)?;
             replies.await?;
             read
         }

@@ -6,7 +6,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use tokio::sync::Notify;
-use vdisk_block::{Backend, Client, Node, WriteFlags, ZeroFlags};
+use vdisk_block::{Backend, Client, LetGo, Node, WriteFlags, ZeroFlags};
 use vdisk_io::{AlignedBuf, IoThread, IoVecs, Kept, Reactor, give_way};
 use vdisk_nbd::wire::{command, command_flag, state};
 
@@ -160,6 +160,11 @@ impl Lane {
             _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         }
         Ok(Done::Nothing)
+    }
+
+    /// See [`Client::let_go`].
+    pub fn let_go(&self) -> LetGo {
+        self.client.let_go()
     }
 
     /// Waits for the requests in flight; none follows.

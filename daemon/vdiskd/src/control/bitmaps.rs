@@ -66,15 +66,31 @@ fn check_persistent(node: &Node, options: &BitmapOptions) -> Result<()> {
     Err(Error::not_supported(format!("{what}: {problem}")))
 }
 
-/// Whether an action can be done, when bitmaps that `is_new` knows have been added.
+/// What an action before another one of a transaction does with a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Earlier {
+    Added,
+    Removed,
+}
+
+/// Whether an action can be done after others: `earlier` says of a name whether they have added or removed a bitmap of it.
 pub(super) fn check_with(
     node: &Node,
     action: &BitmapAction,
-    mut is_new: impl FnMut(&str) -> bool,
+    earlier: impl Fn(&str) -> Option<Earlier>,
 ) -> Result<()> {
+    let free_by_then = |name: &str| match earlier(name) {
+        Some(Earlier::Added) => Ok(()),
+        Some(Earlier::Removed) => Err(Error::not_found(format!(
+            "bitmap '{name}' of node '{}' is removed by an action before this one: leave one of them out",
+            node.name()
+        ))),
+        None => free(node, name).map(|_| ()),
+    };
     match action {
         BitmapAction::Add(options)
-            if node.bitmap(&options.name).is_some() || is_new(&options.name) =>
+            if node.bitmap(&options.name).is_some()
+                || earlier(&options.name) == Some(Earlier::Added) =>
         {
             Err(Error::exists(format!(
                 "node '{}' has a bitmap '{}' already: choose another name, or remove it first",
@@ -91,14 +107,33 @@ pub(super) fn check_with(
             }
         }
         BitmapAction::Merge { name, sources } => {
-            if !is_new(name) {
-                free(node, name)?;
-            }
-            let mut sources = sources.iter().filter(|s| !is_new(s));
-            sources.try_for_each(|s| find(node, s).map(|_| ()))
+            free_by_then(name)?;
+            // What a job has taken out of a source would be missing.
+            sources.iter().try_for_each(|s| free_by_then(s))
         }
-        other if is_new(other.name()) => Ok(()),
-        other => free(node, other.name()).map(|_| ()),
+        other => free_by_then(other.name()),
+    }
+}
+
+/// Whether a node's image can keep all of these bitmaps together: each by itself was looked at already.
+pub(super) fn check_together<'a>(
+    node: &Node,
+    actions: impl Iterator<Item = &'a BitmapAction>,
+) -> Result<()> {
+    let added = actions.filter_map(|a| match a {
+        BitmapAction::Add(o) if o.persistent => Some(o.granularity),
+        _ => None,
+    });
+    let bytes: u64 = added
+        .map(|granularity| node.size().div_ceil(granularity).div_ceil(64) * 8)
+        .sum();
+    match node.image() {
+        Some(image) if bytes > image.room_for_bitmaps() => Err(Error::invalid(format!(
+            "transaction: the bitmaps for node '{}' would take {bytes} bytes of memory, and there is room for {}: give them larger granularities",
+            node.name(),
+            image.room_for_bitmaps()
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -139,7 +174,7 @@ impl Control {
     pub(super) async fn bitmap(&mut self, name: &str, action: BitmapAction) -> Result<Reply> {
         let node = self.world().graph.node(name)?;
         self.world().graph.check_claim(name)?;
-        check_with(&node, &action, |_| false)?;
+        check_with(&node, &action, |_| None)?;
         let (_, drained) = self.hold(name).await;
         apply(&node, &action)?;
         drop(drained);

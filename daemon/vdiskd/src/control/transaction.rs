@@ -8,9 +8,10 @@ use std::time::Instant;
 use vdisk_api::{Action, BitmapAction, CompletionMode, Error, Reply, Result, Transaction};
 use vdisk_block::{DrainGuard, Node};
 
+use super::Control;
+use super::bitmaps::{self, Earlier};
 use super::jobs::PreparedJob;
 use super::moves::PreparedOverlay;
-use super::{Control, bitmaps};
 
 #[derive(Default)]
 struct Prepared {
@@ -30,6 +31,21 @@ impl Prepared {
             true => Err(used_twice(node, bitmap)),
             false => Ok(()),
         }
+    }
+
+    fn of_node(&self, node: &Arc<Node>) -> impl DoubleEndedIterator<Item = &BitmapAction> {
+        let all = self.bitmaps.iter();
+        all.filter(move |(n, _)| Arc::ptr_eq(n, node))
+            .map(|(_, action)| action)
+    }
+
+    /// What the actions so far do with a bitmap.
+    fn earlier(&self, node: &Arc<Node>, name: &str) -> Option<Earlier> {
+        self.of_node(node).rev().find_map(|action| match action {
+            BitmapAction::Add(o) if o.name == name => Some(Earlier::Added),
+            BitmapAction::Remove { name: n } if n == name => Some(Earlier::Removed),
+            _ => None,
+        })
     }
 
     /// Refuses two new writers of one node: each is alone when it is looked at by itself.
@@ -179,19 +195,23 @@ impl Control {
                 Action::Bitmap { node, action } => {
                     let found = self.world().graph.node(&node)?;
                     prepared.check_bitmap_of_job(&node, action.name())?;
-                    let earlier = prepared.bitmaps.iter();
-                    let mut earlier = earlier.filter(|(n, _)| Arc::ptr_eq(n, &found));
-                    // What was added a moment ago is there by then.
-                    let is_new = |name: &str| {
-                        earlier.any(|(_, a)| matches!(a, BitmapAction::Add(o) if o.name == name))
-                    };
-                    bitmaps::check_with(&found, &action, is_new)?;
+                    if let BitmapAction::Merge { sources, .. } = &action {
+                        for source in sources {
+                            prepared.check_bitmap_of_job(&node, source)?;
+                        }
+                    }
+                    let earlier = |name: &str| prepared.earlier(&found, name);
+                    bitmaps::check_with(&found, &action, earlier)?;
                     prepared.nodes.insert(node);
                     prepared.bitmaps.push((found, action));
                 }
             }
         }
         prepared.check_borrowed()?;
+        for (node, _) in &prepared.bitmaps {
+            let of_node = prepared.of_node(node);
+            bitmaps::check_together(node, of_node)?;
+        }
         let jobs = prepared.jobs.iter();
         let overlays: Vec<&str> = prepared.overlays.iter().map(|o| o.node.name()).collect();
         for job in jobs {

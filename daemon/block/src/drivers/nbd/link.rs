@@ -324,6 +324,7 @@ impl Task {
                 send(&mut to, message).await?;
             }
             while let Some(ask) = asks.recv().await {
+                shared.bind(&ask);
                 if let Some(message) = shared.enter(ask) {
                     send(&mut to, message).await?;
                 }
@@ -394,16 +395,12 @@ impl Task {
         if Instant::now() >= until {
             self.fail_all();
         }
-        let mut waiting = Vec::new();
         loop {
             let (path, export) = (server.path.clone(), server.export.clone());
             let connected = tokio::task::spawn_blocking(move || connect(&path, &export)).await;
             match connected {
                 Ok(Ok((stream, offered))) if offered == self.offered => {
                     tracing::info!(node = self.node, "connected to the NBD server again");
-                    for ask in waiting {
-                        self.shared.enter(ask);
-                    }
                     return UnixStream::from_std(stream).ok();
                 }
                 Ok(Ok((_, offered))) => {
@@ -420,25 +417,21 @@ impl Task {
                 let patient = Instant::now() < until;
                 if !patient {
                     self.fail_all();
-                    for ask in std::mem::take(&mut waiting) {
-                        (ask.tell)(Err(broken()));
-                    }
                 }
                 let ask = match tokio::time::timeout_at(next, self.asks.recv()).await {
                     Ok(Some(ask)) => ask,
                     Ok(None) => {
                         self.fail_all();
-                        for ask in waiting {
-                            (ask.tell)(Err(broken()));
-                        }
                         return None;
                     }
                     Err(_) => break,
                 };
-                match patient && ask.kind != command::FLUSH {
-                    true => waiting.push(ask),
+                if patient && ask.kind != command::FLUSH {
+                    // It is sent with the others when there is a connection, and given up with them.
+                    self.shared.enter(ask);
+                } else {
                     // What was written before may be gone.
-                    false => (ask.tell)(Err(broken())),
+                    (ask.tell)(Err(broken()));
                 }
             }
         }
@@ -446,11 +439,15 @@ impl Task {
 }
 
 impl Shared {
-    /// The request as it is sent. None if it has failed at once.
-    fn enter(&self, ask: Ask) -> Option<Message> {
+    /// A request is about to be sent over a connection.
+    fn bind(&self, ask: &Ask) {
         if ask.kind == command::FINISHED {
             self.bound.store(true, Relaxed);
         }
+    }
+
+    /// The request as it is sent. None if it has failed at once.
+    fn enter(&self, ask: Ask) -> Option<Message> {
         let mut pending = locked(&self.pending);
         if ask.kind == command::FLUSH && std::mem::take(&mut pending.lost) {
             drop(pending);
@@ -474,6 +471,7 @@ impl Shared {
         let mut pending = locked(&self.pending);
         let all = pending.all.iter_mut();
         let again = all.map(|(cookie, waiting)| {
+            self.bind(&waiting.ask);
             waiting.reply = Partial::default();
             message(&waiting.ask, *cookie)
         });
