@@ -497,9 +497,8 @@ impl Image {
             true => {
                 let stored = self.store_directory(&live, &new, &mut old).await;
                 if stored.is_err() {
-                    // They go on in memory, and no later write of the header may say that the file has them.
-                    self.change_header(|h| h.autoclear &= !AUTOCLEAR_BITMAPS);
-                    let _ = self.write_header().await;
+                    // They go on in memory.
+                    self.disown_bitmaps().await;
                 }
                 stored?;
             }
@@ -507,11 +506,14 @@ impl Image {
                 let stored = self.store_in_place(&live.all, &new).await;
                 if stored.is_err() {
                     // They go on in memory, and the file may say already that it has them.
+                    let mut marked = Ok(());
                     for b in &live.all {
                         let flags = Image::flags_of(b) | IN_USE;
-                        let _ = self.write_bitmap_flags(&b.info, flags).await;
+                        marked = marked.and(self.write_bitmap_flags(&b.info, flags).await);
                     }
-                    let _ = self.file.flush().await;
+                    if marked.and(self.file.flush().await).is_err() {
+                        self.disown_bitmaps().await;
+                    }
                 }
                 stored?;
             }
@@ -529,6 +531,12 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    /// Says in the header that the file's bitmaps are not right; if that fails, the next flush says so before it is done.
+    pub(crate) async fn disown_bitmaps(&self) {
+        self.change_header(|h| h.autoclear &= !AUTOCLEAR_BITMAPS);
+        let _ = self.write_header().await;
     }
 
     fn flags_of(b: &Active) -> u32 {

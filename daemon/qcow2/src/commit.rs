@@ -553,7 +553,9 @@ impl Image {
         };
         if done.is_err() {
             // It may be written to again: what the bitmaps say must not be taken for all of it then.
-            self.load_bitmaps().await?;
+            if self.load_bitmaps().await.is_err() {
+                self.disown_bitmaps().await;
+            }
         }
         done
     }

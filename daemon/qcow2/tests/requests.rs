@@ -355,6 +355,44 @@ fn what_fails_loses_nothing_that_is_flushed_afterwards() {
     }
 }
 
+/// A bitmap that could not be stored goes on in memory: the file does not say that it is right.
+#[test]
+fn bitmaps_that_are_not_stored_do_not_count() {
+    let mut failed = 0;
+    for writes in 0.. {
+        let file = created(&CreateOptions {
+            cluster_size: 512,
+            ..CreateOptions::new(1 << 20)
+        });
+        let image = open(&file, None, Options::default()).unwrap();
+        let done = block_on(async {
+            image.activate(None).await.unwrap();
+            image.add_bitmap("b", 65536, true).unwrap();
+            file.fail_after(Some(writes));
+            let done = image.close().await;
+            file.fail_after(None);
+            if done.is_err() {
+                image.write(1 << 19, data(2, 4096)).await.unwrap();
+                image.flush().await.unwrap();
+            }
+            done.is_ok()
+        });
+        // The machine is switched off.
+        drop(image);
+        let image = open(&file, None, Options::default()).unwrap();
+        let stored = block_on(image.bitmaps()).unwrap();
+        // Bit 0: the directory of bitmaps is right.
+        let counts = image.header().autoclear & 1 != 0;
+        let right = counts && stored.iter().any(|b| !b.in_use);
+        assert_eq!(right, done, "{writes}: {counts} {stored:?}");
+        match done {
+            true => break,
+            false => failed += 1,
+        }
+    }
+    assert!(failed > 4, "{failed}");
+}
+
 /// What a killed process has noted is done by the first one that can, in a file and on a device.
 #[test]
 fn a_log_that_cannot_be_done_is_done_later() {
