@@ -110,6 +110,7 @@ async fn converse(
     let (from, mut to) = stream.split();
     let (tx, mut rx) = mpsc::unbounded_channel();
     let mut ending = stop.clone();
+    let over = stop.clone();
     let requests = async {
         // The sender goes with it: the replies end when the last request is answered.
         let tx = tx;
@@ -150,13 +151,22 @@ async fn converse(
         // Nothing can be told any more.
         failed = &mut replies => failed.map(|()| false),
         read = &mut requests => {
-            // What a throttle group holds back is answered now: whoever ends the export waits for it.
-            let let_go = thread.run(move |r| {
-                let lane: Option<Rc<Lane>> = r.kept(lane);
-                lane.map(|l| l.let_go())
-            });
-            let _let_go = let_go.await.map_err(|_| Error::Stopped)?;
-            replies.await?;
+            // Whoever ends the export does not wait for what a throttle group holds back. A client that goes by itself does: it
+            // must not get others past their limit, nor as long as it takes no replies.
+            let settled = async {
+                if !*over.borrow() {
+                    return Ok(());
+                }
+                let settled = thread.run_async(move |r| async move {
+                    let lane: Option<Rc<Lane>> = r.kept(lane);
+                    if let Some(lane) = lane {
+                        lane.settle().await;
+                    }
+                });
+                settled.await.map_err(|_| Error::Stopped)
+            };
+            let (answered, settled) = tokio::join!(replies, settled);
+            answered.and(settled)?;
             read
         }
     }

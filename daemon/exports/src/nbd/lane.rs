@@ -6,7 +6,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use tokio::sync::Notify;
-use vdisk_block::{Backend, Client, LetGo, Node, WriteFlags, ZeroFlags};
+use vdisk_block::{Backend, Client, Node, WriteFlags, ZeroFlags};
 use vdisk_io::{AlignedBuf, IoThread, IoVecs, Kept, Reactor, give_way};
 use vdisk_nbd::wire::{command, command_flag, state};
 
@@ -162,14 +162,14 @@ impl Lane {
         Ok(Done::Nothing)
     }
 
-    /// See [`Client::let_go`].
-    pub fn let_go(&self) -> LetGo {
-        self.client.let_go()
-    }
-
     /// Waits for the requests in flight; none follows.
     pub async fn close(&self) {
         self.closed.set(true);
+        self.settle().await;
+    }
+
+    /// Waits for the requests in flight, of which a throttle group holds none back meanwhile.
+    pub async fn settle(&self) {
         let _let_go = self.client.let_go();
         loop {
             let idle = self.idle.notified();

@@ -120,21 +120,31 @@ pub(super) fn check_together<'a>(
     node: &Node,
     actions: impl Iterator<Item = &'a BitmapAction>,
 ) -> Result<()> {
-    let added = actions.filter_map(|a| match a {
-        BitmapAction::Add(o) if o.persistent => Some(o.granularity),
-        _ => None,
-    });
-    let bytes: u64 = added
-        .map(|granularity| node.size().div_ceil(granularity).div_ceil(64) * 8)
-        .sum();
-    match node.image() {
-        Some(image) if bytes > image.room_for_bitmaps() => Err(Error::invalid(format!(
-            "transaction: the bitmaps for node '{}' would take {bytes} bytes of memory, and there is room for {}: give them larger granularities",
-            node.name(),
-            image.room_for_bitmaps()
-        ))),
-        _ => Ok(()),
+    let Some(image) = node.image() else {
+        return Ok(());
+    };
+    let bytes = |granularity: u64| node.size().div_ceil(granularity).div_ceil(64) * 8;
+    let mut room = image.room_for_bitmaps();
+    for action in actions {
+        match action {
+            BitmapAction::Add(o) if o.persistent => {
+                let needed = bytes(o.granularity);
+                room = room.checked_sub(needed).ok_or_else(|| {
+                    Error::invalid(format!(
+                        "transaction: bitmap '{}' of node '{}' takes {needed} bytes of memory, and those before it leave {room}: give them larger granularities",
+                        o.name,
+                        node.name()
+                    ))
+                })?;
+            }
+            BitmapAction::Remove { name } => {
+                let removed = node.bitmap(name).filter(|b| b.is_persistent());
+                room += removed.map_or(0, |b| bytes(b.granularity()));
+            }
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 /// Does it. Everything above is drained.
